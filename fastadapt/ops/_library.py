@@ -1,0 +1,61 @@
+"""The operator library ``fastadapt::`` and the pieces that every op's schema and Function share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt import backend
+
+LIBRARY = torch.library.Library("fastadapt", "DEF")
+
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_new", "silu")
+_ALIASES = {"linear": "identity", "swish": "silu", "gelu_pytorch_tanh": "gelu_new"}
+
+
+def activation_index(name: str) -> int:
+    """The number of an activation in op schemas and kernels."""
+    try:
+        return ACTIVATIONS.index(_ALIASES.get(name, name))
+    except ValueError:
+        raise ValueError(f"activation: {name!r} is unknown; must be one of {', '.join(ACTIVATIONS + tuple(_ALIASES))}") from None
+
+
+def define(name: str, schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers one implementation for all real devices (it asks `backend.choose` itself) and one for fake tensors."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastadapt::{name}", fake, lib=LIBRARY)
+
+
+def refuse_double_backward(name: str) -> None:
+    """Gives a backward op an autograd formula that raises, where torch would otherwise return wrong or zero second derivatives."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"fastadapt: double backward of {name} is not supported; use fastadapt's functions under torch.func, or fastadapt.backend.use('reference') with torch.func transforms")
+
+    torch.library.register_autograd(f"fastadapt::{name}_backward", backward, lib=LIBRARY)
+
+
+def run(op: str, direction: str, call: backend.Call, demanded: int, args: Sequence[Any]) -> Any:
+    """Chooses the backend of a call, counts it and runs it outside autocast."""
+    name = backend.choose(call, demanded)
+    kernel = backend.kernels(op, name)[direction == "backward"]
+    backend.count(op, direction, name)
+    if torch.is_autocast_enabled(call.device):
+        with torch.autocast(call.device, enabled=False):
+            return kernel(*args)
+    return kernel(*args)
+
+
+def rows(t: Tensor) -> Tensor:
+    """A 2-D tensor whose rows may lie anywhere but are each contiguous, which is what every kernel takes."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 and t.stride(1) == 1 else t.contiguous()
+
+
+def none(t: Tensor) -> Tensor:
+    """The placeholder that an op returns for a tensor that was not asked for."""
+    return t.new_empty(0)

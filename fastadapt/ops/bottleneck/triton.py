@@ -1,0 +1,2 @@
+def reasons(call):
+    return ["not built yet"]

@@ -1,0 +1,28 @@
+"""The autograd entrance of the gated bottleneck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.ops.gated_bottleneck import schema
+
+
+class GatedBottleneck(torch.autograd.Function):
+    """One op forward, one op backward, in eager mode and when traced alike."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.fastadapt.gated_bottleneck(*args)
+
+    setup_context = staticmethod(schema.setup_context)
+    backward = staticmethod(schema.backward)
+
+
+def gated_bottleneck(*tensors_and_options: Any, demand: int) -> Tensor:
+    """Runs the op on rows; skips autograd, and what it would save, when no gradient can be asked for."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors_and_options[:10]):
+        return GatedBottleneck.apply(*tensors_and_options, True, demand)[0]
+    return torch.ops.fastadapt.gated_bottleneck(*tensors_and_options, False, demand)[0]
