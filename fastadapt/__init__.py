@@ -1,6 +1,27 @@
-"""fastadapt: fused adapter layers for tuning vision-and-language models."""
+"""fastadapt: fused adapter layers for tuning vision-and-language models.
+
+Three ways in: `patch` an existing transformers model, use the drop-in modules of `fastadapt.nn`, or call the ops of `fastadapt.functional`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fastadapt import backend, functional
+from fastadapt._version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "backend", "functional"]
+if TYPE_CHECKING:
+    from fastadapt import methods as methods
+    from fastadapt import nn as nn
+    from fastadapt.patching import Handle as Handle
+    from fastadapt.patching import patch as patch
+
+__all__ = ["Handle", "__version__", "backend", "functional", "methods", "nn", "patch"]
+
+# Loaded on first use: `import fastadapt` needs neither transformers nor triton.
+_LAZY = {"patch": "fastadapt.patching", "Handle": "fastadapt.patching", "nn": "", "methods": ""}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastadapt' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name) if _LAZY[name] else import_module(f"fastadapt.{name}")

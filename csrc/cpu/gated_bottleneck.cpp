@@ -1,0 +1,438 @@
+// VL-PET's gated bottleneck: H' = c h + sa (phi(h Wd' + bd) Wu' + bu), y = s (H' G) or s (H' + G).
+//
+// Forward is one pass over row tiles; the up-projections of adapter and gate are computed, gated and stored in blocks of 128 columns. middleX needs the whole row of H' for its
+// logit and keeps it in the tile. small needs the mean over a sample: a first pass stores H' and the row logits, a second applies the gate.
+// Backward with E = s dy: dH' = E G (+ dl w_h), dl = the gate's pre-activation gradient; then through each bottleneck as in bottleneck.cpp. H' and (large) G are read if forward
+// saved them, else recomputed. adapter_scale is folded into the packed up-projection and its bias.
+// Memory traffic a row of D, large, H' and G saved: forward reads h, x, writes y, H', G; backward reads dy, h, x, H', G, writes dh, dx.
+#include <cmath>
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace fastadapt::cpu {
+namespace {
+
+struct Sizes {
+  int64_t width, rank, gate_rank;  // padded to whole panels
+  explicit Sizes(const GatedParams& p) : width(padded(p.width)), rank(padded(p.rank)), gate_rank(padded(p.gate_rank)) {}
+  GatedVectors vectors(const GatedParams& p) const { return {p.vectors, width, rank, gate_rank}; }
+  GatedPacks packs(const GatedParams& p) const { return {p.packed, width, rank, gate_rank}; }
+  GatedPartial partial(const GatedParams& p) const { return {width, p.rank, rank, p.gate_rank, gate_rank}; }
+};
+
+template <class A, class P>
+void prepare(const GatedParams& p) {
+  const Sizes s(p);
+  const GatedVectors v = s.vectors(p);
+  vector_or<P, A>(p.b_down, v.b_down, p.rank, s.rank, 0.f);
+  vector_or<P, A>(p.b_up, v.b_up, p.width, s.width, 0.f);
+  vectors(s.width, [&](int64_t i) { (Vec::loadu(v.b_up + i) * Vec(p.adapter_scale)).store(v.b_up + i); });
+  const P* w = static_cast<const P*>(p.gate_weight);
+  switch (p.kind) {
+    case kLarge:
+      vector_or<P, A>(p.gate_bias, v.gate_bias, p.gate_rank, s.gate_rank, 0.f);
+      vector_or<P, A>(p.gate_up_bias, v.gate_up_bias, p.width, s.width, 0.f);
+      break;
+    case kSmall: w += p.width; [[fallthrough]];
+    case kMiddleX:
+      vector_or<P, A>(p.gate_weight, v.w_x, p.width, s.width, 0.f);
+      vector_or<P, A>(w, v.w_h, p.width, s.width, 0.f);
+      vector_or<P, A>(p.gate_bias, v.gate_bias, p.gate_bias ? 1 : 0, 1, 0.f);
+      break;
+    case kMiddleY:
+      vector_or<P, A>(w, v.w_h, p.width, s.width, 0.f);
+      vectors(s.width, [&](int64_t i) { (Vec::loadu(v.w_h + i) + Vec(1.f)).store(v.w_h + i); });
+      break;
+    default: break;
+  }
+}
+
+// Panels of the operands in their order in memory; f(first, last) for the part of [begin, end) that lies in each.
+template <class... F>
+void split(int64_t begin, int64_t end, const int64_t (&panels)[4], F&&... f) {
+  int64_t i = 0, at = 0;
+  ((f(std::clamp<int64_t>(begin - at, 0, panels[i]), std::clamp<int64_t>(end - at, 0, panels[i])), at += panels[i++]), ...);
+}
+
+template <class A, class P>
+void pack_forward(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedPacks to = s.packs(p);
+  float* scales = scratch(s.width);
+  std::fill(scales, scales + s.width, p.adapter_scale);
+  const int64_t panels[4] = {s.rank / kPanel, s.width / kPanel, s.gate_rank / kPanel, p.gate_rank ? s.width / kPanel : 0};
+  split(
+      begin, end, panels, [&](int64_t b, int64_t e) { pack_transposed<P, A>(p.w_down, p.rank, p.width, nullptr, to.down, b, e); },
+      [&](int64_t b, int64_t e) { pack_transposed<P, A>(p.w_up, p.width, p.rank, scales, to.up, b, e); },
+      [&](int64_t b, int64_t e) { pack_transposed<P, A>(p.gate_weight, p.gate_rank, p.width, nullptr, to.gate_down, b, e); },
+      [&](int64_t b, int64_t e) { pack_transposed<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, to.gate_up, b, e); });
+}
+
+template <class A, class P>
+void pack_backward(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedPacks to = s.packs(p);
+  float* scales = scratch(s.width);
+  std::fill(scales, scales + s.width, p.adapter_scale);
+  const int64_t panels[4] = {s.width / kPanel, s.rank / kPanel, p.gate_rank ? s.width / kPanel : 0, s.gate_rank / kPanel};
+  split(
+      begin, end, panels, [&](int64_t b, int64_t e) { pack<P, A>(p.w_down, p.rank, p.width, nullptr, to.down, b, e); },
+      [&](int64_t b, int64_t e) { pack<P, A>(p.w_up, p.width, p.rank, scales, to.up, b, e); },
+      [&](int64_t b, int64_t e) { pack<P, A>(p.gate_weight, p.gate_rank, p.width, nullptr, to.gate_down, b, e); },
+      [&](int64_t b, int64_t e) { pack<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, to.gate_up, b, e); });
+}
+
+// Operands that recompute H' and the gate in backward, behind the others: up, gate up.
+template <class A, class P>
+void pack_recompute(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  float *up = p.packed + GatedPacks::size(s.width, s.rank, s.gate_rank), *scales = scratch(s.width);
+  std::fill(scales, scales + s.width, p.adapter_scale);
+  if (!p.total) pack_transposed<P, A>(p.w_up, p.width, p.rank, scales, up, begin, end);
+  if (p.kind == kLarge && !p.gate) pack_transposed<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, up + s.width * s.rank, begin, end);
+}
+
+// a . b; four accumulators, since the logit's error is the gate's.
+inline float dot(const float* a, const float* b, int64_t n) {
+  constexpr int64_t v = Vec::size();
+  Vec sums[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
+  int64_t i = 0;
+  for (; i + 4 * v <= n; i += 4 * v)
+    for (int64_t k = 0; k < 4; ++k) sums[k] = at::vec::fmadd(Vec::loadu(a + i + k * v), Vec::loadu(b + i + k * v), sums[k]);
+  float lanes[v];
+  ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(lanes);
+  double total = 0;
+  for (float lane : lanes) total += lane;
+  for (; i < n; ++i) total += static_cast<double>(a[i]) * b[i];
+  return static_cast<float>(total);
+}
+
+// total[j] := c h[j] + u[j] + bias[j] for n columns (u in place).
+inline void finish_total(float* u, const float* h, const float* bias, float c, int64_t n) {
+  vectors(n, [&](int64_t j) { at::vec::fmadd(Vec(c), Vec::loadu(h + j), Vec::loadu(u + j) + Vec::loadu(bias + j)).store(u + j); });
+}
+
+inline void combine(const float* total, Vec gate, bool add, float scale, float* y) {
+  const Vec t = Vec::loadu(total);
+  (Vec(scale) * (add ? t + gate : t * gate)).store(y);
+}
+
+// One tile's columns of gate and total are finished in buffers of 128 columns; buffers beyond n columns hold no numbers and are not stored.
+template <class A, class P>
+void forward(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedVectors v = s.vectors(p);
+  const GatedPacks w = s.packs(p);
+  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall;
+  // small without saved H': y holds it until gated_apply.
+  A* total_out = static_cast<A*>(p.total ? p.total : p.kind == kSmall ? p.y : nullptr);
+  const int64_t ld = row_gate ? s.width : kBlockColumns;
+  float* h_tile = scratch(kTileRows * (2 * s.width + s.rank + s.gate_rank + kBlockColumns + ld) + kBlockColumns);
+  float *x_tile = h_tile + kTileRows * s.width, *z_tile = x_tile + kTileRows * s.width, *zg_tile = z_tile + kTileRows * s.rank, *g_tile = zg_tile + kTileRows * s.gate_rank,
+        *u_tile = g_tile + kTileRows * kBlockColumns, *line = u_tile + kTileRows * ld;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
+    const Rows h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
+    Rows x{};
+    if (p.kind != kMiddleY) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
+    matmul(height, p.width, p.rank, h.data, h.stride, w.down, z_tile, s.rank, 0, p.rank);
+    activate_rows<A>(z_tile, m, p.rank, s.rank, v.b_down, p.activation, p.z ? static_cast<A*>(p.z) + row * p.rank : nullptr);
+    if (p.kind == kLarge) {
+      matmul(height, p.width, p.gate_rank, x.data, x.stride, w.gate_down, zg_tile, s.gate_rank, 0, p.gate_rank);
+      activate_rows<A>(zg_tile, m, p.gate_rank, s.gate_rank, v.gate_bias, p.activation, p.zg ? static_cast<A*>(p.zg) + row * p.gate_rank : nullptr);
+    }
+    for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+      const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
+      float* u_block = u_tile + (row_gate ? c : 0);
+      matmul(height, p.rank, p.width, z_tile, s.rank, w.up, u_block, ld, c, c + n);
+      if (p.kind == kLarge) matmul(height, p.gate_rank, p.width, zg_tile, s.gate_rank, w.gate_up, g_tile, kBlockColumns, c, c + n);
+      for (int64_t i = 0; i < m; ++i) {
+        float *u = u_block + i * ld, *g = g_tile + i * kBlockColumns;
+        finish_total(u, h.data + i * h.stride + c, v.b_up + c, p.input_scale, whole);
+        if (total_out) narrow(u, total_out + (row + i) * p.width + c, n);
+        if (row_gate) continue;
+        const float* logits = x.data ? x.data + i * x.stride + c : nullptr;
+        vectors(whole, [&](int64_t j) {
+          Vec gate;
+          if (p.kind == kLarge) {
+            gate = sigmoid(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+            gate.store(g + j);
+          } else {
+            gate = p.kind == kLogits ? sigmoid(Vec::loadu(logits + j)) : Vec::loadu(v.w_h + c + j);
+          }
+          combine(u + j, gate, p.add, p.scale, line + j);
+        });
+        if (p.gate) narrow(g, static_cast<A*>(p.gate) + (row + i) * p.width + c, n);
+        narrow(line, static_cast<A*>(p.y) + (row + i) * p.width + c, n);
+      }
+    }
+    if (!row_gate) continue;
+    for (int64_t i = 0; i < m; ++i) {
+      float* u = u_tile + i * ld;
+      const float logit = dot(u, v.w_h, p.width) + dot(x.data + i * x.stride, v.w_x, p.width) + v.gate_bias[0];
+      p.logits[row + i] = logit;
+      if (p.kind == kSmall) continue;
+      const Vec gate = sigmoid(Vec(logit));
+      vectors(round_up(p.width, 8), [&](int64_t j) { combine(u + j, gate, p.add, p.scale, u + j); });
+      narrow(u, static_cast<A*>(p.y) + (row + i) * p.width, p.width);
+    }
+  }
+}
+
+inline float logistic(float v) { return 1.f / (1.f + std::exp(-v)); }
+
+void sample_gates(const GatedParams& p, int64_t begin, int64_t end) {
+  const int64_t length = p.rows / p.samples;
+  for (int64_t b = begin; b < end; ++b) {
+    double sum = 0;
+    for (int64_t t = b * length; t < (b + 1) * length; ++t) sum += logistic(p.logits[t]);
+    p.sample_gates[b] = static_cast<float>(sum / length);
+  }
+}
+
+template <class A, class P>
+void apply(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  float* line = scratch(s.width);
+  const A* total = static_cast<const A*>(p.total ? p.total : p.y);
+  const int64_t length = p.rows / p.samples;
+  for (int64_t t = begin; t < end; ++t) {
+    widen(total + t * p.width, line, p.width);
+    const Vec gate(p.sample_gates[t / length]);
+    vectors(round_up(p.width, 8), [&](int64_t j) { combine(line + j, gate, p.add, p.scale, line + j); });
+    narrow(line, static_cast<A*>(p.y) + t * p.width, p.width);
+  }
+}
+
+// H' of a tile's columns [c, c + n) in buffer (leading dimension ld): saved, or from a = phi(z).
+template <class A>
+void load_total(const GatedParams& p, const Sizes& s, int64_t row, int64_t m, int64_t height, Rows h, const float* a, int64_t c, int64_t n, float* buffer, int64_t ld) {
+  if (p.total) {
+    for (int64_t i = 0; i < m; ++i) widen(static_cast<const A*>(p.total) + (row + i) * p.width + c, buffer + i * ld, n, round_up(n, kPanel));
+    return;
+  }
+  matmul(height, p.rank, p.width, a, s.rank, p.packed + GatedPacks::size(s.width, s.rank, s.gate_rank), buffer, ld, c, c + n);
+  for (int64_t i = 0; i < m; ++i) finish_total(buffer + i * ld, h.data + i * h.stride + c, s.vectors(p).b_up + c, p.input_scale, round_up(n, 8));
+}
+
+// small: the gradient of each row's share of its sample's gate, sum over columns of E H' (or E).
+template <class A, class P>
+void row_gradients(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  float* h_tile = scratch(kTileRows * (s.width + s.rank + kBlockColumns) + kBlockColumns);
+  float *a = h_tile + kTileRows * s.width, *total = a + kTileRows * s.rank, *line = total + kTileRows * kBlockColumns;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
+    Rows h{};
+    if (!p.total && !p.add) {
+      h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
+      backprop_rows<A>(static_cast<const A*>(p.z) + row * p.rank, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr);
+    }
+    std::fill(p.row_gradients + row, p.row_gradients + row + m, 0.f);
+    for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+      const int64_t n = std::min(kBlockColumns, p.width - c);
+      if (!p.add) load_total<A>(p, s, row, m, height, h, a, c, n, total, kBlockColumns);
+      for (int64_t i = 0; i < m; ++i) {
+        widen(static_cast<const A*>(p.dy) + (row + i) * p.dy_stride + c, line, n);
+        double sum = 0;
+        for (int64_t j = 0; j < n; ++j) sum += p.add ? line[j] : line[j] * total[i * kBlockColumns + j];
+        p.row_gradients[row + i] += static_cast<float>(p.scale * sum);
+      }
+    }
+  }
+}
+
+// row_gradients[t] := d loss / d logit of row t.
+void sample_gradients(const GatedParams& p, int64_t begin, int64_t end) {
+  const int64_t length = p.rows / p.samples;
+  for (int64_t b = begin; b < end; ++b) {
+    double sum = 0;
+    for (int64_t t = b * length; t < (b + 1) * length; ++t) sum += p.row_gradients[t];
+    for (int64_t t = b * length; t < (b + 1) * length; ++t) {
+      const float g = logistic(p.logits[t]);
+      p.row_gradients[t] = static_cast<float>(sum / length) * g * (1.f - g);
+    }
+  }
+}
+
+template <class A, class P>
+void backward(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedVectors v = s.vectors(p);
+  const GatedPacks w = s.packs(p);
+  const GatedPartial layout = s.partial(p);
+  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge;
+  const bool need_dz = p.dh || p.dw_down || p.db_down, need_total_gradient = need_dz || p.dw_up || p.db_up;
+  const bool need_dzg = large && (p.dx || p.dgate_weight || p.dgate_bias), need_gate = p.dx || p.dgate_weight || p.dgate_bias || p.dgate_up_weight || p.dgate_up_bias;
+  // H' is a factor of the gate's gradient (multiply) and of that of the row gates' weights; middleX's gate gradient is a part of dH' itself, small's comes from row_gradients.
+  const bool need_total = p.kind == kMiddleX ? !p.add || p.dgate_weight : p.kind == kSmall ? p.dgate_weight != nullptr : need_gate && !p.add;
+  const bool need_h = p.dw_down || (need_total && !p.total), need_x = p.kind == kLogits || (p.kind != kMiddleY && p.dgate_weight);
+  const int64_t tile_floats = kTileRows * s.width, block_floats = kTileRows * kBlockColumns;
+  const int64_t largest_rank = std::max(s.rank, s.gate_rank);
+  float* dy_tile = scratch(6 * tile_floats + 5 * kTileRows * largest_rank + 2 * block_floats);
+  float *h_tile = dy_tile + tile_floats, *x_tile = h_tile + tile_floats, *dt_tile = x_tile + tile_floats, *dl_tile = dt_tile + tile_floats, *panels = dl_tile + tile_floats,
+        *a = panels + tile_floats, *dz = a + kTileRows * largest_rank, *ag = dz + kTileRows * largest_rank, *dzg = ag + kTileRows * largest_rank, *work = dzg + kTileRows * largest_rank,
+        *block = work + kTileRows * largest_rank, *g_block = block + block_floats;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
+    float* partial = p.partials + chunk * layout.total;
+    float *dwd = partial, *pt = dwd + layout.adapter.outer, *sums = pt + layout.adapter.outer, *dbd = sums + s.width;
+    float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.outer, *sums_g = ptg + layout.gate.outer, *dbg = sums_g + s.width;
+    float *dw_x = partial + layout.w_x, *dw_h = partial + layout.w_h, *bias = partial + layout.bias;
+    std::fill(sums, dbd + s.rank, 0.f);
+    std::fill(sums_g, bias + 16, 0.f);
+    for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
+      const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
+      const bool add = row != chunk_begin;
+      const Rows dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
+      Rows h{}, x{};
+      if (need_h) h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
+      if (need_x) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
+      const A *z = static_cast<const A*>(p.z) + row * p.rank, *zg = large ? static_cast<const A*>(p.zg) + row * p.gate_rank : nullptr;
+      if (need_total && !p.total) backprop_rows<A>(z, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr);
+      if (large && !p.gate) backprop_rows<A>(zg, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr);
+
+      // dt := dH' without the row gates' share, dl := gradient of the gate's pre-activation (large, logits) or H' itself (row gates).
+      const int64_t ld = s.width;
+      for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+        const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
+        float* total = row_gate ? dl_tile + c : block;
+        const int64_t total_ld = row_gate ? ld : kBlockColumns;
+        if (need_total) load_total<A>(p, s, row, m, height, h, a, c, n, total, total_ld);
+        if (large && !p.gate) matmul(height, p.gate_rank, p.width, ag, s.gate_rank, p.packed + GatedPacks::size(s.width, s.rank, s.gate_rank) + s.width * s.rank, g_block, kBlockColumns, c, c + n);
+        if (row_gate) continue;
+        for (int64_t i = 0; i < m; ++i) {
+          const float *e = dy.data + i * dy.stride + c, *t = total + i * total_ld, *logits = x.data ? x.data + i * x.stride + c : nullptr;
+          float *g = g_block + i * kBlockColumns, *dt = dt_tile + i * ld + c, *dl = dl_tile + i * ld + c;
+          if (large && p.gate) widen(static_cast<const A*>(p.gate) + (row + i) * p.width + c, g, n, whole);
+          vectors(whole, [&](int64_t j) {
+            const Vec grad = Vec(p.scale) * Vec::loadu(e + j), gate_gradient = p.add || !need_total ? grad : grad * Vec::loadu(t + j);
+            Vec gate;
+            if (p.kind == kMiddleY) {
+              gate = Vec::loadu(v.w_h + c + j);
+              (Vec::loadu(dw_x + c + j) + gate_gradient).store(dw_x + c + j);
+            } else {
+              gate = p.kind == kLogits ? sigmoid(Vec::loadu(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+              (gate_gradient * gate * (Vec(1.f) - gate)).store(dl + j);
+            }
+            (p.add ? grad : grad * gate).store(dt + j);
+          });
+        }
+      }
+      double bias_gradient = 0;
+      if (row_gate)
+        for (int64_t i = 0; i < m; ++i) {
+          const float *e = dy.data + i * dy.stride, *t = dl_tile + i * ld, *in = x.data ? x.data + i * x.stride : nullptr;
+          float* dt = dt_tile + i * ld;
+          float gate, dl;
+          if (p.kind == kSmall) {
+            gate = p.sample_gates[(row + i) / (p.rows / p.samples)], dl = p.row_gradients[row + i];
+          } else {
+            gate = logistic(p.logits[row + i]);
+            double sum = 0;
+            for (int64_t j = 0; j < p.width; ++j) sum += p.add ? e[j] : e[j] * t[j];
+            dl = static_cast<float>(p.scale * sum) * gate * (1.f - gate);
+          }
+          bias_gradient += dl;
+          const Vec factor(p.add ? p.scale : p.scale * gate), d(dl);
+          vectors(round_up(p.width, 8), [&](int64_t j) {
+            (factor * Vec::loadu(e + j) + d * Vec::loadu(v.w_h + j)).store(dt + j);
+            if (!p.dgate_weight) return;
+            at::vec::fmadd(d, Vec::loadu(in + j), Vec::loadu(dw_x + j)).store(dw_x + j);
+            at::vec::fmadd(d, Vec::loadu(t + j), Vec::loadu(dw_h + j)).store(dw_h + j);
+          });
+          if (p.dx) {
+            vectors(round_up(p.width, 8), [&](int64_t j) { (d * Vec::loadu(v.w_x + j)).store(dl_tile + i * ld + j); });
+            narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
+          }
+        }
+      bias[0] += static_cast<float>(bias_gradient);
+      if (p.kind == kLogits && p.dx)
+        for (int64_t i = 0; i < m; ++i) narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
+      for (float* tile : {dt_tile, dl_tile}) std::fill(tile + m * ld, tile + height * ld, 0.f);
+
+      const Rows dt{dt_tile, ld}, dl{dl_tile, ld};
+      if (need_total_gradient) {
+        if (need_dz) matmul(height, p.width, p.rank, dt.data, ld, w.up, dz, s.rank, 0, p.rank);
+        backprop_rows<A>(z, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
+        if (p.dh)
+          for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+            const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
+            matmul(height, p.rank, p.width, dz, s.rank, w.down, block, kBlockColumns, c, c + n);
+            for (int64_t i = 0; i < m; ++i) {
+              float* u = block + i * kBlockColumns;
+              vectors(whole, [&](int64_t j) { at::vec::fmadd(Vec(p.input_scale), Vec::loadu(dt_tile + i * ld + c + j), Vec::loadu(u + j)).store(u + j); });
+              narrow(u, static_cast<A*>(p.dh) + (row + i) * p.width + c, n);
+            }
+          }
+        if (p.dw_up || p.db_up) to_panels(dt, m, height, p.width, panels, sums);
+        if (p.dw_up) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, pt, work);
+        if (p.dw_down) {
+          to_panels(h, m, height, p.width, panels, nullptr);
+          accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, dwd, work);
+        }
+      }
+      if (!large || !need_gate) continue;
+      if (need_dzg) matmul(height, p.width, p.gate_rank, dl.data, ld, w.gate_up, dzg, s.gate_rank, 0, p.gate_rank);
+      backprop_rows<A>(zg, need_dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
+      if (p.dx)
+        for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+          const int64_t n = std::min(kBlockColumns, p.width - c);
+          matmul(height, p.gate_rank, p.width, dzg, s.gate_rank, w.gate_down, block, kBlockColumns, c, c + n);
+          for (int64_t i = 0; i < m; ++i) narrow(block + i * kBlockColumns, static_cast<A*>(p.dx) + (row + i) * p.width + c, n);
+        }
+      if (p.dgate_up_weight || p.dgate_up_bias) to_panels(dl, m, height, p.width, panels, sums_g);
+      if (p.dgate_up_weight) accumulate_outer(ag, s.gate_rank, panels, height, p.gate_rank, p.width, add, ptg, work);
+      if (p.dgate_weight) {
+        to_panels(x, m, height, p.width, panels, nullptr);
+        accumulate_outer(dzg, s.gate_rank, panels, height, p.gate_rank, p.width, add, dwg, work);
+      }
+    }
+  }
+}
+
+template <class A, class P>
+void reduce(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedPartial layout = s.partial(p);
+  const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), stride = layout.total;
+  float* panel = scratch(std::max(s.rank, s.gate_rank) * kPanel + 2 * s.width + s.rank + s.gate_rank + kPanel);
+  float *scales = panel + std::max(s.rank, s.gate_rank) * kPanel, *work = scales + s.width, *sums = work + s.width + s.rank + s.gate_rank;
+  const float* gate = p.partials + layout.gate_at;
+  for (int64_t q = begin; q < end; ++q) {
+    const int64_t n = std::min(kPanel, p.width - q * kPanel);
+    std::fill(scales, scales + s.width, p.adapter_scale);
+    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, n, p.width, p.rank, scales, p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
+    if (p.kind != kLarge) continue;
+    std::fill(scales, scales + s.width, 1.f);
+    reduce_pair<P>(gate, layout.gate, stride, chunks, q, n, p.width, p.gate_rank, scales, p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
+  }
+  if (begin != 0) return;
+  reduce_vector<P>(p.partials + 2 * layout.adapter.outer + s.width, stride, chunks, p.rank, p.db_down, work);
+  if (p.kind == kLarge) reduce_vector<P>(gate + 2 * layout.gate.outer + s.width, stride, chunks, p.gate_rank, p.dgate_bias, work);
+  if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, stride, chunks, 1, p.dgate_bias, work);
+  if (p.kind == kLarge || !p.dgate_weight) return;
+  P* dw = static_cast<P*>(p.dgate_weight);
+  sum_chunks(p.partials + layout.w_x, stride, chunks, s.width, work);
+  if (p.kind != kMiddleY) sum_chunks(p.partials + layout.w_h, stride, chunks, s.width, scales);
+  if (p.kind == kMiddleX) vectors(s.width, [&](int64_t j) { (Vec::loadu(work + j) + Vec::loadu(scales + j)).store(work + j); });
+  narrow(work, dw, p.width);
+  if (p.kind == kSmall) narrow(scales, dw + p.width, p.width);
+}
+
+}  // namespace
+
+void gated_prepare(const GatedParams& p) { FASTADAPT_DISPATCH(p, prepare, p) }
+void gated_pack_forward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_forward, p, begin, end) }
+void gated_pack_backward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_backward, p, begin, end) }
+void gated_pack_recompute(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_recompute, p, begin, end) }
+void gated_forward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, forward, p, begin, end) }
+void gated_sample_gates(const GatedParams& p, int64_t begin, int64_t end) { sample_gates(p, begin, end); }
+void gated_apply(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, apply, p, begin, end) }
+void gated_row_gradients(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, row_gradients, p, begin, end) }
+void gated_sample_gradients(const GatedParams& p, int64_t begin, int64_t end) { sample_gradients(p, begin, end); }
+void gated_backward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, backward, p, begin, end) }
+void gated_reduce(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
+
+}  // namespace fastadapt::cpu

@@ -1,0 +1,27 @@
+// The CPU kernels, as functions of ranges: [begin, end) are panels for pack and reduce, row tiles for forward, chunks of rows for backward.
+#pragma once
+#include "../include/bottleneck.h"
+#include "../include/gated_bottleneck.h"
+
+namespace fastadapt::cpu {
+
+void bottleneck_prepare(const BottleneckParams& p);
+void bottleneck_pack_forward(const BottleneckParams& p, int64_t begin, int64_t end);
+void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t end);
+void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end);
+void bottleneck_backward(const BottleneckParams& p, int64_t begin, int64_t end);
+void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end);
+
+void gated_prepare(const GatedParams& p);
+void gated_pack_forward(const GatedParams& p, int64_t begin, int64_t end);
+void gated_pack_backward(const GatedParams& p, int64_t begin, int64_t end);
+void gated_pack_recompute(const GatedParams& p, int64_t begin, int64_t end);
+void gated_forward(const GatedParams& p, int64_t begin, int64_t end);
+void gated_sample_gates(const GatedParams& p, int64_t begin, int64_t end);   // small: samples
+void gated_apply(const GatedParams& p, int64_t begin, int64_t end);          // small: rows
+void gated_row_gradients(const GatedParams& p, int64_t begin, int64_t end);  // small: row tiles
+void gated_sample_gradients(const GatedParams& p, int64_t begin, int64_t end);
+void gated_backward(const GatedParams& p, int64_t begin, int64_t end);
+void gated_reduce(const GatedParams& p, int64_t begin, int64_t end);
+
+}  // namespace fastadapt::cpu

@@ -1,0 +1,218 @@
+// Raw CPU ops: allocates, fills the params structs, runs the kernels' ranges in parallel. The only CPU-side file that sees the torch library API.
+// Arguments were checked in Python; rows have unit stride, weights are contiguous.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+#include "include/plan.h"
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+using namespace fastadapt;
+using namespace fastadapt::plan;
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return kFloat;
+    case at::kBFloat16: return kBFloat16;
+    case at::kHalf: return kHalf;
+    default: TORCH_CHECK_TYPE(false, "fastadapt: the cpu kernels take float32, bfloat16 and float16, not ", t.scalar_type());
+  }
+}
+
+const void* data(const Tensor& t) { return t.const_data_ptr(); }
+const void* data(const optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// An output that is asked for, or the empty placeholder.
+Tensor output(bool need, at::IntArrayRef shape, const Tensor& like) { return at::empty(need ? shape : at::IntArrayRef{0}, like.options()); }
+void* pointer(bool need, Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
+
+template <class Range>
+void parallel(int64_t n, Range&& range) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { range(begin, end); });
+}
+
+Tensor floats(int64_t n) { return at::empty({n}, at::TensorOptions().dtype(at::kFloat)); }
+
+void carve(BottleneckParams& p, Tensor& storage) {
+  const int64_t width = padded(p.width), rank = padded(p.rank), outer = width * rank;
+  storage = floats(2 * outer + rank + 2 * width);
+  p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + outer, p.vectors = p.packed_up + outer;
+}
+
+BottleneckParams common(const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate, const optional<Tensor>& scale_tensor,
+                        double scale, int64_t activation, bool add_input) {
+  BottleneckParams p{};
+  p.activation_type = type_of(x), p.parameter_type = type_of(w_down);
+  p.rows = x.size(0), p.width = x.size(1), p.rank = w_down.size(0);
+  p.x = data(x), p.x_stride = x.stride(0);
+  p.w_down = data(w_down), p.w_up = data(w_up), p.b_up = data(b_up), p.gate = data(gate), p.scale_tensor = data(scale_tensor);
+  p.scale = static_cast<float>(scale), p.activation = static_cast<Activation>(activation), p.add_input = add_input;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> bottleneck(const Tensor& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate,
+                                      const optional<Tensor>& scale_tensor, const optional<Tensor>& residual, double scale, int64_t activation, bool add_input, bool save) {
+  BottleneckParams p = common(x, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input);
+  p.b_down = data(b_down), p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0;
+  Tensor y = output(true, {p.rows, p.width}, x), z = save ? at::empty({p.rows, p.rank}, x.options()) : output(false, {}, x), storage;
+  if (p.rows == 0) return {y, z};
+  p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
+  carve(p, storage);
+  cpu::bottleneck_prepare(p);
+  parallel((padded(p.rank) + padded(p.width)) / kPanel, [&](int64_t b, int64_t e) { cpu::bottleneck_pack_forward(p, b, e); });
+  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& w_down, const Tensor& w_up,
+                                                                                       const optional<Tensor>& b_up, const optional<Tensor>& gate, const optional<Tensor>& scale_tensor,
+                                                                                       double scale, int64_t activation, bool add_input, int64_t needs) {
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  BottleneckParams p = common(x, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input);
+  p.dy = data(dy), p.dy_stride = dy.stride(0), p.z = const_cast<void*>(data(z));
+  Tensor dx = output(need(0), {p.rows, p.width}, x), dwd = output(need(1), {p.rank, p.width}, w_down), dbd = output(need(2), {p.rank}, w_down), dwu = output(need(3), {p.width, p.rank}, w_down),
+         dbu = output(need(4), {p.width}, w_down), dg = output(need(5), {p.width}, w_down), ds = need(6) ? at::empty(scale_tensor->sizes(), w_down.options()) : output(false, {}, w_down);
+  if (p.rows == 0) {
+    for (Tensor* t : {&dwd, &dbd, &dwu, &dbu, &dg, &ds}) t->zero_();
+    return {dx, dwd, dbd, dwu, dbu, dg, ds};
+  }
+  p.dx = pointer(need(0), dx), p.dw_down = pointer(need(1), dwd), p.db_down = pointer(need(2), dbd), p.dw_up = pointer(need(3), dwu), p.db_up = pointer(need(4), dbu);
+  p.dgate = pointer(need(5), dg), p.need_scale = need(6);
+  Tensor storage;
+  carve(p, storage);
+  const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows));
+  Tensor partials = floats(chunks * PartialLayout(padded(p.width), p.rank, padded(p.rank)).total), dscale = floats(panels);
+  p.partials = partials.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
+  cpu::bottleneck_prepare(p);
+  parallel(padded(p.rank) / kPanel + panels, [&](int64_t b, int64_t e) { cpu::bottleneck_pack_backward(p, b, e); });
+  parallel(chunks, [&](int64_t b, int64_t e) { cpu::bottleneck_backward(p, b, e); });
+  if (needs > 1) parallel(panels, [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(p, b, e); });
+  if (need(6)) {
+    double total = 0;
+    for (int64_t i = 0; i < panels; ++i) total += p.dscale_panels[i];
+    ds.fill_(total);
+  }
+  return {dx, dwd, dbd, dwu, dbu, dg, ds};
+}
+
+struct GatedWorkspace {
+  Tensor floats_;
+  // Carves packs (twice for backward: its own operands, and those that recompute), vectors and per-row numbers from one allocation.
+  GatedWorkspace(GatedParams& p, bool backward) {
+    const int64_t width = padded(p.width), rank = padded(p.rank), gate_rank = padded(p.gate_rank), packs = GatedPacks::size(width, rank, gate_rank), vectors = GatedVectors::size(width, rank, gate_rank);
+    floats_ = floats((backward ? 2 : 1) * packs + vectors + p.samples + 2 * p.rows);
+    p.packed = floats_.mutable_data_ptr<float>(), p.vectors = p.packed + (backward ? 2 : 1) * packs;
+    p.sample_gates = p.vectors + vectors, p.row_gradients = p.sample_gates + p.samples;
+    if (!p.logits) p.logits = p.row_gradients + p.rows;
+  }
+};
+
+GatedParams gated_common(const Tensor& h, const optional<Tensor>& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up,
+                         const optional<Tensor>& g, const optional<Tensor>& g_bias, const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale,
+                         double scale, int64_t activation, int64_t kind, bool add, int64_t samples) {
+  GatedParams p{};
+  p.activation_type = type_of(h), p.parameter_type = type_of(w_down);
+  p.kind = static_cast<Granularity>(kind);
+  p.rows = h.size(0), p.width = h.size(1), p.rank = w_down.size(0), p.gate_rank = p.kind == kLarge ? g->size(0) : 0, p.samples = samples;
+  p.h = data(h), p.h_stride = h.stride(0), p.x = data(x), p.x_stride = x ? x->stride(0) : 0;
+  p.w_down = data(w_down), p.b_down = data(b_down), p.w_up = data(w_up), p.b_up = data(b_up);
+  p.gate_weight = data(g), p.gate_bias = data(g_bias), p.gate_up_weight = data(g_up), p.gate_up_bias = data(g_up_bias);
+  p.input_scale = static_cast<float>(input_scale), p.adapter_scale = static_cast<float>(adapter_scale), p.scale = static_cast<float>(scale);
+  p.activation = static_cast<Activation>(activation), p.add = add;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_bottleneck(const Tensor& h, const optional<Tensor>& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up,
+                                                                            const optional<Tensor>& b_up, const optional<Tensor>& g, const optional<Tensor>& g_bias,
+                                                                            const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale,
+                                                                            double scale, int64_t activation, int64_t kind, bool add, int64_t samples, int64_t save_gate, bool save) {
+  GatedParams p = gated_common(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples);
+  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge, keep = save && save_gate == 1;
+  const std::array<int64_t, 2> wide{p.rows, p.width};
+  Tensor y = output(true, wide, h), z = output(save, {}, h), zg = output(false, {}, h), total = output(keep, wide, h), gate = output(keep && large, wide, h);
+  Tensor logits = floats(save && row_gate ? p.rows : 0);
+  if (save) z = at::empty({p.rows, p.rank}, h.options());
+  if (save && large) zg = at::empty({p.rows, p.gate_rank}, h.options());
+  if (p.rows == 0) return {y, z, zg, logits, total, gate};
+  p.y = y.mutable_data_ptr(), p.z = pointer(save, z), p.zg = pointer(save && large, zg), p.total = pointer(keep, total), p.gate = pointer(keep && large, gate);
+  if (logits.numel()) p.logits = logits.mutable_data_ptr<float>();
+  GatedWorkspace workspace(p, false);
+  const int64_t panels = padded(p.width) / kPanel;
+  cpu::gated_prepare(p);
+  parallel(panels * (large ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_forward(p, b, e); });
+  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::gated_forward(p, b, e); });
+  if (p.kind == kSmall) {
+    cpu::gated_sample_gates(p, 0, p.samples);
+    parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_apply(p, b, e); });
+  }
+  return {y, z, zg, logits, total, gate};
+}
+
+using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const optional<Tensor>& x, const Tensor& z, const Tensor& zg, const Tensor& logits, const Tensor& total, const Tensor& gate,
+                                     const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& g,
+                                     const optional<Tensor>& g_bias, const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale, double scale,
+                                     int64_t activation, int64_t kind, bool add, int64_t samples, int64_t needs) {
+  GatedParams p = gated_common(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples);
+  const auto given = [&](int i, const optional<Tensor>& like) { return (needs >> i & 1) && like ? at::empty(like->sizes(), like->options()) : at::empty({0}, h.options()); };
+  std::array<Tensor, 10> grads{given(0, at::empty({0}, h.options())), given(1, at::empty({0}, h.options())), given(2, w_down), given(3, b_down), given(4, w_up),
+                               given(5, b_up), given(6, g), given(7, g_bias), given(8, g_up), given(9, g_up_bias)};
+  for (int i = 0; i < 2; ++i)
+    if (needs >> i & 1) grads[i] = at::empty({p.rows, p.width}, h.options());
+  auto& [dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub] = grads;
+  if (p.rows == 0) {
+    for (Tensor& t : grads) t.zero_();
+    return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};
+  }
+  void** pointers[] = {&p.dh, &p.dx, &p.dw_down, &p.db_down, &p.dw_up, &p.db_up, &p.dgate_weight, &p.dgate_bias, &p.dgate_up_weight, &p.dgate_up_bias};
+  for (int i = 0; i < 10; ++i) *pointers[i] = pointer(needs >> i & 1, grads[i]);
+  p.dy = data(dy), p.dy_stride = dy.stride(0);
+  const auto saved = [](const Tensor& t) { return t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr; };
+  p.z = saved(z), p.zg = saved(zg), p.total = saved(total), p.gate = saved(gate), p.logits = static_cast<float*>(saved(logits));
+  GatedWorkspace workspace(p, true);
+  const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows)), tiles = ceil_div(p.rows, kTileRows);
+  Tensor partials = floats(chunks * GatedPartial(padded(p.width), p.rank, padded(p.rank), p.gate_rank, padded(p.gate_rank)).total);
+  p.partials = partials.mutable_data_ptr<float>();
+  cpu::gated_prepare(p);
+  parallel(panels * (p.kind == kLarge ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_backward(p, b, e); });
+  parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_pack_recompute(p, b, e); });
+  if (p.kind == kSmall) {
+    cpu::gated_sample_gates(p, 0, p.samples);
+    parallel(tiles, [&](int64_t b, int64_t e) { cpu::gated_row_gradients(p, b, e); });
+    cpu::gated_sample_gradients(p, 0, p.samples);
+  }
+  parallel(chunks, [&](int64_t b, int64_t e) { cpu::gated_backward(p, b, e); });
+  if (needs > 3) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_reduce(p, b, e); });
+  return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
+  m.def(
+      "bottleneck(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? gate, Tensor? scale_tensor, Tensor? residual, float scale, int activation, bool add_input,"
+      " bool save) -> (Tensor, Tensor)");
+  m.def(
+      "bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor w_down, Tensor w_up, Tensor? b_up, Tensor? gate, Tensor? scale_tensor, float scale, int activation, bool add_input,"
+      " int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#define FASTADAPT_GATED                                                                                                                                        \
+  "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_up_weight, Tensor? gate_up_bias,"            \
+  " float input_scale, float adapter_scale, float scale, int activation, int kind, bool add, int samples, "
+  m.def("gated_bottleneck(Tensor h, Tensor? x, " FASTADAPT_GATED "int save_gate, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gated_bottleneck_backward(Tensor dy, Tensor h, Tensor? x, Tensor z, Tensor zg, Tensor logits, Tensor total, Tensor gate, " FASTADAPT_GATED
+        "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(fastadapt_cpu, CPU, m) {
+  m.impl("gated_bottleneck", &gated_bottleneck);
+  m.impl("gated_bottleneck_backward", &gated_bottleneck_backward);
+  m.impl("bottleneck", &bottleneck);
+  m.impl("bottleneck_backward", &bottleneck_backward);
+}

@@ -1,0 +1,55 @@
+"""Loads the compiled CPU kernels: one library per vector level, of which this process loads the one that torch itself chose."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from fastadapt.backend import Call
+
+_FOLDER = Path(__file__).parents[1]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_REBUILD = "to build it: pip install --no-build-isolation --force-reinstall --no-deps fastadapt (or `make build` in a checkout)"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the CPU kernels cannot be used in this process, or None once they are loaded."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the cpu kernels are for x86-64, this is {platform.machine()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    level = "avx512" if capability.startswith("AVX512") else capability.lower()
+    if level not in ("avx2", "avx512"):
+        return f"the cpu kernels need AVX2, torch runs at CPU capability {capability}"
+    record, library = _FOLDER / "_cpu_build.json", _FOLDER / f"_cpu_{level}.so"
+    if not record.exists() or not library.exists():
+        return f"the cpu kernels are not built; {_REBUILD}"
+    built_with, running = json.loads(record.read_text())["torch"], ".".join(torch.__version__.split(".")[:2])
+    if built_with != running:
+        return f"the cpu kernels were built with torch {built_with}, this is torch {running}; {_REBUILD}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the cpu kernels could not be loaded: {error}"
+    return None
+
+
+def reasons(call: Call) -> list[str]:
+    """Why the CPU kernels cannot run a call."""
+    out = []
+    if call.device != "cpu":
+        out.append(f"the cpu kernels run on cpu tensors, not on {call.device}")
+    if call.dtype not in _DTYPES:
+        out.append(f"the cpu kernels take float32, bfloat16 and float16, not {call.dtype}")
+    if not out and (why := unavailable()):
+        out.append(why)
+    return out
+
+
+def mask(needs: list[bool]) -> int:
+    """The gradients asked for, as the bit set that the raw ops take."""
+    return sum(1 << i for i, need in enumerate(needs) if need)
