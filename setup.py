@@ -3,7 +3,7 @@
 The CPU kernels become one library per vector level (no linker can then merge code of different levels), loaded with torch.ops.load_library: no Python ABI, but the ABI of the torch
 they were built with, recorded beside them. Build without isolation, so that they see the installed torch. Without torch, a compiler or x86-64 a pure-Python package is built.
 
-Environment: FASTADAPT_BUILD_CPU=0 skips the CPU kernels; CXX names the compiler; MAX_JOBS limits parallel compilation.
+Environment: FASTADAPT_CPU_LEVELS names the vector levels to build ("avx2,avx512"; empty: none); CXX names the compiler; MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 LEVELS = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c"}
+WANTED = [level for level in os.environ.get("FASTADAPT_CPU_LEVELS", ",".join(LEVELS)).split(",") if level]
 KERNELS = ("bottleneck", "gated_bottleneck")
 SOURCES = ["csrc/cpu_ops.cpp", *(f"csrc/cpu/{op}.cpp" for op in KERNELS)]
 
 
 def why_not() -> str | None:
     """Why the CPU kernels cannot be built here, or None."""
-    if os.environ.get("FASTADAPT_BUILD_CPU", "1") == "0":
-        return "FASTADAPT_BUILD_CPU=0"
+    if not WANTED:
+        return "FASTADAPT_CPU_LEVELS is empty"
+    if unknown := set(WANTED) - set(LEVELS):
+        raise ValueError(f"FASTADAPT_CPU_LEVELS: unknown level {', '.join(sorted(unknown))}; must be among {', '.join(LEVELS)}")
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return f"they are for x86-64 Linux, this is {platform.machine()} {sys.platform}"
     if not shutil.which(os.environ.get("CXX", "g++")):
@@ -46,12 +50,6 @@ class BuildExt(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
-
-    def run(self) -> None:
-        if reason := why_not():
-            print(f"fastadapt: the CPU kernels are not built ({reason}); everything runs on the 'reference' backend", file=sys.stderr)
-            self.extensions = []
-        super().run()
 
     def build_extensions(self) -> None:
         import torch
@@ -97,6 +95,15 @@ def ninja() -> list[str]:
     return [str(beside)] if beside.exists() else [shutil.which("ninja") or "ninja"]
 
 
+class BuildPy(build_py):
+    """Says once, while building, what is not built."""
+
+    def run(self) -> None:
+        if REASON:
+            print(f"fastadapt: the CPU kernels are not built ({REASON}); everything runs on the 'reference' backend", file=sys.stderr)
+        super().run()
+
+
 class Wheel(bdist_wheel):
     """The libraries hold no Python ABI: one wheel for every Python 3."""
 
@@ -105,4 +112,6 @@ class Wheel(bdist_wheel):
         return (python, abi, plat) if self.root_is_pure else ("py3", "none", plat)
 
 
-setup(ext_modules=[Extension(f"fastadapt._cpu_{level}", SOURCES) for level in LEVELS], cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel})
+REASON = why_not()
+EXTENSIONS = [] if REASON else [Extension(f"fastadapt._cpu_{level}", SOURCES) for level in WANTED]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel})
