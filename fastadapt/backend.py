@@ -47,6 +47,7 @@ class Call(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
     def option(self, name: str, default: Any = None) -> Any:
+        """The value of an option of the op, such as the granularity of a gate."""
         return dict(self.options).get(name, default)
 
 
@@ -125,6 +126,7 @@ def demand() -> int:
 
 
 def register(op: str, plan: Plan) -> None:
+    """Tells this module how the backends of an op are chosen and found."""
     _plans[op] = plan
 
 
@@ -172,11 +174,14 @@ def choose(call: Call, demanded: int = AUTO) -> str:
     return explanation.chosen
 
 
+@functools.cache
 def kernels(op: str, backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and backward launchers of a backend of an op."""
     return _plans[op].kernels(backend)
 
 
 def count(op: str, direction: str, backend: str) -> None:
+    """Notes that a kernel runs; `ran` reads the counts."""
     with _lock:
         _ran[op, direction, backend] += 1
 

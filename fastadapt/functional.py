@@ -77,12 +77,13 @@ def bottleneck(
     other = residual if isinstance(residual, Tensor) else None
     if other is None and residual is not None and residual != "input":
         raise TypeError(f"residual: must be a tensor, 'input' or None, not {residual!r}")
-    x, other = _activations(x=x, residual=other)
-    width = x.shape[-1]
     scale_number, scale_tensor = _scale("scale", scale)
-    vectors = {"norm_before weight": norm_before and norm_before[0], "norm_before bias": norm_before and norm_before[1], "norm_after weight": norm_after and norm_after[0], "norm_after bias": norm_after and norm_after[1]}
-    rank = _projections(x, w_down, w_up, b_down, b_up, heads)
-    _parameters(x, w_down.dtype, gate=(gate, (width,)), scale=(scale_tensor, None), **{k: (v, (width,)) for k, v in vectors.items()})
+    if not _evident(x, (other,), (w_down, w_up, b_down, b_up, gate, scale_tensor), heads) or norm_before is not None or norm_after is not None:
+        x, other = _activations(x=x, residual=other)
+        width = x.shape[-1]
+        vectors = {**_norm_vectors("norm_before", norm_before), **_norm_vectors("norm_after", norm_after)}
+        _projections(x, w_down, w_up, b_down, b_up, heads)
+        _parameters(x, w_down.dtype, gate=(gate, (width,)), scale=(scale_tensor, None), **{k: (v, (width,)) for k, v in vectors.items()})
     if heads > 1:
         w_up = _block_diagonal(w_up, heads)
     add_input = residual is not None and other is None
@@ -95,7 +96,6 @@ def bottleneck(
     if norm_after is not None:
         y = _layer_norm(y, norm_after)
         y = y + x if add_input else y if other is None else y + other
-    del rank
     return y
 
 
@@ -163,27 +163,13 @@ def gated_bottleneck(
         raise ValueError(f"combine: must be 'multiply' or 'add', not {combine!r}")
     if x is None and granularity != "middleY":
         raise ValueError(f"x: granularity {granularity!r} needs the residual stream, got None")
-    h, other = _activations(h=h, x=x if granularity != "middleY" else None)
-    width = h.shape[-1]
-    _projections(h, w_down, w_up, b_down, b_up, heads)
+    other = x if granularity != "middleY" else None
     scales = [_scale(n, v)[0] for n, v in (("input_scale", input_scale), ("adapter_scale", adapter_scale), ("scale", scale)) if not _is_tensor(n, v)]
-    gate_rank = gate_weight.shape[0] if granularity == "large" and isinstance(gate_weight, Tensor) and gate_weight.dim() == 2 else None
-    expected: dict[str, tuple[int, ...] | None] = {
-        "large": {"gate_weight": (gate_rank or 0, width), "gate_bias": (gate_rank or 0,), "gate_up_weight": (width, gate_rank or 0), "gate_up_bias": (width,)},
-        "large_full": {"gate_weight": (width, width), "gate_bias": (width,)},
-        "middleX": {"gate_weight": (width,), "gate_bias": (1,)},
-        "middleY": {"gate_weight": (width,)},
-        "small": {"gate_weight": (2 * width,), "gate_bias": (1,)},
-    }[granularity]
-    given = {"gate_weight": gate_weight, "gate_bias": gate_bias, "gate_up_weight": gate_up_weight, "gate_up_bias": gate_up_bias}
-    for name, value in given.items():
-        if value is not None and name not in expected:
-            raise ValueError(f"{name}: granularity {granularity!r} has no such parameter")
-        if value is None and name in expected and "weight" in name:
-            raise ValueError(f"{name}: granularity {granularity!r} needs it, got None")
-    if granularity == "large" and not gate_rank:
-        raise ValueError(f"gate_weight: must be (Rg, {width}) with Rg >= 1, got {tuple(gate_weight.shape)}")  # type: ignore[union-attr]
-    _parameters(h, w_down.dtype, **{name: (given[name], shape) for name, shape in expected.items()})
+    gates = (gate_weight, gate_bias, gate_up_weight, gate_up_bias)
+    if not (_evident(h, (other,), (w_down, w_up, b_down, b_up), heads) and _evident_gate(h, w_down.dtype, granularity, gates)):
+        h, other = _activations(h=h, x=other)
+        _projections(h, w_down, w_up, b_down, b_up, heads)
+        _gate_parameters(h, w_down.dtype, granularity, gates)
     samples = 1
     if granularity == "small":
         if h.dim() != 3 or h.shape[1] == 0:
@@ -204,12 +190,80 @@ def gated_bottleneck(
 
 def _call(function, composed, x: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
     """Runs ``function`` on rows; under a functorch transform, where a custom op has no rules, the differentiable reference instead."""
-    width, shape = x.shape[-1], x.shape
-    args = tuple(a.reshape(-1, width) if isinstance(a, Tensor) and a.shape == shape and len(shape) != 2 else a for a in args)
-    flat = x if len(shape) == 2 else x.reshape(-1, width)
-    if torch._C._are_functorch_transforms_active():
-        return composed(flat, *args)[0].reshape(shape)
-    return function(flat, *args, demand=backend.demand()).reshape(shape)
+    shape = x.shape
+    if len(shape) != 2:
+        width = shape[-1]
+        args = tuple(a.reshape(-1, width) if isinstance(a, Tensor) and a.dim() == len(shape) else a for a in args)  # only activations have that many dimensions
+        x = x.reshape(-1, width)
+    y = composed(x, *args)[0] if torch._C._are_functorch_transforms_active() else function(x, *args, demand=backend.demand())
+    return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _evident(x: Tensor, others: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...], heads: int) -> bool:
+    """Whether a call is right at a glance. Anything else goes through the full checks, which say what is wrong: they cost more than the op at small shapes (measured: 100 us)."""
+    try:
+        dtype, device, shape = x.dtype, x.device, x.shape
+        if _autocasts(device.type):
+            return False
+        w_down, w_up, b_down, b_up, *vectors = parameters
+        p_dtype, (rank, width) = w_down.dtype, w_down.shape  # type: ignore[union-attr]
+        return (
+            dtype in _FLOATS
+            and (p_dtype == dtype or p_dtype == torch.float32)
+            and len(shape) > 1
+            and shape[-1] == width
+            and rank > 0 < width
+            and heads == 1
+            and w_up.shape == (width, rank)  # type: ignore[union-attr]
+            and (b_down is None or b_down.shape == (rank,))
+            and (b_up is None or b_up.shape == (width,))
+            and (not vectors or ((vectors[0] is None or vectors[0].shape == (width,)) and (vectors[1] is None or vectors[1].numel() == 1)))
+            and all(p is None or (p.dtype == p_dtype and p.device == device) for p in parameters)
+            and all(t is None or (t.shape == shape and t.dtype == dtype and t.device == device) for t in others)
+        )
+    except (AttributeError, ValueError):
+        return False
+
+
+def _evident_gate(h: Tensor, dtype: torch.dtype, granularity: str, gates: tuple[Tensor | None, ...]) -> bool:
+    try:
+        weight, bias, up, up_bias = gates
+        width, device = h.shape[-1], h.device
+        if granularity == "large":
+            rank = weight.shape[0]  # type: ignore[union-attr]
+            right = weight.shape == (rank, width) and rank > 0 and up.shape == (width, rank) and (bias is None or bias.shape == (rank,)) and (up_bias is None or up_bias.shape == (width,))  # type: ignore[union-attr]
+        else:
+            right = granularity in ("middleX", "middleY") and weight.shape == (width,) and up is None and up_bias is None  # type: ignore[union-attr]
+            right = right and (bias is None or (granularity == "middleX" and bias.shape == (1,)))
+        return right and all(p is None or (p.dtype == dtype and p.device == device) for p in gates)
+    except (AttributeError, IndexError):
+        return False
+
+
+def _gate_parameters(h: Tensor, dtype: torch.dtype, granularity: str, gates: tuple[Tensor | None, ...]) -> None:
+    """Checks that the gate parameters are those that the granularity has."""
+    width, gate_weight = h.shape[-1], gates[0]
+    gate_rank = gate_weight.shape[0] if granularity == "large" and isinstance(gate_weight, Tensor) and gate_weight.dim() == 2 else None
+    expected: dict[str, tuple[int, ...] | None] = {
+        "large": {"gate_weight": (gate_rank or 0, width), "gate_bias": (gate_rank or 0,), "gate_up_weight": (width, gate_rank or 0), "gate_up_bias": (width,)},
+        "large_full": {"gate_weight": (width, width), "gate_bias": (width,)},
+        "middleX": {"gate_weight": (width,), "gate_bias": (1,)},
+        "middleY": {"gate_weight": (width,)},
+        "small": {"gate_weight": (2 * width,), "gate_bias": (1,)},
+    }[granularity]
+    given = dict(zip(("gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias"), gates))
+    for name, value in given.items():
+        if value is not None and name not in expected:
+            raise ValueError(f"{name}: granularity {granularity!r} has no such parameter")
+        if value is None and name in expected and "weight" in name:
+            raise ValueError(f"{name}: granularity {granularity!r} needs it, got None")
+    if granularity == "large" and not gate_rank:
+        raise ValueError(f"gate_weight: must be (Rg, {width}) with Rg >= 1, got {tuple(gate_weight.shape)}")  # type: ignore[union-attr]
+    _parameters(h, dtype, **{name: (given[name], shape) for name, shape in expected.items()})
 
 
 def _activations(**tensors: Tensor | None) -> list[Tensor]:
@@ -224,7 +278,7 @@ def _activations(**tensors: Tensor | None) -> list[Tensor]:
             raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
         if t.dtype not in _FLOATS:
             raise TypeError(f"{name}: dtype {t.dtype} is not supported; must be float32, bfloat16, float16 or float64")
-        if t.device.type != "meta" and t.dtype != torch.float64 and torch.is_autocast_enabled(t.device.type):
+        if t.dtype != torch.float64 and _autocasts(t.device.type):
             t = t.to(torch.get_autocast_dtype(t.device.type))
         if name == first_name:
             first = t
@@ -257,24 +311,24 @@ def _parameters(x: Tensor, dtype: torch.dtype, **expected: tuple[Tensor | None, 
         raise TypeError(f"w_down: parameters of dtype {dtype} over activations of dtype {x.dtype}; parameters must have the activations' dtype or float32")
 
 
-def _projections(x: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None, heads: int) -> int:
-    """Checks the weights of a bottleneck over x and returns its rank."""
+def _projections(x: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None, heads: int) -> None:
+    """Checks the weights of a bottleneck over x."""
     width = x.shape[-1]
-    if not isinstance(w_down, Tensor):
-        raise TypeError(f"w_down: must be a tensor, not {type(w_down).__name__}")
+    for name, w in (("w_down", w_down), ("w_up", w_up)):
+        if not isinstance(w, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {type(w).__name__}")
     if w_down.dim() != 2 or w_down.shape[1] != width or w_down.shape[0] == 0:
         raise ValueError(f"w_down: shape {tuple(w_down.shape)} must be (R, {width}) with R >= 1")
     rank = w_down.shape[0]
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or rank % heads or width % heads:
         raise ValueError(f"heads: must be a positive number that divides the rank {rank} and the width {width}, not {heads!r}")
     _parameters(x, w_down.dtype, w_down=(w_down, (rank, width)), w_up=(w_up, (width, rank // heads)), b_down=(b_down, (rank,)), b_up=(b_up, (width,)))
-    return rank
 
 
 def _scale(name: str, value: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
         return 1.0, value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}: must be a finite number or a tensor of one element, not {value!r}")
     return float(value), None
 
@@ -283,6 +337,14 @@ def _is_tensor(name: str, value: object) -> bool:
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a Python number, not a tensor")
     return False
+
+
+def _norm_vectors(name: str, norm: LayerNorm | None) -> dict[str, Tensor]:
+    if norm is None:
+        return {}
+    if not isinstance(norm, tuple) or len(norm) != 3 or not all(isinstance(v, Tensor) for v in norm[:2]):
+        raise TypeError(f"{name}: must be (weight, bias, eps) with two tensors and a number, not {norm!r}")
+    return {f"{name} weight": norm[0], f"{name} bias": norm[1]}
 
 
 def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:

@@ -37,19 +37,18 @@ def backward(dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_u
     a = activations.apply(z, activation)
     g = 1.0 if gate is None else gate.to(x.dtype)
     s = scale if scale_tensor is None else scale * scale_tensor.to(x.dtype)
-    empty = none(dy)
-    dx = dwd = dbd = dwu = dbu = dg = ds = empty
+    dx = dwd = dbd = dwu = dbu = dg = ds = None
     if need_x or need_wd or need_bd:
         dz = F.linear(dy * (g * s), wu.t()) * activations.derivative(z, activation)
         if need_x:
             dx = F.linear(dz, wd.t()) + dy if add_input else F.linear(dz, wd.t())
-        dwd, dbd = (dz.t() @ x).to(p_dtype) if need_wd else empty, dz.sum(0).to(p_dtype) if need_bd else empty
+        dwd, dbd = (dz.t() @ x).to(p_dtype) if need_wd else None, dz.sum(0).to(p_dtype) if need_bd else None
     if need_wu or need_bu or need_gate or need_scale:
         p, sums = dy.t() @ a, dy.sum(0)
         if need_gate or need_scale:
             bracket = (wu * p).sum(1) + (0.0 if b_up is None else b_up.to(x.dtype) * sums)
-            dg = (s * bracket).to(p_dtype) if need_gate else empty
-            ds = (scale * (g * bracket).sum()).to(p_dtype).reshape(scale_tensor.shape) if need_scale else empty
+            dg = (s * bracket).to(p_dtype) if need_gate else None
+            ds = (scale * (g * bracket).sum()).to(p_dtype).reshape(scale_tensor.shape) if need_scale else None
         gs = (g * s) * p.new_ones(p.shape[0])
-        dwu, dbu = (gs[:, None] * p).to(p_dtype) if need_wu else empty, (gs * sums).to(p_dtype) if need_bu else empty
-    return dx, dwd, dbd, dwu, dbu, dg, ds
+        dwu, dbu = (gs[:, None] * p).to(p_dtype) if need_wu else None, (gs * sums).to(p_dtype) if need_bu else None
+    return tuple(none(dy) if t is None else t for t in (dx, dwd, dbd, dwu, dbu, dg, ds))

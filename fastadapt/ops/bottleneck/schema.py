@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastadapt import backend
 from fastadapt.ops import _library
-from fastadapt.ops._library import none, rows
+from fastadapt.ops._library import contiguous, none, rows
 from fastadapt.ops.bottleneck.plan import PLAN
 
 backend.register("bottleneck", PLAN)
@@ -24,7 +24,8 @@ def call_of(x: Tensor, w_down: Tensor) -> backend.Call:
 
 
 def _forward(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale, activation, add_input, save, backend):  # type: ignore[no-untyped-def]
-    args = (rows(x), w_down.contiguous(), b_down, w_up.contiguous(), b_up, gate, scale_tensor, None if residual is None else rows(residual), scale, activation, add_input, save)
+    parameters = map(contiguous, (w_down, b_down, w_up, b_up, gate, scale_tensor))
+    args = (rows(x), *parameters, None if residual is None else rows(residual), scale, activation, add_input, save)
     return _library.run("bottleneck", "forward", call_of(x, w_down), backend, args)
 
 
@@ -33,7 +34,7 @@ def _forward_fake(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, s
 
 
 def _backward(dy, x, z, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input, needs, backend):  # type: ignore[no-untyped-def]
-    args = (rows(dy), rows(x), z, w_down.contiguous(), w_up.contiguous(), b_up, gate, scale_tensor, scale, activation, add_input, needs)
+    args = (rows(dy), rows(x), z, *map(contiguous, (w_down, w_up, b_up, gate, scale_tensor)), scale, activation, add_input, needs)
     return _library.run("bottleneck", "backward", call_of(x, w_down), backend, args)
 
 
@@ -73,7 +74,7 @@ def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     x, z, w_down, w_up, b_up, gate, scale_tensor = ctx.saved_tensors
     need = ctx.needs_input_grad
     needs = [need[0], need[1], need[2], need[3], need[4], need[5], need[6]]
-    grads = torch.ops.fastadapt.bottleneck_backward(dy, x, z, w_down, w_up, b_up, gate, scale_tensor, *ctx.options, needs, ctx.backend) if any(needs) else (dy,) * 7
+    grads = _library.below_autograd(torch.ops.fastadapt.bottleneck_backward.default, dy, x, z, w_down, w_up, b_up, gate, scale_tensor, *ctx.options, needs, ctx.backend) if any(needs) else (dy,) * 7
     return *(g if n else None for g, n in zip(grads, needs, strict=True)), (dy if need[7] else None), None, None, None, None, None
 
 

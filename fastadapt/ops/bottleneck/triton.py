@@ -1,2 +1,94 @@
-def reasons(call):
-    return ["not built yet"]
+"""The bottleneck on CUDA devices of compute capability 8.0 and newer."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastadapt.ops import _triton
+from fastadapt.ops._library import none
+from fastadapt.ops._triton import (
+    activate_chunks,
+    add_bias,
+    cdiv,
+    chunks,
+    contiguous,
+    expand,
+    jit,
+    load_tile,
+    load_vector,
+    project,
+    reasons,
+    rounded,
+    store_chunks,
+    store_tile,
+    tile_rows,
+    tl,
+)
+
+__all__ = ["backward", "forward", "reasons"]
+
+
+@jit
+def forward_kernel(
+    X, WD, BD, WU, BU, G, S, RESIDUAL, Y, Z, scale, T, D, stride_x, stride_residual,
+    R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows: down-projection over all of D, activation, up-projection slab by slab.
+
+    Global memory a row in half precision: 4 D + 2 R bytes (x once, y, z), 2 D more for another residual; the second reading of x hits L2.
+    """
+    dtype: tl.constexpr = X.dtype.element_ty
+    rows, valid = tile_rows(T, BLOCK_T)
+    z = add_bias(project(X, stride_x, rows, valid, D, None, WD, D, 1, R, CHUNKS, BLOCK_D, EVEN, PRECISION), BD, R, CHUNKS, dtype)
+    if Z is not None:
+        store_chunks(Z, rows, valid, z, R, CHUNKS)
+    a = activate_chunks(z, ACTIVATION, CHUNKS)
+    if S is not None:
+        scale *= tl.load(S).to(dtype).to(tl.float32)
+    for start in tl.range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        y = expand(a, WU, columns, R, 1, D, R, CHUNKS, EVEN, PRECISION)
+        if BU is not None:
+            y += load_vector(BU, columns, D, dtype)[None, :]
+        y *= scale
+        if G is not None:
+            y *= load_vector(G, columns, D, dtype)[None, :]
+        if ADD_INPUT:
+            y += load_tile(X, stride_x, rows, valid, columns, D, EVEN).to(tl.float32)
+        if RESIDUAL is not None:
+            y += load_tile(RESIDUAL, stride_residual, rows, valid, columns, D, EVEN).to(tl.float32)
+        store_tile(Y, D, rows, valid, columns, D, y, EVEN)
+
+
+def forward(
+    x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None, residual: Tensor | None,
+    scale: float, activation: int, add_input: bool, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and z for backward, as ``reference.forward``: one launch, and one to round fp32 weights under half-precision activations."""
+    (t, d), r = x.shape, w_down.shape[0]
+    y = torch.empty((t, d), dtype=x.dtype, device=x.device)
+    z = torch.empty((t, r), dtype=x.dtype, device=x.device) if save else None
+    if t:
+        tile = _triton.tile("forward", r, d, x.dtype)
+        w_down, w_up = rounded(x.dtype, w_down, w_up)
+        b_down, b_up, gate = contiguous(b_down, b_up, gate)
+        args = (x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, y, z, scale, t, d, x.stride(0), 0 if residual is None else residual.stride(0))
+        constants = {"ACTIVATION": activation, "ADD_INPUT": add_input, "BLOCK_T": tile.block_t, "BLOCK_D": tile.block_d, "EVEN": d % tile.block_d == 0}
+        _triton.launch(forward_kernel, (cdiv(t, tile.block_t),), x, *args, tile=tile, R=r, CHUNKS=chunks(r), PRECISION=_triton.precision(x.dtype), **constants)
+    return y, none(x) if z is None else z
+
+
+def backward(
+    dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None,
+    scale: float, activation: int, add_input: bool, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients that ``needs`` asks for, as ``reference.backward``: a launch over row tiles, one over slabs of D and splits of the rows, one or two to add partials."""
+    rounded_down, rounded_up = rounded(x.dtype, w_down, w_up)
+    b_up, gate = contiguous(b_up, gate)
+    return _triton.bottleneck_backward(dy, x, z, rounded_down, rounded_up, b_up, gate, scale_tensor, scale, activation, 1.0 if add_input else None, needs, w_down.dtype)

@@ -12,6 +12,12 @@ from fastadapt.ops._library import none
 KINDS = ("large", "logits", "middleX", "middleY", "small")
 
 
+def _sample_means(t: Tensor, samples: int) -> Tensor:
+    """The mean over each sample's rows, for each of its rows."""
+    per_sample = t.view(samples, len(t) // max(samples, 1))
+    return per_sample.mean(1, keepdim=True).expand_as(per_sample).reshape(-1)
+
+
 def _gate(kind: str, x, total: Tensor, gates, activation: int, samples: int):  # type: ignore[no-untyped-def]
     """G, zg and the row logits."""
     w, b, w_up, b_up = gates
@@ -26,7 +32,7 @@ def _gate(kind: str, x, total: Tensor, gates, activation: int, samples: int):  #
     logits = F.linear(inputs, w[None], b)[:, 0]
     gate = torch.sigmoid(logits)
     if kind == "small":
-        gate = gate.view(samples, -1).mean(1, keepdim=True).expand(samples, len(gate) // max(samples, 1)).reshape(-1)
+        gate = _sample_means(gate, samples)
     return gate[:, None], none(total), logits
 
 
@@ -51,7 +57,7 @@ def forward(h, *args):  # type: ignore[no-untyped-def]
 
 def backward(dy: Tensor, h: Tensor, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs):  # type: ignore[no-untyped-def]
     """With E = s dy: dH' = E (.) G, dG = E (.) H' (or both E), then through the logits to x, H' and the gate's parameters, and through the bottleneck to h."""
-    name, p_dtype, empty = KINDS[kind], w_down.dtype, none(dy)
+    name, p_dtype = KINDS[kind], w_down.dtype
     wd, bd, wu, bu, *gates = (None if p is None else p.to(h.dtype) for p in (w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias))
     a = activations.apply(z, activation)
     if total.numel() == 0:
@@ -59,7 +65,7 @@ def backward(dy: Tensor, h: Tensor, x, z, zg, logits, total, gate, w_down, b_dow
     G = _gate(name, x, total, gates, activation, samples)[0]
     E = scale * dy
     d_total, d_gate = (E, E) if add else (E * G, E * total)
-    dx = dg = dgb = dgu = dgub = empty
+    dx = dg = dgb = dgu = dgub = None
     if name in ("large", "logits"):
         dl = d_gate * G * (1 - G)
         if name == "logits":
@@ -73,8 +79,7 @@ def backward(dy: Tensor, h: Tensor, x, z, zg, logits, total, gate, w_down, b_dow
         rows = d_gate.sum(1)
         s = torch.sigmoid(logits.to(h.dtype))
         if name == "small":
-            per_sample = rows.view(samples, -1)
-            rows = per_sample.mean(1, keepdim=True).expand_as(per_sample).reshape(-1)
+            rows = _sample_means(rows, samples)
         dl = (rows * s * (1 - s))[:, None]
         w_x, w_h = (gates[0], gates[0]) if name == "middleX" else gates[0].chunk(2)
         dx, d_total, dgb = dl * w_x, d_total + dl * w_h, dl.sum(0)
@@ -82,4 +87,4 @@ def backward(dy: Tensor, h: Tensor, x, z, zg, logits, total, gate, w_down, b_dow
     du = adapter_scale * d_total
     dz = (du @ wu) * activations.derivative(z, activation)
     grads = (input_scale * d_total + dz @ wd, dx, dz.t() @ h, dz.sum(0), du.t() @ a, du.sum(0), dg, dgb, dgu, dgub)
-    return tuple((t if i < 2 else t.to(p_dtype)) if need else empty for i, (t, need) in enumerate(zip(grads, needs, strict=True)))
+    return tuple((t if i < 2 else t.to(p_dtype)) if need else none(dy) for i, (t, need) in enumerate(zip(grads, needs, strict=True)))

@@ -1,0 +1,505 @@
+"""What the Triton kernels of all ops share: tile loads, projections, activations, the backward of a bottleneck, reductions in a fixed order, tile tables and launches.
+
+Conventions. X, Y, Z, ... are pointers and None stands for an absent tensor or an output that nobody asked for: the branch is then not compiled. Rows are 64-bit numbers from the
+program id on, so no row offset can overflow. A rank is cut into power-of-two chunks, ((start, size), ...), the last one padded with zeros: 96 is 64 + 32. A tensor that is
+rank wide is a tuple with one tile a chunk. Sums over rows are cut by shape alone, each piece has its own fp32 partial, partials are added in order: no atomics.
+"""
+
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.backend import Call
+from fastadapt.ops._library import none
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # `reasons` says so, and nothing below is called
+    triton = tl = None
+
+jit = triton.jit if triton else lambda kernel: kernel
+
+
+@jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """phi(z) in fp32, numbered as in `_library.ACTIVATIONS`."""
+    if ACTIVATION == 0:
+        return z
+    elif ACTIVATION == 1:
+        return tl.maximum(z, 0.0)
+    elif ACTIVATION == 2:
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == 3:  # 0.5 (1 + tanh u) = sigmoid(2u), 2u = sqrt(8 / pi) (z + 0.044715 z^3): one ex2.approx and one division, no tanh
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    else:
+        return z * tl.sigmoid(z)
+
+
+@jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """phi'(z) in fp32; relu'(0) = 0."""
+    if ACTIVATION == 0:
+        return z * 0.0 + 1.0
+    elif ACTIVATION == 1:
+        return tl.where(z > 0.0, 1.0, 0.0)
+    elif ACTIVATION == 2:
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == 3:
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    else:
+        s = tl.sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))
+
+
+@jit
+def tile_rows(T, BLOCK_T: tl.constexpr):
+    """The rows of this program's tile, and which of them exist."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    return rows, rows < T
+
+
+@jit
+def inside(i, end, EVEN: tl.constexpr):
+    """i < end, or all true where the tiles divide the width and the comparison would only cost registers."""
+    return tl.full(i.shape, True, tl.int1) if EVEN else i < end
+
+
+@jit
+def load_tile(X, stride, rows, valid, columns, D, EVEN: tl.constexpr):
+    """X[rows, columns], zero outside."""
+    mask = valid[:, None] if EVEN else valid[:, None] & (columns < D)[None, :]
+    return tl.load(X + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@jit
+def load_across(X, stride, rows, valid, columns, D, EVEN: tl.constexpr):
+    """X[rows, columns] transposed, zero outside. (tl.trans of `load_tile` costs 90 more registers on compute capability 8.0.)"""
+    mask = valid[None, :] if EVEN else valid[None, :] & (columns < D)[:, None]
+    return tl.load(X + rows[None, :] * stride + columns[:, None], mask=mask, other=0.0)
+
+
+@jit
+def store_tile(Y, stride, rows, valid, columns, D, y, EVEN: tl.constexpr):
+    mask = valid[:, None] if EVEN else valid[:, None] & (columns < D)[None, :]
+    tl.store(Y + rows[:, None] * stride + columns[None, :], y.to(Y.dtype.element_ty), mask=mask)
+
+
+@jit
+def load_vector(V, columns, D, dtype: tl.constexpr):
+    """A parameter vector, rounded to the activations' dtype, in fp32."""
+    return tl.load(V + columns, mask=columns < D, other=0.0).to(dtype).to(tl.float32)
+
+
+@jit
+def load_weight(W, i, stride_i, end_i, j, stride_j, end_j, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr):
+    """The tile of a weight with i down and j across, zero outside."""
+    at = W + i[:, None] * stride_i + j[None, :] * stride_j
+    if EVEN_I and EVEN_J:
+        return tl.load(at)
+    elif EVEN_J:
+        return tl.load(at, mask=(i < end_i)[:, None], other=0.0)
+    elif EVEN_I:
+        return tl.load(at, mask=(j < end_j)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=(i < end_i)[:, None] & (j < end_j)[None, :], other=0.0)
+
+
+@jit
+def project(X, stride, rows, valid, D, G, W, step_r, step_d, R: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):
+    """(X (.) G) W' for a weight (R, D) that lies in memory with steps step_r and step_d: one fp32 tile (rows, chunk) a rank chunk. G, a vector (D,), may be None."""
+    z = ()
+    for i in tl.static_range(len(CHUNKS)):
+        z = z + (tl.zeros((rows.shape[0], CHUNKS[i][1]), tl.float32),)
+    for start in tl.range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = load_tile(X, stride, rows, valid, columns, D, EVEN)
+        if G is not None:
+            x = (x.to(tl.float32) * load_vector(G, columns, D, x.dtype)[None, :]).to(x.dtype)
+        following = ()
+        for i in tl.static_range(len(CHUNKS)):
+            r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+            w = load_weight(W, columns, step_d, D, r, step_r, R, EVEN, CHUNKS[i][0] + CHUNKS[i][1] <= R)
+            following = following + (tl.dot(x, w, z[i], input_precision=PRECISION),)
+        z = following
+    return z
+
+
+@jit
+def expand(a, W, columns, step_d, step_r, D, R: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):
+    """a W' for a weight (D, R) that lies in memory with steps step_d and step_r: the fp32 tile (rows, columns)."""
+    u = tl.zeros((a[0].shape[0], columns.shape[0]), tl.float32)
+    for i in tl.static_range(len(CHUNKS)):
+        r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+        w = load_weight(W, r, step_r, R, columns, step_d, D, CHUNKS[i][0] + CHUNKS[i][1] <= R, EVEN)
+        u = tl.dot(a[i], w, u, input_precision=PRECISION)
+    return u
+
+
+@jit
+def add_bias(z, B, R: tl.constexpr, CHUNKS: tl.constexpr, dtype: tl.constexpr):
+    """z + B, rounded to the activations' dtype: the pre-activation as it is saved."""
+    out = ()
+    for i in tl.static_range(len(CHUNKS)):
+        r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+        out = out + ((z[i] if B is None else z[i] + load_vector(B, r, R, dtype)[None, :]).to(dtype),)
+    return out
+
+
+@jit
+def load_chunks(Z, rows, valid, R: tl.constexpr, CHUNKS: tl.constexpr):
+    z = ()
+    for i in tl.static_range(len(CHUNKS)):
+        r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+        z = z + (load_tile(Z, R, rows, valid, r, R, CHUNKS[i][0] + CHUNKS[i][1] <= R),)
+    return z
+
+
+@jit
+def store_chunks(Z, rows, valid, z, R: tl.constexpr, CHUNKS: tl.constexpr):
+    for i in tl.static_range(len(CHUNKS)):
+        r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+        store_tile(Z, R, rows, valid, r, R, z[i], CHUNKS[i][0] + CHUNKS[i][1] <= R)
+
+
+@jit
+def activate_chunks(z, ACTIVATION: tl.constexpr, CHUNKS: tl.constexpr):
+    """phi of the rounded pre-activations, rounded again: what the up-projection multiplies."""
+    a = ()
+    for i in tl.static_range(len(CHUNKS)):
+        a = a + (activate(z[i].to(tl.float32), ACTIVATION).to(z[i].dtype),)
+    return a
+
+
+@jit
+def rows_kernel(
+    DY, Z, WD, WU, G, S, DX, DZ, A, SUMS, scale, add, T, D, stride_dy,
+    R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dz = s ((dy (.) g) Wu) (.) phi'(z), its column sums per row tile, a = phi(z), and dx = dz Wd + add dy.
+
+    Global memory a row: reads 2 (D + R) bytes in half precision (dy once more from L2), writes 2 (D + 2 R): a is stored because each of the D / BLOCK_D programs of
+    `weights_kernel` would have to evaluate it again.
+    """
+    dtype: tl.constexpr = DY.dtype.element_ty
+    rows, valid = tile_rows(T, BLOCK_T)
+    if DZ is not None or SUMS is not None or DX is not None:
+        da = project(DY, stride_dy, rows, valid, D, G, WU, 1, R, R, CHUNKS, BLOCK_D, EVEN, PRECISION)
+    z = load_chunks(Z, rows, valid, R, CHUNKS)  # not before the loop, which needs the registers
+    if A is not None:
+        store_chunks(A, rows, valid, activate_chunks(z, ACTIVATION, CHUNKS), R, CHUNKS)
+    if DZ is not None or SUMS is not None or DX is not None:
+        if S is not None:
+            scale *= tl.load(S).to(dtype).to(tl.float32)
+        dz = ()
+        for i in tl.static_range(len(CHUNKS)):
+            exact = da[i] * scale * activation_slope(z[i].to(tl.float32), ACTIVATION)
+            dz = dz + (exact.to(dtype),)
+            if SUMS is not None:
+                r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+                tl.store(SUMS + tl.program_id(0).to(tl.int64) * R + r, tl.sum(exact, 0), mask=r < R)
+        if DZ is not None:
+            store_chunks(DZ, rows, valid, dz, R, CHUNKS)
+        if DX is not None:
+            for start in tl.range(0, D, BLOCK_D):
+                columns = start + tl.arange(0, BLOCK_D)
+                dx = expand(dz, WD, columns, 1, D, D, R, CHUNKS, EVEN, PRECISION)
+                if add is not None:
+                    dx += add * load_tile(DY, stride_dy, rows, valid, columns, D, EVEN).to(tl.float32)
+                store_tile(DX, D, rows, valid, columns, D, dx, EVEN)
+
+
+@jit
+def weights_kernel(
+    DY, A, X, DZ, P, Q, S, T, D, rows_per_split, stride_dy, stride_x,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partials over one split of the rows: P = dy' a and Q = x' dz, (D, R) each, and S = column sums of dy, (D,). Grid: slabs of D, splits, chunks of R.
+
+    S is a product with ones on the matrix unit: tl.sum would cost 30 more registers.
+    """
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    p = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+    q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+    s = tl.zeros((BLOCK_D, 16), tl.float32)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, T)
+    for start in tl.range(first, last, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        valid = rows < last
+        if P is not None or S is not None:
+            dy = load_across(DY, stride_dy, rows, valid, columns, D, EVEN)
+            if P is not None:
+                p = tl.dot(dy, load_tile(A, R, rows, valid, r, R, R % BLOCK_R == 0), p, input_precision=PRECISION)
+            if S is not None:
+                s = tl.dot(dy, tl.full((BLOCK_T, 16), 1.0, dy.dtype), s, input_precision=PRECISION)
+        if Q is not None:
+            x = load_across(X, stride_x, rows, valid, columns, D, EVEN)
+            q = tl.dot(x, load_tile(DZ, R, rows, valid, r, R, R % BLOCK_R == 0), q, input_precision=PRECISION)
+    exists = columns < D
+    if P is not None:
+        tl.store(P + split * D * R + columns[:, None] * R + r[None, :], p, mask=exists[:, None] & (r < R)[None, :])
+    if Q is not None:
+        tl.store(Q + split * D * R + columns[:, None] * R + r[None, :], q, mask=exists[:, None] & (r < R)[None, :])
+    if S is not None:
+        if tl.program_id(2) == 0:
+            tl.store(S + split * D + columns, tl.sum(s, 1) * 0.0625, mask=exists)
+
+
+@jit
+def reduce_kernel(
+    P, Q, S, WU, BU, G, SCALE, DWD, DWU, DBU, DG, DSCALE, scale, splits, D,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Adds the partials in the order of the splits. dWd = Q', dWu = s g (.) P, dbu = s g (.) S, dg = s b and, summed over D elsewhere, ds = g (.) b, with
+    b = rowsum(Wu (.) P) + bu (.) S: the gradients of gate and scale need no up-projection."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    exists = columns < D
+    full = scale
+    if SCALE is not None:
+        full = scale * tl.load(SCALE).to(DTYPE).to(tl.float32)
+    g = tl.full((BLOCK_D,), 1.0, tl.float32)
+    if G is not None:
+        g = load_vector(G, columns, D, DTYPE)
+    b = tl.zeros((BLOCK_D,), tl.float32)
+    if S is not None:
+        s = tl.zeros((BLOCK_D,), tl.float32)
+        part = S + columns
+        for _ in tl.range(0, splits):
+            s += tl.load(part, mask=exists, other=0.0)
+            part += D
+        if DBU is not None:
+            tl.store(DBU + columns, (full * g * s).to(DBU.dtype.element_ty), mask=exists)
+        if BU is not None:
+            b += load_vector(BU, columns, D, DTYPE) * s
+    for start in tl.static_range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        mask = exists[:, None] & (r < R)[None, :]
+        at = columns[:, None] * R + r[None, :]
+        if P is not None:
+            p = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+            part = P + at
+            for _ in tl.range(0, splits):
+                p += tl.load(part, mask=mask, other=0.0)
+                part += D * R
+            if DWU is not None:
+                tl.store(DWU + at, (full * g[:, None] * p).to(DWU.dtype.element_ty), mask=mask)
+            if DG is not None or DSCALE is not None:
+                b += tl.sum(tl.load(WU + at, mask=mask, other=0.0).to(tl.float32) * p, 1)
+        if Q is not None:
+            q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+            part = Q + at
+            for _ in tl.range(0, splits):
+                q += tl.load(part, mask=mask, other=0.0)
+                part += D * R
+            tl.store(DWD + r[None, :] * D + columns[:, None], q.to(DWD.dtype.element_ty), mask=mask)
+    if DG is not None:
+        tl.store(DG + columns, (full * b).to(DG.dtype.element_ty), mask=exists)
+    if DSCALE is not None:
+        tl.store(DSCALE + columns, scale * g * b, mask=exists)
+
+
+@jit
+def columns_kernel(PARTIALS, OUT, REST, parts, C, W, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Column sums of fp32 partials (parts, C), added in order: columns below W go to OUT, column W to REST. Either may be None."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in tl.range(0, parts, BLOCK_N):
+        part = start + tl.arange(0, BLOCK_N)
+        total += tl.load(PARTIALS + part.to(tl.int64)[:, None] * C + columns[None, :], mask=(part < parts)[:, None] & (columns < C)[None, :], other=0.0)
+    sums = tl.sum(total, 0)
+    if OUT is not None:
+        tl.store(OUT + columns, sums.to(OUT.dtype.element_ty), mask=columns < W)
+    if REST is not None:
+        tl.store(REST + columns - W, sums.to(REST.dtype.element_ty), mask=columns == W)
+
+
+interpreted = triton is not None and not isinstance(rows_kernel, triton.JITFunction)
+"""Whether TRITON_INTERPRET=1 was set when triton was imported: the kernels then run on the CPU, on CPU tensors, and nowhere else."""
+
+MAX_RANK = 512
+MAX_WIDTH = 2**31 // MAX_RANK
+
+
+class Tile(NamedTuple):
+    """Shape and launch options of a kernel's programs; ``block_r`` is the rank chunk of `weights_kernel`."""
+
+    block_t: int
+    block_d: int
+    warps: int
+    stages: int
+    block_r: int = 0
+
+
+# Chosen by the compiler's register and shared-memory counts on compute capabilities 8.0 to 12.0, since no kernel may spill: tests/triton/compiled holds each entry to that.
+# The first entry whose bound is not below the padded rank is taken; wider ranks leave registers for fewer rows. A width that 64 does not divide needs masks and narrow loads, and
+# with them the registers of twice the rank. fp32 products run on FMA units unless tf32 is allowed.
+_ROW_TILES = {
+    "half": ((64, Tile(64, 64, 4, 3)), (192, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (512, Tile(32, 32, 8, 2)), (1024, Tile(16, 32, 8, 2))),
+    "fp32": ((192, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
+}
+_GATE_TILES = {
+    "half": ((64, Tile(64, 64, 4, 3)), (96, Tile(64, 64, 8, 3)), (192, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 2)), (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
+    "fp32": ((192, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2)), (512, Tile(16, 16, 8, 2))),
+}
+_WEIGHT_TILES = {
+    "half": ((16, Tile(64, 64, 4, 3, 16)), (32, Tile(64, 64, 4, 3, 32)), (64, Tile(64, 64, 4, 3, 64)), (96, Tile(64, 128, 8, 3, 32)), (1024, Tile(64, 64, 4, 3, 64))),
+    "fp32": ((16, Tile(32, 32, 8, 2, 16)), (1024, Tile(32, 32, 8, 2, 32))),
+}
+MAX_RANK_GATED_FP32 = 256
+"""Above it the gated kernels with fp32 products spill whatever the tile."""
+
+
+def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel, a function of shape and dtype alone: nothing is timed at run time, so equal calls run equal code."""
+    table = {"weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES}.get(kernel, _ROW_TILES)["fp32" if dtype == torch.float32 else "half"]
+    padded = sum(size for _, size in chunks(rank))
+    if kernel != "weights" and width % 64:
+        padded *= 2
+    return next(shape for bound, shape in table if padded <= bound)
+
+
+def reasons(call: Call) -> list[str]:
+    """Why the Triton kernels cannot run a call."""
+    if triton is None:
+        return ["triton is not installed"]
+    out = []
+    if interpreted:
+        if call.device != "cpu":
+            out.append(f"triton's interpreter (TRITON_INTERPRET) takes CPU tensors, not {call.device}")
+    elif call.device != "cuda":
+        out.append(f"needs a CUDA device, not {call.device}")
+    elif not torch.cuda.is_available():
+        out.append("torch sees no CUDA device")
+    elif (capability := torch.cuda.get_device_capability()) < (8, 0):
+        out.append(f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}")
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        out.append(f"{call.dtype} is not supported, only float32, float16 and bfloat16")
+    if call.rank > MAX_RANK:
+        out.append(f"rank {call.rank} is above {MAX_RANK}")
+    if (gate_rank := call.option("gate_rank", 0)) > MAX_RANK:
+        out.append(f"gate rank {gate_rank} is above {MAX_RANK}")
+    if call.op == "gated_bottleneck" and call.dtype == torch.float32 and max(call.rank, gate_rank) > MAX_RANK_GATED_FP32:
+        out.append(f"float32 with rank or gate rank {max(call.rank, gate_rank)} is above {MAX_RANK_GATED_FP32}")
+    if call.width > MAX_WIDTH:
+        out.append(f"width {call.width} is above {MAX_WIDTH}, where the offsets of a weight no longer fit 32 bits")
+    return out
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 products are exact unless torch's own setting lets its matrix products use tf32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def chunks(rank: int) -> tuple[tuple[int, int], ...]:
+    """The rank as powers of two of at least 16, the smallest side of a matrix product: two of them where that wastes less than padding to one. 96 is 64 + 32, not 128."""
+    whole = max(16, power_of_two(rank))
+    half = whole // 2
+    rest = max(16, power_of_two(rank - half)) if rank > half else whole
+    return ((0, half), (half, rest)) if half >= 16 and half + rest < whole else ((0, whole),)
+
+
+def launch_options(tile: Tile | None) -> dict[str, Any]:
+    return {"enable_fp_fusion": True, **({} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages})}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, tile: Tile | None = None, **constants: Any) -> None:
+    """Runs a kernel on the device of ``on``, which need not be the current one."""
+    constants.update(launch_options(tile))
+    if on.is_cuda and on.device.index != torch.cuda.current_device():
+        with torch.cuda.device(on.device):
+            kernel[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+def rounded(dtype: torch.dtype, *weights: Tensor | None) -> list[Any]:
+    """The matrices of a call in the activations' dtype. Rounding fp32 ones takes one launch for all, 6 bytes an element; every program of a kernel streams all of them from L2, so
+    rounding there would read twice the bytes once per row tile."""
+    given = [w for w in weights if w is not None and w.dtype != dtype]
+    out = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in given]
+    if given:
+        torch._foreach_copy_(out, given)
+    fresh = iter(out)
+    return [w if w is None or w.dtype == dtype else next(fresh) for w in weights]
+
+
+def contiguous(*vectors: Tensor | None) -> list[Any]:
+    return [v if v is None else v.contiguous() for v in vectors]
+
+
+def column_sums(partials: Tensor, out: Tensor | None, rest: Tensor | None, width: int) -> None:
+    parts, columns = partials.shape
+    launch(columns_kernel, (cdiv(columns, 64),), partials, partials, out, rest, parts, columns, width, BLOCK_N=16, BLOCK_C=64)
+
+
+def token_splits(rows: int, programs: int) -> tuple[int, int]:
+    """Splits of the rows and rows in each: about 192 programs in all, at least 256 rows in a split. A function of the shape alone, so that equal calls add in equal order."""
+    splits = max(1, min(cdiv(192, programs), cdiv(rows, 256)))
+    size = cdiv(cdiv(rows, splits), 128) * 128
+    return cdiv(rows, size), size
+
+
+def bottleneck_backward(
+    dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None,
+    scale: float, activation: int, add: float | None, needs: Sequence[bool], param_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x, as ``reference.backward`` returns them; w_down and w_up already rounded, vectors contiguous."""
+    need_x, need_wd, need_bd, need_wu, need_bu, need_gate, need_scale = needs
+    (t, d), r, dtype = x.shape, z.shape[1], x.dtype
+
+    def new(needed: bool, *shape: int, of: torch.dtype = param_dtype) -> Any:
+        return torch.empty(shape, dtype=of, device=x.device) if needed else None
+
+    dx, dwd, dbd, dwu, dbu, dg = new(need_x, t, d, of=dtype), new(need_wd, r, d), new(need_bd, r), new(need_wu, d, r), new(need_bu, d), new(need_gate, d)
+    ds = new(need_scale, d, of=torch.float32)
+    if t == 0:
+        for gradient in (dwd, dbd, dwu, dbu, dg, ds):
+            if gradient is not None:
+                gradient.zero_()
+    else:
+        bracket = need_gate or need_scale
+        shared = {"R": r, "PRECISION": precision(dtype)}
+        a, dz = new(need_wu or bracket, t, r, of=dtype), new(need_wd, t, r, of=dtype)
+        if need_x or need_wd or need_bd or a is not None:
+            shape = tile("rows", r, d, dtype)
+            sums = new(need_bd, cdiv(t, shape.block_t), r, of=torch.float32)
+            constants = {"CHUNKS": chunks(r), "ACTIVATION": activation, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": d % shape.block_d == 0, **shared}
+            args = (dy, z, w_down, w_up, gate, scale_tensor, dx, dz, a, sums, scale, add, t, d, dy.stride(0))
+            launch(rows_kernel, (cdiv(t, shape.block_t),), x, *args, tile=shape, **constants)
+            if sums is not None:
+                column_sums(sums, dbd, None, r)
+        if a is not None or need_wd or need_bu:
+            shape = tile("weights", r, d, dtype)
+            slabs, parts = cdiv(d, shape.block_d), cdiv(r, shape.block_r) if a is not None or need_wd else 1
+            splits, size = token_splits(t, slabs * parts)
+            p, q = (new(needed, splits, d, r, of=torch.float32) for needed in (a is not None, need_wd))
+            s = new(need_bu or (bracket and b_up is not None), splits, d, of=torch.float32)
+            constants = {"BLOCK_R": shape.block_r, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": d % shape.block_d == 0, **shared}
+            launch(weights_kernel, (slabs, splits, parts), x, dy, a, x, dz, p, q, s, t, d, size, dy.stride(0), x.stride(0), tile=shape, **constants)
+            args = (p, q, s, w_up, b_up, gate, scale_tensor, dwd, dwu, dbu, dg, ds, scale, splits, d)
+            launch(reduce_kernel, (cdiv(d, 8),), x, *args, R=r, BLOCK_R=min(128, max(16, power_of_two(r))), BLOCK_D=8, DTYPE=language_dtype(dtype))
+    if ds is not None and scale_tensor is not None:
+        ds = ds.sum().to(param_dtype).reshape(scale_tensor.shape)
+    return tuple(none(dy) if gradient is None else gradient for gradient in (dx, dwd, dbd, dwu, dbu, dg, ds))
+
+
+def language_dtype(dtype: torch.dtype) -> Any:
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
