@@ -302,6 +302,11 @@ inline void reduce_vector(const float* partial, int64_t chunk_stride, int64_t ch
   narrow(work, static_cast<P*>(out), n);
 }
 
+// FASTADAPT_FEW_TYPES: what the mutation script compiles.
+#ifdef FASTADAPT_FEW_TYPES
+#define FASTADAPT_DISPATCH(PARAMS, FUNCTION, ...) \
+  return (PARAMS).activation_type == kFloat ? FUNCTION<float, float>(__VA_ARGS__) : FUNCTION<BFloat16, float>(__VA_ARGS__);
+#else
 #define FASTADAPT_DISPATCH(PARAMS, FUNCTION, ...)                                                                         \
   switch ((PARAMS).activation_type) {                                                                                      \
     case kFloat: return FUNCTION<float, float>(__VA_ARGS__);                                                               \
@@ -309,5 +314,6 @@ inline void reduce_vector(const float* partial, int64_t chunk_stride, int64_t ch
       return (PARAMS).parameter_type == kFloat ? FUNCTION<BFloat16, float>(__VA_ARGS__) : FUNCTION<BFloat16, BFloat16>(__VA_ARGS__); \
     default: return (PARAMS).parameter_type == kFloat ? FUNCTION<Half, float>(__VA_ARGS__) : FUNCTION<Half, Half>(__VA_ARGS__);      \
   }
+#endif
 
 }  // namespace fastadapt::cpu
