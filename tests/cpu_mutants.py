@@ -37,7 +37,7 @@ PATTERNS = {  # kind: (pattern, replacement)
     "row offset": (r"\(row \+ i\)", "(row)"),
     "column offset": (r"([+] c\b)(?= [+]|,|\))", "+ 0"),
     "rounding": (r"narrow\(row \+ j0, rounded, n\), widen\(rounded, row \+ j0, n\);", ";"),
-    "parameter rounding": (r"dst\[i\] = static_cast<float>\(static_cast<A>\(dst\[i\]\)\);", ";"),
+    "parameter rounding": (r"narrow\(dst \+ i, rounded, .*;$", ";"),
     "derivative": (r"\(one - s\)|\(Vec\(1\.f\) - gate\)", "one_minus_dropped(s)"),
     "sum order or count": (r"c < chunks", "c < chunks - 1"),
     "gate weights": (r"w \+= p\.width;", ";"),

@@ -86,8 +86,10 @@ inline void narrow(const float* src, T* dst, int64_t n) {
 template <class P, class A>
 inline void widen_parameter(const P* src, float* dst, int64_t n) {
   widen(src, dst, n);
-  if constexpr (!std::is_same_v<P, A>)
-    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(static_cast<A>(dst[i]));
+  if constexpr (!std::is_same_v<P, A>) {
+    A rounded[kPanel];
+    for (int64_t i = 0; i < n; i += kPanel) narrow(dst + i, rounded, std::min(kPanel, n - i)), widen(rounded, dst + i, std::min(kPanel, n - i));
+  }
 }
 
 template <class P, class A>
@@ -157,20 +159,26 @@ inline void pack_transposed(const void* w, int64_t n, int64_t k, const float* sc
   alignas(64) float block[kPanel * kPanel];
   for (int64_t p = begin; p < end; ++p) {
     const int64_t n0 = p * kPanel, cols = std::min(kPanel, n - n0);
+    const P* src = static_cast<const P*>(w) + n0 * k;
     for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
       const int64_t depth = std::min(kPanel, k - k0);
-      std::memset(block, 0, sizeof(block));
-      for (int64_t j = 0; j < cols; ++j) {
-        widen_parameter<P, A>(static_cast<const P*>(w) + (n0 + j) * k + k0, block + j * kPanel, depth);
-        if (scale) vectors(kPanel, [&](int64_t i) { (Vec::loadu(block + j * kPanel + i) * Vec(scale[n0 + j])).store(block + j * kPanel + i); });
-      }
       float* to = out + n0 * k + k0 * kPanel;
+      if constexpr (std::is_same_v<P, float> && std::is_same_v<A, float>)
+        if (cols == kPanel && depth == kPanel) {
+          transpose(src + k0, k, to, kPanel, kPanel, kPanel);
+          continue;
+        }
+      if (cols < kPanel) std::memset(block, 0, sizeof(block));
+      for (int64_t j = 0; j < cols; ++j) widen_parameter<P, A>(src + j * k + k0, block + j * kPanel, depth);
       if (depth == kPanel)
         transpose(block, kPanel, to, kPanel, kPanel, kPanel);
       else
         for (int64_t i = 0; i < depth; ++i)
           for (int64_t j = 0; j < kPanel; ++j) to[i * kPanel + j] = block[j * kPanel + i];
     }
+    if (scale)
+      for (int64_t i = 0; i < k; ++i)
+        vectors(kPanel, [&](int64_t j) { (Vec::loadu(out + n0 * k + i * kPanel + j) * Vec::loadu(scale + n0 + j)).store(out + n0 * k + i * kPanel + j); });
   }
 }
 
