@@ -69,7 +69,9 @@ class BuildExt(build_ext):
         for ext in self.extensions:
             level = ext.name.rpartition("_")[2]
             for op in KERNELS:
-                rules.append(f"build {op}_{level}.o: cc {ROOT.resolve()}/csrc/cpu/{op}.cpp\n  extra = -O3 {LEVELS[level]} -DCPU_CAPABILITY={level.upper()} -DCPU_CAPABILITY_{level.upper()}")
+                rules.append(
+                    f"build {op}_{level}.o: cc {ROOT.resolve()}/csrc/cpu/{op}.cpp\n  extra = -O3 {LEVELS[level]} -DCPU_CAPABILITY={level.upper()} -DCPU_CAPABILITY_{level.upper()}"
+                )
             targets.append(Path(self.get_ext_fullpath(ext.name)).resolve())
             targets[-1].parent.mkdir(parents=True, exist_ok=True)
             rules.append(f"build {targets[-1]}: ld ops.o " + " ".join(f"{op}_{level}.o" for op in KERNELS))

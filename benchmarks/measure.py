@@ -38,7 +38,9 @@ class Row:
     correct: bool
 
     def __str__(self) -> str:
-        speed = f"{self.ours_ms:8.2f} ms  x{self.ratio_median:.2f} [{self.ratio_low:.2f}, {self.ratio_high:.2f}]" if self.correct else "not shown: the result is outside the tolerance"
+        speed = (
+            f"{self.ours_ms:8.2f} ms  x{self.ratio_median:.2f} [{self.ratio_low:.2f}, {self.ratio_high:.2f}]" if self.correct else "not shown: the result is outside the tolerance"
+        )
         return f"{self.op:18s} {self.backend:9s} {self.dtype} T={self.rows} d={self.width} r={self.rank} {self.direction:16s} {self.threads} threads  vs {self.rival:8s} {speed}"
 
 

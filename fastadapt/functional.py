@@ -8,7 +8,7 @@ autocast, activations are cast to the autocast dtype and parameters stay as they
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,8 @@ def bottleneck(
 
     .. math:: y = LN_{after}\bigl(s\, g \odot (\phi(LN_{before}(x) W_d^\top + b_d) W_u^\top + b_u)\bigr) + residual
 
-    The sequential adapter of VL-Adapter (section 3.2; Houlsby, Pfeiffer) has ``residual="input"``, a parallel adapter (VL-PET's value-parallel adapter) gives the tensor that it runs
-    beside. Layer norms run as torch's own kernel before and after the fused one.
+    The sequential adapter of VL-Adapter (section 3.2; Houlsby, Pfeiffer) has ``residual="input"``, a parallel adapter (VL-PET's value-parallel adapter) gives the tensor
+    that it runs beside. Layer norms run as torch's own kernel before and after the fused one.
 
     Args:
         x: input, (..., D), any strides.
@@ -177,7 +177,7 @@ def gated_bottleneck(
         samples = h.shape[0]
     if heads > 1:
         w_up = _block_diagonal(w_up, heads)
-    kind = granularity
+    kind: str = granularity
     if granularity == "large_full":
         kind, other = "logits", F.linear(other, gate_weight.to(h.dtype), None if gate_bias is None else gate_bias.to(h.dtype))  # type: ignore[arg-type, union-attr]
         gate_weight = gate_bias = None
@@ -232,10 +232,18 @@ def _evident(x: Tensor, others: tuple[Tensor | None, ...], parameters: tuple[Ten
 def _evident_gate(h: Tensor, dtype: torch.dtype, granularity: str, gates: tuple[Tensor | None, ...]) -> bool:
     try:
         weight, bias, up, up_bias = gates
+        if weight is None:
+            return False
         width, device = h.shape[-1], h.device
         if granularity == "large":
             rank = weight.shape[0]  # type: ignore[union-attr]
-            right = weight.shape == (rank, width) and rank > 0 and up.shape == (width, rank) and (bias is None or bias.shape == (rank,)) and (up_bias is None or up_bias.shape == (width,))  # type: ignore[union-attr]
+            right = (
+                weight.shape == (rank, width)
+                and rank > 0
+                and up.shape == (width, rank)  # type: ignore[union-attr]
+                and (bias is None or bias.shape == (rank,))
+                and (up_bias is None or up_bias.shape == (width,))
+            )  # type: ignore[union-attr]
         else:
             right = granularity in ("middleX", "middleY") and weight.shape == (width,) and up is None and up_bias is None  # type: ignore[union-attr]
             right = right and (bias is None or (granularity == "middleX" and bias.shape == (1,)))
@@ -248,13 +256,13 @@ def _gate_parameters(h: Tensor, dtype: torch.dtype, granularity: str, gates: tup
     """Checks that the gate parameters are those that the granularity has."""
     width, gate_weight = h.shape[-1], gates[0]
     gate_rank = gate_weight.shape[0] if granularity == "large" and isinstance(gate_weight, Tensor) and gate_weight.dim() == 2 else None
-    expected: dict[str, tuple[int, ...] | None] = {
+    expected: dict[str, tuple[int, ...]] = {
         "large": {"gate_weight": (gate_rank or 0, width), "gate_bias": (gate_rank or 0,), "gate_up_weight": (width, gate_rank or 0), "gate_up_bias": (width,)},
         "large_full": {"gate_weight": (width, width), "gate_bias": (width,)},
         "middleX": {"gate_weight": (width,), "gate_bias": (1,)},
         "middleY": {"gate_weight": (width,)},
         "small": {"gate_weight": (2 * width,), "gate_bias": (1,)},
-    }[granularity]
+    }[granularity]  # type: ignore[assignment]
     given = dict(zip(("gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias"), gates))
     for name, value in given.items():
         if value is not None and name not in expected:
@@ -266,10 +274,10 @@ def _gate_parameters(h: Tensor, dtype: torch.dtype, granularity: str, gates: tup
     _parameters(h, dtype, **{name: (given[name], shape) for name, shape in expected.items()})
 
 
-def _activations(**tensors: Tensor | None) -> list[Tensor]:
+def _activations(**tensors: Tensor | None) -> list[Any]:
     """Checks the activations of a call against the first one, and casts them under autocast."""
     first_name, first = next(iter(tensors.items()))
-    out = []
+    out: list[Any] = []
     for name, t in tensors.items():
         if t is None:
             out.append(t)
@@ -291,7 +299,7 @@ def _activations(**tensors: Tensor | None) -> list[Tensor]:
         elif t.device != first.device:  # type: ignore[union-attr]
             raise ValueError(f"{name}: is on {t.device}, but {first_name} is on {first.device}")  # type: ignore[union-attr]
         out.append(t)
-    return out  # type: ignore[return-value]
+    return out
 
 
 def _parameters(x: Tensor, dtype: torch.dtype, **expected: tuple[Tensor | None, tuple[int, ...] | None]) -> None:
@@ -355,5 +363,3 @@ def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
 def _block_diagonal(w_up: Tensor, heads: int) -> Tensor:
     """(D, R/h) -> the dense (D, R) that it stands for; D R numbers, negligible beside T D."""
     return torch.block_diag(*w_up.chunk(heads))
-
-

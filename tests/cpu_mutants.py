@@ -38,13 +38,13 @@ PATTERNS = {  # kind: (pattern, replacement)
     "column offset": (r"([+] c\b)(?= [+]|,|\))", "+ 0"),
     "rounding": (r"narrow\(row \+ j0, rounded, n\), widen\(rounded, row \+ j0, n\);", ";"),
     "parameter rounding": (r"narrow\(dst \+ i, rounded, .*;$", ";"),
-    "derivative": (r"\(one - s\)|\(Vec\(1\.f\) - gate\)", "one_minus_dropped(s)"),
+    "derivative": (r"g\.rest|\(Vec\(1\.f\) - gate\)", "Vec(1.f)"),
     "sum order or count": (r"c < chunks", "c < chunks - 1"),
     "gate weights": (r"w \+= p\.width;", ";"),
 }
 EXPLAINED: dict[str, str] = {}
 
-CHECK = '''
+CHECK = """
 import itertools, sys
 from pathlib import Path
 import torch
@@ -73,26 +73,30 @@ def check(ours, rival, tensors, a, p, frozen=()):
 def f_nograd(f, leaves):
     with torch.no_grad(), backend.use("cpu"): return f(*leaves)
 TYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32))
-for (t, d, r), (a, p), act in zip(((65, 33, 7), (9, 160, 40), (620, 72, 20), (1, 72, 8), (65, 72, 96)), itertools.cycle(TYPES), itertools.cycle(("gelu_new", "gelu", "relu", "silu", "identity"))):
+SHAPES = ((65, 33, 7), (9, 160, 40), (620, 72, 20), (1, 72, 8), (65, 72, 96))
+for (t, d, r), (a, p), act in zip(SHAPES, itertools.cycle(TYPES), ("gelu_new", "gelu", "relu", "silu", "identity")):
     x, res, wd, wu, bd, bu, gate, s = make(t, d), make(t, d), make(r, d, scale=0.2), make(d, r, scale=0.2), make(r), make(d), make(d), make(1)
     for acts in ((act,), ("gelu_new", "gelu", "silu", "relu"))[t == 65]:
         def call(module, **k): return lambda x, res, wd, wu, bd, bu, gate, s: module.bottleneck(x, wd, wu, bd, bu, activation=acts, gate=gate, scale=s, **k)
         check(call(F), call(eager), [x, None, wd, wu, bd, bu, gate, s], a, p)
-        check(lambda x, res, wd, wu, bd, bu: F.bottleneck(x, wd, wu, bd, bu, residual=res, scale=0.7), lambda x, res, wd, wu, bd, bu: eager.bottleneck(x, wd, wu, bd, bu, residual=res, scale=0.7), [x, res, wd, wu, bd, bu], a, p)
-        check(lambda x, res, wd, wu: F.bottleneck(x, wd, wu, residual=None), lambda x, res, wd, wu: eager.bottleneck(x, wd, wu, residual=None), [x, None, wd, wu], a, p, frozen=(0,))
+        def parallel(module): return lambda x, res, wd, wu, bd, bu: module.bottleneck(x, wd, wu, bd, bu, residual=res, scale=0.7)
+        check(parallel(F), parallel(eager), [x, res, wd, wu, bd, bu], a, p)
+        def bare(module): return lambda x, res, wd, wu: module.bottleneck(x, wd, wu, residual=None)
+        check(bare(F), bare(eager), [x, None, wd, wu], a, p, frozen=(0,))
 for (b, l, d, r, q), (a, p) in itertools.product(((2, 33, 33, 7, 5), (1, 9, 160, 40, 8), (2, 310, 72, 20, 36)), TYPES):
     for kind, combine, save in itertools.product(("large", "large_full", "middleX", "middleY", "small"), ("multiply", "add"), (False, True)):
         if (d == 160 and save) or (l == 310 and combine == "add" and not save): continue
-        gates = {"large": {"gate_weight": (q, d), "gate_bias": (q,), "gate_up_weight": (d, q), "gate_up_bias": (d,)}, "large_full": {"gate_weight": (d, d), "gate_bias": (d,)},
-                 "middleX": {"gate_weight": (d,), "gate_bias": (1,)}, "middleY": {"gate_weight": (d,)}, "small": {"gate_weight": (2 * d,), "gate_bias": (1,)}}[kind]
-        def call(module):
-            return lambda h, x, wd, wu, bd, bu, *gs: module.gated_bottleneck(h, x, wd, wu, bd, bu, granularity=kind, combine=combine, save_gate=save, input_scale=0.7, adapter_scale=1.3, scale=0.6,
-                                                                             **dict(zip(gates, gs)))
-        tensors = [make(b, l, d), None if kind == "middleY" else make(b, l, d), make(r, d, scale=0.2), make(d, r, scale=0.2), make(r), make(d), *(make(*s, scale=0.2) for s in gates.values())]
+        gates = {"large": {"gate_weight": (q, d), "gate_bias": (q,), "gate_up_weight": (d, q), "gate_up_bias": (d,)},
+                 "large_full": {"gate_weight": (d, d), "gate_bias": (d,)}, "middleX": {"gate_weight": (d,), "gate_bias": (1,)},
+                 "middleY": {"gate_weight": (d,)}, "small": {"gate_weight": (2 * d,), "gate_bias": (1,)}}[kind]
+        options = {"granularity": kind, "combine": combine, "save_gate": save, "input_scale": 0.7, "adapter_scale": 1.3, "scale": 0.6}
+        def call(module): return lambda h, x, wd, wu, bd, bu, *gs: module.gated_bottleneck(h, x, wd, wu, bd, bu, **options, **dict(zip(gates, gs)))
+        tensors = [make(b, l, d), None if kind == "middleY" else make(b, l, d), make(r, d, scale=0.2), make(d, r, scale=0.2), make(r), make(d)]
+        tensors += [make(*s, scale=0.2) for s in gates.values()]
         check(call(F), call(eager), tensors, a, p)
         if l == 33: check(call(F), call(eager), tensors, a, p, frozen=(0, 1))
 print("passed")
-'''
+"""
 
 
 class Mutant(NamedTuple):
@@ -111,7 +115,7 @@ def mutants() -> list[Mutant]:
                 continue
             for kind, (pattern, replacement) in PATTERNS.items():
                 for match in re.finditer(pattern, text):
-                    changed = text[: match.start()] + ("Vec(1.f)" if kind == "derivative" else match.expand(replacement)) + text[match.end() :]
+                    changed = text[: match.start()] + match.expand(replacement) + text[match.end() :]
                     found.append(Mutant(file, number, kind, text.strip(), changed.strip()))
     return found
 

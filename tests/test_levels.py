@@ -43,7 +43,7 @@ def run(level: str, mkldnn: str = "mkldnn") -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("mkldnn", ["mkldnn", "no mkldnn"])
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_right_at_every_level(level: str, mkldnn: str) -> None:
-    """Ragged row counts in three dtypes, from 21 Python threads of two OpenMP threads each, with oneDNN on and off. Level avx2 also shows that no avx512 code leaks into its library."""
+    """Ragged row counts in three dtypes, from 21 Python threads of two OpenMP threads each, with oneDNN on and off."""
     if level == "avx512" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         pytest.skip("this processor has no AVX-512")
     done = run(level, mkldnn)

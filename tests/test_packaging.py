@@ -82,7 +82,10 @@ def test_without_a_compiler_a_pure_package_is_built_that_says_why(sdist: Path, t
 
 
 def test_without_torch_a_pure_package_is_built_that_says_how(sdist: Path, tmp_path: Path) -> None:
-    program = f"import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'bdist_wheel', '--dist-dir', {str(tmp_path)!r}]; exec(open('setup.py').read(), {{'__file__': 'setup.py', '__name__': '__main__'}})"
+    program = (
+        f"import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'bdist_wheel', '--dist-dir', {str(tmp_path)!r}]\n"
+        "exec(open('setup.py').read(), {'__file__': 'setup.py', '__name__': '__main__'})"
+    )
     log = run(sys.executable, "-c", program, cwd=sdist)
     assert [path.name.endswith("-py3-none-any.whl") for path in tmp_path.glob("*.whl")] == [True]
     assert log.count("torch is not installed in the build environment; install torch, then run: pip install --no-build-isolation") == 1

@@ -102,6 +102,14 @@ inline void vector_or(const void* src, float* dst, int64_t n, int64_t to, float 
 
 inline Vec sigmoid(Vec v) { return Vec(1.f) / (Vec(1.f) + v.neg().exp()); }
 
+struct Logistic {
+  Vec s, rest;  // sigma(v) and 1 - sigma(v), which 1 - s would round away near s = 1 (gelu_new's derivative multiplies that by about 35)
+  explicit Logistic(Vec v) {
+    const Vec e = at::vec::maximum(v, Vec(-80.f)).neg().exp();
+    s = Vec(1.f) / (Vec(1.f) + e), rest = e * s;
+  }
+};
+
 inline Vec activate(Vec z, Activation f) {
   switch (f) {
     case kRelu: return at::vec::maximum(z, Vec(0.f));
@@ -118,12 +126,12 @@ inline Vec derivative(Vec z, Activation f) {
     case kRelu: return Vec::blendv(Vec(0.f), one, z > Vec(0.f));
     case kGelu: return Vec(0.5f) * (one + (z * Vec(0.70710678118654752f)).erf()) + z * Vec(0.3989422804014327f) * (z * z * Vec(-0.5f)).exp();
     case kGeluNew: {
-      const Vec s = sigmoid(Vec(1.5957691216057308f) * z * (one + Vec(0.044715f) * z * z));
-      return s + z * s * (one - s) * Vec(1.5957691216057308f) * (one + Vec(0.134145f) * z * z);
+      const Logistic g(Vec(1.5957691216057308f) * z * (one + Vec(0.044715f) * z * z));
+      return g.s + z * g.s * g.rest * Vec(1.5957691216057308f) * (one + Vec(0.134145f) * z * z);
     }
     case kSilu: {
-      const Vec s = sigmoid(z);
-      return s * (one + z * (one - s));
+      const Logistic g(z);
+      return g.s * (one + z * g.rest);
     }
     default: return one;
   }

@@ -36,7 +36,9 @@ def refuse_double_backward(name: str) -> None:
     """Gives a backward op an autograd formula that raises, where torch would otherwise return wrong or zero second derivatives."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"fastadapt: double backward of {name} is not supported; use fastadapt's functions under torch.func, or fastadapt.backend.use('reference') with torch.func transforms")
+        raise RuntimeError(
+            f"fastadapt: double backward of {name} is not supported; use fastadapt's functions under torch.func, or fastadapt.backend.use('reference') with torch.func transforms"
+        )
 
     torch.library.register_autograd(f"fastadapt::{name}_backward", backward, lib=LIBRARY)
 

@@ -342,19 +342,20 @@ class Tile(NamedTuple):
 
 # Chosen by the compiler's register and shared-memory counts on compute capabilities 8.0 to 12.0, since no kernel may spill: tests/triton/compiled holds each entry to that.
 # The first entry whose bound is not below the padded rank is taken; wider ranks leave registers for fewer rows. A width that 64 does not divide needs masks and narrow loads, and
-# with them the registers of twice the rank. fp32 products run on FMA units unless tf32 is allowed.
+# with them the registers of twice the rank, at least 128. fp32 products run on FMA units unless tf32 is allowed.
 _ROW_TILES = {
     "half": ((64, Tile(64, 64, 4, 3)), (192, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (512, Tile(32, 32, 8, 2)), (1024, Tile(16, 32, 8, 2))),
     "fp32": ((192, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
 }
 _GATE_TILES = {
-    "half": ((64, Tile(64, 64, 4, 3)), (96, Tile(64, 64, 8, 3)), (192, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 2)), (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
+    "half": ((64, Tile(64, 64, 8, 3)), (192, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 2)), (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
     "fp32": ((192, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2)), (512, Tile(16, 16, 8, 2))),
 }
 _WEIGHT_TILES = {
     "half": ((16, Tile(64, 64, 4, 3, 16)), (32, Tile(64, 64, 4, 3, 32)), (64, Tile(64, 64, 4, 3, 64)), (96, Tile(64, 128, 8, 3, 32)), (1024, Tile(64, 64, 4, 3, 64))),
     "fp32": ((16, Tile(32, 32, 8, 2, 16)), (1024, Tile(32, 32, 8, 2, 32))),
 }
+_REDUCE_TILE = Tile(0, 8, 8, 3, 128)
 MAX_RANK_GATED_FP32 = 256
 """Above it the gated kernels with fp32 products spill whatever the tile."""
 
@@ -364,7 +365,7 @@ def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
     table = {"weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES}.get(kernel, _ROW_TILES)["fp32" if dtype == torch.float32 else "half"]
     padded = sum(size for _, size in chunks(rank))
     if kernel != "weights" and width % 64:
-        padded *= 2
+        padded = max(128, 2 * padded)
     return next(shape for bound, shape in table if padded <= bound)
 
 
@@ -495,7 +496,9 @@ def bottleneck_backward(
             constants = {"BLOCK_R": shape.block_r, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": d % shape.block_d == 0, **shared}
             launch(weights_kernel, (slabs, splits, parts), x, dy, a, x, dz, p, q, s, t, d, size, dy.stride(0), x.stride(0), tile=shape, **constants)
             args = (p, q, s, w_up, b_up, gate, scale_tensor, dwd, dwu, dbu, dg, ds, scale, splits, d)
-            launch(reduce_kernel, (cdiv(d, 8),), x, *args, R=r, BLOCK_R=min(128, max(16, power_of_two(r))), BLOCK_D=8, DTYPE=language_dtype(dtype))
+            shape = _REDUCE_TILE
+            constants = {"BLOCK_R": min(shape.block_r, max(16, power_of_two(r))), "BLOCK_D": shape.block_d, "DTYPE": language_dtype(dtype)}
+            launch(reduce_kernel, (cdiv(d, shape.block_d),), x, *args, tile=shape, R=r, **constants)
     if ds is not None and scale_tensor is not None:
         ds = ds.sum().to(param_dtype).reshape(scale_tensor.shape)
     return tuple(none(dy) if gradient is None else gradient for gradient in (dx, dwd, dbd, dwu, dbu, dg, ds))

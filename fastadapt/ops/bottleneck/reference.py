@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastadapt.ops import activations
 from fastadapt.ops._library import none
 
 
-def composed(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale, activation, add_input):  # type: ignore[no-untyped-def]
+def composed(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale, activation, add_input):
     """y = s * g (.) (phi(x Wd' + bd) Wu' + bu) [+ x] [+ residual], and z = x Wd' + bd; differentiable by autograd."""
     w_down, b_down, w_up, b_up, gate, scale_tensor = (None if p is None else p.to(x.dtype) for p in (w_down, b_down, w_up, b_up, gate, scale_tensor))
     z = F.linear(x, w_down, b_down)
@@ -25,12 +24,12 @@ def composed(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale,
     return (y if residual is None else y + residual), z
 
 
-def forward(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale, activation, add_input, save):  # type: ignore[no-untyped-def]
+def forward(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale, activation, add_input, save):
     y, z = composed(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale, activation, add_input)
     return y, (z if save else none(x))
 
 
-def backward(dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up, gate, scale_tensor, scale: float, activation: int, add_input: bool, needs):  # type: ignore[no-untyped-def]
+def backward(dy, x, z, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input, needs):
     """With P = dy' a and S = the column sums of dy: dWu = s g (.) P, dbu = s g (.) S, dg = s b, ds = sum(g (.) b) where b = rowsum(Wu (.) P) + bu (.) S."""
     need_x, need_wd, need_bd, need_wu, need_bu, need_gate, need_scale = needs
     p_dtype, (wd, wu) = w_down.dtype, (w.to(x.dtype) for w in (w_down, w_up))

@@ -18,7 +18,7 @@ def _sample_means(t: Tensor, samples: int) -> Tensor:
     return per_sample.mean(1, keepdim=True).expand_as(per_sample).reshape(-1)
 
 
-def _gate(kind: str, x, total: Tensor, gates, activation: int, samples: int):  # type: ignore[no-untyped-def]
+def _gate(kind, x, total, gates, activation, samples):
     """G, zg and the row logits."""
     w, b, w_up, b_up = gates
     if kind == "large":
@@ -36,7 +36,7 @@ def _gate(kind: str, x, total: Tensor, gates, activation: int, samples: int):  #
     return gate[:, None], none(total), logits
 
 
-def composed(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, save_gate):  # type: ignore[no-untyped-def]
+def composed(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, save_gate):
     """y = s (H' (.) G) or s (H' + G), H' = c h + sa (phi(h Wd' + bd) Wu' + bu); differentiable by autograd. Also what backward needs."""
     w_down, b_down, w_up, b_up, *gates = (None if p is None else p.to(h.dtype) for p in (w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias))
     z = F.linear(h, w_down, b_down)
@@ -45,7 +45,7 @@ def composed(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input
     return scale * (total + gate if add else total * gate), z, zg, logits, total, gate
 
 
-def forward(h, *args):  # type: ignore[no-untyped-def]
+def forward(h, *args):
     *rest, save_gate, save = args
     y, z, zg, logits, total, gate = composed(h, *rest, save_gate)
     kind = KINDS[rest[-3]]
@@ -55,10 +55,12 @@ def forward(h, *args):  # type: ignore[no-untyped-def]
     return y, *saved, total if keep else none(h), gate if keep and kind == "large" else none(h)
 
 
-def backward(dy: Tensor, h: Tensor, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs):  # type: ignore[no-untyped-def]
+def backward(
+    dy, h, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs
+):
     """With E = s dy: dH' = E (.) G, dG = E (.) H' (or both E), then through the logits to x, H' and the gate's parameters, and through the bottleneck to h."""
     name, p_dtype = KINDS[kind], w_down.dtype
-    wd, bd, wu, bu, *gates = (None if p is None else p.to(h.dtype) for p in (w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias))
+    wd, wu, bu, *gates = (None if p is None else p.to(h.dtype) for p in (w_down, w_up, b_up, g, g_bias, g_up, g_up_bias))
     a = activations.apply(z, activation)
     if total.numel() == 0:
         total = input_scale * h + adapter_scale * F.linear(a, wu, bu)

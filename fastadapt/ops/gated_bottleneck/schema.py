@@ -29,10 +29,10 @@ def call_of(h: Tensor, w_down: Tensor, gate_weight: Tensor | None, kind: int) ->
 
 def _keeps_gate(save: bool, save_gate: int, device: str) -> bool:
     """Reading a saved gate is cheaper than recomputing it on a CPU (measured: 2.5 against 10 ms for 4096 rows of 768), dearer on a GPU at the papers' ranks (modelled)."""
-    return save and (save_gate == 1 or save_gate == -1 and device == "cpu")
+    return save and (save_gate == 1 or (save_gate == -1 and device == "cpu"))
 
 
-def _forward(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, save_gate, save, backend):  # type: ignore[no-untyped-def]
+def _forward(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, save_gate, save, backend):
     args = (
         rows(h), None if x is None else rows(x), *map(contiguous, (w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias)),
         input_scale, adapter_scale, scale, activation, kind, add, samples, int(_keeps_gate(save, save_gate, h.device.type)), save,
@@ -40,7 +40,7 @@ def _forward(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input
     return _library.run("gated_bottleneck", "forward", call_of(h, w_down, g, kind), backend, args)
 
 
-def _forward_fake(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, save_gate, save, backend):  # type: ignore[no-untyped-def]
+def _forward_fake(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, save_gate, save, backend):
     name, keep, t = KINDS[kind], _keeps_gate(save, save_gate, h.device.type), h.shape[0]
     wide = torch.promote_types(h.dtype, torch.float32)
     return (
@@ -53,7 +53,9 @@ def _forward_fake(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, 
     )
 
 
-def _backward(dy, h, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs, backend):  # type: ignore[no-untyped-def]
+def _backward(
+    dy, h, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs, backend
+):
     args = (
         rows(dy), rows(h), None if x is None else rows(x), z, zg, logits, total, gate, *map(contiguous, (w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias)),
         input_scale, adapter_scale, scale, activation, kind, add, samples, needs,
@@ -61,7 +63,9 @@ def _backward(dy, h, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, 
     return _library.run("gated_bottleneck", "backward", call_of(h, w_down, g, kind), backend, args)
 
 
-def _backward_fake(dy, h, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs, backend):  # type: ignore[no-untyped-def]
+def _backward_fake(
+    dy, h, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs, backend
+):
     like = (h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias)
     return tuple(t.new_empty(t.shape) if need else none(h) for t, need in zip(like, needs, strict=True))
 
@@ -90,7 +94,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     *tensors, ctx.backend = inputs
     h, x, *parameters = tensors[:10]
     ctx.options = tensors[10:17]
-    if hasattr(ctx, "mark_non_differentiable"):
+    if hasattr(ctx, "mark_non_differentiable"):  # a Function's context; that of a registered op has no such method
         ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, x, *output[1:], *parameters)

@@ -1,0 +1,5 @@
+"""How a module gets into a host model: one file per family of hosts, `roles` names the places."""
+
+from fastadapt.hosts.roles import ROLES, Host, Place, families, find
+
+__all__ = ["ROLES", "Host", "Place", "families", "find"]

@@ -1,0 +1,179 @@
+"""The names of the places where adapters go, and the register of hosts that have them.
+
+A *role* is what a method asks for ("encoder.feed_forward"), a *place* is where a block of a host keeps it. A host is one file beside this one: adapted subclasses of its
+layers, and one `Host` that says which block has which places. To add a host:
+
+1. Write a subclass of each layer, under the layer's own name, whose ``forward`` is the stock one with ``if (a := self.<slot>) is not None: h = a(h, x)`` at each place, and nothing
+   else changed. Patching sets ``__class__`` of the layer to it and registers the adapter under the slot, so no key of the base moves, ``isinstance`` holds, and checkpointing,
+   compilation and pickling work.
+2. List the sha256 of the stock ``forward``'s source per version that the copy was made from (`source_hash`): an unknown one is refused by name.
+3. Register the `Host`, and add the file to `_FAMILIES`. The file is imported only when a model brings its transformers module along.
+
+A new role is one entry in `ROLES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastadapt.nn import Init
+
+ROLES: dict[str, str] = {
+    "encoder.self_attention": "module(h, x): h is the output of self-attention's output projection, before dropout and residual; x the residual stream that entered the sub-layer",
+    "encoder.feed_forward": "module(h, x): the same behind the feed-forward network",
+    "decoder.self_attention": "module(h, x): the same in the decoder",
+    "decoder.cross_attention": "module(h, x): the same behind cross-attention",
+    "decoder.feed_forward": "module(h, x): the same behind the feed-forward network",
+    "decoder.cross_attention.value": "module(kv, v): v is the value projection of the encoder's output kv; the result is split into heads, and cached",
+}
+
+# Where each family's stock layers live, and the file here that adapts them.
+_FAMILIES = {
+    "bart": ("transformers.models.bart.modeling_bart", "fastadapt.hosts.bart"),
+    "t5": ("transformers.models.t5.modeling_t5", "fastadapt.hosts.t5"),
+}
+
+
+class UnknownHostError(ValueError):
+    """The model, or its version, is none that an adapter can be put into."""
+
+
+class Place(NamedTuple):
+    """Where a block keeps a role: the module that changes class (path from the block, "" for the block itself) and the name under which the adapter becomes its child."""
+
+    role: str
+    owner: str
+    slot: str
+
+
+@dataclass(frozen=True)
+class Host:
+    """One kind of block, and what patching has to know of it.
+
+    Args:
+        family: name of the host family; published defaults are kept under it.
+        block: the class of the block; subclasses are not taken, since their ``forward`` is unknown.
+        places: the places of one block.
+        width: D at the places of one block.
+        adapted: the adapted subclass for each stock class that owns a place.
+        sources: known hashes of each stock class's ``forward`` and the transformers version they are of.
+        norms: classes of the host's layer norms.
+        init: the starting values that the host's own ``_init_weights`` gives to foreign Linears, from a block.
+    """
+
+    family: str
+    block: type[nn.Module]
+    places: Callable[[Any], tuple[Place, ...]]
+    width: Callable[[Any], int]
+    adapted: Mapping[type[nn.Module], type[nn.Module]]
+    sources: Mapping[type[nn.Module], Mapping[str, str]]
+    norms: tuple[type[nn.Module], ...]
+    init: Callable[[Any], Init]
+
+    def adapted_class(self, owner: nn.Module, role: str) -> type[nn.Module]:
+        """The class that ``owner`` takes to hold a module of ``role``.
+
+        Raises:
+            UnknownHostError: the owner's class, or the source of its forward, is unknown.
+        """
+        cls = type(owner)
+        if role.endswith(".value"):
+            return beside(cls)  # type: ignore[arg-type]
+        if cls not in self.adapted:
+            raise UnknownHostError(f"{cls.__module__}.{cls.__name__} is no layer of {self.family} that is known; known: {', '.join(c.__name__ for c in self.adapted)}")
+        check_source(cls, self.sources[cls])
+        return self.adapted[cls]
+
+
+_hosts: dict[type[nn.Module], Host] = {}
+_adapted: set[type[nn.Module]] = set()
+
+
+def register(*hosts: Host) -> None:
+    for host in hosts:
+        _hosts[host.block] = host
+        _adapted.update(host.adapted.values())
+
+
+def families() -> tuple[str, ...]:
+    """Names of the supported host families."""
+    return tuple(_FAMILIES)
+
+
+def find(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Host]], list[tuple[str, str]]]:
+    """The blocks of a model that a host is registered for, as (path, block, host) in order; and (path, why) for each subclass of one that cannot be taken."""
+    for stock, ours in _FAMILIES.values():
+        if stock in sys.modules:
+            import_module(ours)
+    blocks, refused = [], []
+    for path, module in model.named_modules():
+        host = _hosts.get(type(module))
+        if host is not None:
+            blocks.append((path, module, host))
+        elif (base := next((c for c in type(module).__mro__ if c in _hosts), None)) is not None and not is_adapted(module):
+            refused.append((path, f"{type(module).__module__}.{type(module).__qualname__} is a subclass of {base.__name__} with a forward of its own"))
+    return blocks, refused
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a patch has changed this module's class."""
+    return type(module) in _adapted
+
+
+def source_hash(cls: type) -> str:
+    """The first 16 hexadecimal digits of the sha256 of the source of ``cls.forward``."""
+    return hashlib.sha256(inspect.getsource(cls.forward).encode()).hexdigest()[:16]  # type: ignore[attr-defined]
+
+
+def check_source(cls: type, known: Mapping[str, str]) -> None:
+    """Refuses a stock layer whose forward is none that an adapted copy was made from.
+
+    Raises:
+        UnknownHostError: with the versions that are known and the one that is installed.
+    """
+    import transformers
+
+    try:
+        found = source_hash(cls)
+    except OSError as error:
+        raise UnknownHostError(f"{cls.__name__}: the source of its forward cannot be read ({error}), so it cannot be compared with the known versions of transformers") from None
+    if found not in known:
+        versions = ", ".join(sorted(set(known.values())))
+        raise UnknownHostError(f"{cls.__name__}.forward of transformers {transformers.__version__} is unknown (source {found}); known are those of transformers {versions}")
+
+
+class _Beside:
+    """A projection with a parallel adapter: ``adapter(x, projection(x))``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value_adapter(x, super().forward(x))  # type: ignore[attr-defined, misc]
+
+
+class Linear(_Beside, nn.Linear):
+    """``nn.Linear`` with an adapter beside it."""
+
+
+_adapted.add(Linear)
+
+
+@functools.cache
+def beside(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a projection's class (nn.Linear or a quantised one) that runs its child ``value_adapter`` beside it; cached, and found by pickle under its qualified name."""
+    if cls is nn.Linear:
+        return Linear
+    if not issubclass(cls, nn.Linear):
+        raise UnknownHostError(f"the value projection is a {cls.__module__}.{cls.__name__}, not an nn.Linear")
+    name = f"{cls.__module__}_{cls.__qualname__}".replace(".", "_")
+    adapted = type(cls.__name__, (_Beside, cls), {"__module__": __name__, "__qualname__": name})
+    globals()[name] = adapted
+    _adapted.add(adapted)
+    return adapted

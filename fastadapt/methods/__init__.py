@@ -1,0 +1,40 @@
+"""The methods that `fastadapt.patch` knows, one file each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastadapt.methods.base import INITS, MethodConfig, Target
+from fastadapt.methods.prompts import TASK_PROMPTS, task_prompt
+from fastadapt.methods.vl_adapter import VLAdapterConfig
+from fastadapt.methods.vlpet import VLPETConfig
+
+__all__ = ["INITS", "TASK_PROMPTS", "MethodConfig", "Target", "VLAdapterConfig", "VLPETConfig", "available", "config", "task_prompt"]
+
+_METHODS: dict[str, type[MethodConfig]] = {c.method: c for c in (VLAdapterConfig, VLPETConfig)}
+
+
+def available() -> tuple[str, ...]:
+    """Names of the methods."""
+    return tuple(_METHODS)
+
+
+def config(method: str | MethodConfig, **options: Any) -> MethodConfig:
+    """The config of a method, by name and options.
+
+    Raises:
+        ValueError: the method is unknown.
+        TypeError: an option is unknown, or options are given beside a config.
+    """
+    if isinstance(method, MethodConfig):
+        if options:
+            raise TypeError(f"options {', '.join(options)} beside a {type(method).__name__}: give them to the config")
+        return method
+    if method not in _METHODS:
+        raise ValueError(f"method: {method!r} is unknown; must be one of {', '.join(_METHODS)}")
+    cls = _METHODS[method]
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"{method}: unknown option {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+    return cls(**options)

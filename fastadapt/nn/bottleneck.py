@@ -1,0 +1,143 @@
+"""Bottleneck adapters as modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt import functional
+from fastadapt.nn.init import TORCH, Init, linear, positive, weights
+
+
+class Bottleneck(nn.Module):
+    r"""The sequential adapter of VL-Adapter (section 3.2; Houlsby, Pfeiffer): one fused operation.
+
+    .. math:: y = LN_{after}\bigl(s\,(\phi(LN_{before}(h) W_d^\top + b_d) W_u^\top + b_u)\bigr) + h
+
+    Parameters have the papers' names: ``down_sampler`` (R, D), ``up_sampler`` (D, R), ``pre_layer_norm``, ``post_layer_norm``.
+
+    Args:
+        width: D.
+        rank: R, from 1.
+        activation: "gelu_new", "gelu", "relu", "silu" or "identity".
+        residual: add h, the un-normalised input.
+        scale: s, a finite number.
+        heads: number of heads of a multi-head down-projection. The heads are one stacked weight, so this changes nothing but that it must divide ``rank``, unless ``pair``.
+        pair: VL-PET's down-up-pair form: ``up_sampler`` is block diagonal, (D, R / heads); head i writes the i-th D / heads outputs.
+        norm_before, norm_after: layer norms (eps 1e-5) of the input and of the scaled output.
+        bias: biases of the projections.
+        init: starting values.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        *,
+        activation: str = "gelu_new",
+        residual: bool = True,
+        scale: float = 1.0,
+        heads: int = 1,
+        pair: bool = False,
+        norm_before: bool = False,
+        norm_after: bool = False,
+        bias: bool = True,
+        init: Init = TORCH,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        up_rank = check_projections(width, rank, heads, pair, activation)
+        check_scales(scale=scale)
+        self.activation, self.residual, self.scale, self.heads, self.pair, self.init = activation, residual, float(scale), heads, pair, init
+        self._blocks = heads if pair else 1
+        self._residual: Literal["input"] | None = "input" if residual else None
+        self.down_sampler = linear(width, rank, bias, device=device, dtype=dtype)
+        self.up_sampler = linear(up_rank, width, bias, device=device, dtype=dtype)
+        self.register_module("pre_layer_norm", nn.LayerNorm(width, device=device, dtype=dtype) if norm_before else None)
+        self.register_module("post_layer_norm", nn.LayerNorm(width, device=device, dtype=dtype) if norm_after else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the starting values again, by the rule ``init``."""
+        self.init.apply(self)
+
+    def forward(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        """y of h's shape (..., D) and dtype. ``x``, the residual stream that hosts hand to every module behind a sub-layer, has no part in it."""
+        return self._run(h, self._residual)
+
+    def _run(self, h: Tensor, residual: Tensor | Literal["input"] | None) -> Tensor:
+        children = self._modules
+        (w_down, b_down), (w_up, b_up) = weights(children["down_sampler"]), weights(children["up_sampler"])  # type: ignore[arg-type]
+        before: Any = children["pre_layer_norm"]
+        after: Any = children["post_layer_norm"]
+        return functional.bottleneck(
+            h, w_down, w_up, b_down, b_up, activation=self.activation, residual=residual, scale=self.scale, heads=self._blocks,
+            norm_before=None if before is None else (before.weight, before.bias, before.eps), norm_after=None if after is None else (after.weight, after.bias, after.eps),
+        )  # fmt: skip
+
+    def call(self) -> dict[str, Any]:
+        """The op that `forward` calls and the sizes that decide its backend, as `fastadapt.backend.explain` takes them."""
+        return {"op": "bottleneck", "width": self.down_sampler.in_features, "rank": self.down_sampler.out_features, "param_dtype": self.down_sampler.weight.dtype}
+
+    def extra_repr(self) -> str:
+        parts = [f"width={self.down_sampler.in_features}", f"rank={self.down_sampler.out_features}", f"activation={self.activation!r}"]
+        parts += [] if self.residual else ["residual=False"]
+        parts += [f"scale={self.scale}"] if self.scale != 1.0 else []
+        parts += [f"heads={self.heads}" + (", pair=True" if self.pair else "")] if self.heads > 1 else []
+        return ", ".join(parts)
+
+
+class ValueParallelAdapter(Bottleneck):
+    r"""VL-PET's decoder adapter (section 3.4), beside the value projection of cross-attention.
+
+    .. math:: v' = v + s\,(\phi(kv\, W_d^\top + b_d) W_u^\top + b_u)
+
+    Arguments as in `Bottleneck`, without ``residual``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        *,
+        activation: str = "gelu_new",
+        scale: float = 1.0,
+        heads: int = 1,
+        pair: bool = False,
+        norm_before: bool = False,
+        norm_after: bool = False,
+        bias: bool = True,
+        init: Init = TORCH,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            width, rank, activation=activation, scale=scale, heads=heads, pair=pair, norm_before=norm_before, norm_after=norm_after, bias=bias, init=init,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def forward(self, kv: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        """v' of v's shape; kv (..., D) is the projection's input, v (..., D) its output."""
+        return self._run(kv, v)
+
+
+def check_projections(width: int, rank: int, heads: int, pair: bool, activation: str) -> int:
+    """Checks the sizes of a bottleneck and returns the width of the up-projection's rows."""
+    positive(width=width, rank=rank, heads=heads)
+    functional.activation_index(activation)
+    if rank % heads or (pair and width % heads):
+        raise ValueError(f"heads: {heads} must divide rank {rank}" + (f" and width {width}" if pair else ""))
+    return rank // heads if pair else rank
+
+
+def check_scales(**scales: float) -> None:
+    for name, value in scales.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name}: must be a finite number, not {value!r}")

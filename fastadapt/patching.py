@@ -1,0 +1,625 @@
+"""`patch`: adapters into an existing model, in place and reversibly, and the `Handle` that controls them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt import backend, checkpoint, hosts, methods
+from fastadapt.checkpoint import AdapterFileError
+from fastadapt.hosts.roles import UnknownHostError, is_adapted
+from fastadapt.methods import MethodConfig
+
+__all__ = ["AdapterFileError", "Handle", "Report", "SiteReport", "UnknownHostError", "load", "patch"]
+
+_ATTRIBUTE = "_fastadapt_handle"
+
+
+class SiteReport(NamedTuple):
+    """One site: its id, the path of its adapter in the model, the adapter's class and size, and which backend would run it, with the reasons of those passed over."""
+
+    id: str
+    path: str
+    module: str
+    parameters: int
+    backend: str
+    reasons: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a patch did: sites, places left alone and why, base tensors that are trained, and counts over unique parameters."""
+
+    method: str
+    name: str
+    sites: tuple[SiteReport, ...]
+    skipped: tuple[tuple[str, str], ...]
+    trained_base: tuple[str, ...]
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trainable of all parameters, in percent."""
+        return 100.0 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        lines = [f"{self.method} ({self.name}): {len(self.sites)} sites, {self.trainable:,} of {self.total:,} parameters trained ({self.percent:.4f} %)"]
+        width = max(len(s.id) for s in self.sites)
+        lines += [f"  {s.id:<{width}}  {s.module} {s.parameters:,} parameters, {s.backend}" for s in self.sites]
+        passed_over = Counter((name, s.backend, "; ".join(why)) for s in self.sites for name, why in s.reasons.items() if why)
+        lines += [f"  {chosen} instead of {name} at {count} sites: {why}" for (name, chosen, why), count in passed_over.items()]
+        lines.append(f"  trained in the base: {len(self.trained_base)} tensors" + (f" ({_some(self.trained_base)})" if self.trained_base else ""))
+        left = Counter((re.sub(r"\.\d+\.", ".*.", path), why) for path, why in self.skipped)
+        lines += [f"  left alone: {path} ({count} places): {why}" for (path, why), count in left.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class _Site:
+    id: str
+    owner_path: str
+    slot: str
+    owner: nn.Module
+    module: nn.Module
+    dtype: torch.dtype
+
+
+@dataclass
+class _Swap:
+    """A module that changes class, and the children that the adapted class reads (None where the method puts nothing)."""
+
+    owner: nn.Module
+    base: type[nn.Module]
+    adapted: type[nn.Module]
+    slots: dict[str, nn.Module | None]
+
+
+@dataclass
+class _Trained:
+    """A tensor of the base that is trained: every (module, name) that holds it, and its value before."""
+
+    id: str
+    owners: list[tuple[nn.Module, str]]
+    base: nn.Parameter
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        module, name = self.owners[0]
+        return module._parameters[name]  # type: ignore[return-value]
+
+    def put(self, parameter: nn.Parameter) -> None:
+        for module, name in self.owners:
+            module._parameters[name] = parameter
+
+
+@dataclass
+class _Before:
+    """What `Handle.unpatch` puts back."""
+
+    requires_grad: list[tuple[nn.Module, str, bool]]
+    training: list[tuple[nn.Module, bool]]
+
+
+@dataclass(eq=False)
+class Handle:
+    """A patched model's adapters. Made by `patch`; a deep copy or an unpickled copy of the model has its own, `Handle.of(copy)`.
+
+    ``model.state_dict()`` holds the base under its own keys plus the adapters' keys, with trained base tensors at their trained values; ``model.save_pretrained`` therefore writes
+    a file that the stock class loads (the adapters' keys are unexpected to it), trained layer norms included. To save the adapter alone, use `save`.
+    """
+
+    model: nn.Module = field(repr=False)
+    config: MethodConfig
+    resolved: dict[str, MethodConfig] = field(repr=False)
+    name: str
+    init: str
+    tasks: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = field(repr=False)
+    active_task: str | None = None
+    _sites: list[_Site] = field(default_factory=list, repr=False)
+    _swaps: list[_Swap] = field(default_factory=list, repr=False)
+    _trained: list[_Trained] = field(default_factory=list, repr=False)
+    _before: _Before | None = field(default=None, repr=False)
+    _disabled: int = field(default=0, repr=False)
+    _kept: list[nn.Parameter] = field(default_factory=list, repr=False)
+
+    @staticmethod
+    def of(model: nn.Module) -> Handle:
+        """The handle of a patched model.
+
+        Raises:
+            ValueError: the model is not patched.
+        """
+        if _ATTRIBUTE not in model.__dict__:
+            raise ValueError(f"model: this {type(model).__name__} is not patched")
+        return model.__dict__[_ATTRIBUTE]
+
+    # What there is.
+
+    @property
+    def sites(self) -> dict[str, nn.Module]:
+        """The adapters by site id."""
+        return {site.id: site.module for site in self._sites}
+
+    @property
+    def report(self) -> Report:
+        """What the patch did, with the backend that 4,096 rows of the base's dtype would take at each site now."""
+        self._check_active()
+        trainable, total = self.parameter_counts()
+        sites = tuple(_site_report(site) for site in self._sites)
+        return Report(self.config.method, self.name, sites, self.skipped, tuple(t.id for t in self._trained), trainable, total)
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """Trainable and all parameters of the model, each tensor counted once."""
+        parameters = list(self.model.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the model that require gradients: adapters and trained base tensors."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the counts, as PEFT does."""
+        trainable, total = self.parameter_counts()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def reset_parameters(self) -> None:
+        """Draws the adapters' starting values again, for instance after ``to_empty`` on a model built on the meta device."""
+        for site in self._sites:
+            site.module.reset_parameters()  # type: ignore[operator]
+
+    # Tasks.
+
+    def set_task(self, task: str) -> None:
+        """Makes ``task`` the active one. The methods here share one adapter between tasks, so only prompts depend on it (`fastadapt.methods.task_prompt`).
+
+        Raises:
+            ValueError: the task is none of ``tasks``.
+        """
+        if task not in self.tasks:
+            known = f"must be one of {', '.join(self.tasks)}" if self.tasks else "the model was patched without tasks"
+            raise ValueError(f"task: {task!r} is unknown; {known}")
+        self.active_task = task
+
+    @contextlib.contextmanager
+    def task(self, task: str) -> Iterator[Handle]:
+        """`set_task` inside the ``with`` block only."""
+        before = self.active_task
+        self.set_task(task)
+        try:
+            yield self
+        finally:
+            self.active_task = before
+
+    # Off and on, in and out.
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model inside the ``with`` block: its own layers, and its own values of the tensors that the patch trains. No tensor is written, so graphs from inside or outside
+        the block stay right. Do not move, save or unpatch the model inside it.
+
+        Raises:
+            RuntimeError: base values are unknown (patched on the meta device; see `remember_base`), or the layers were changed by somebody else.
+        """
+        self._check_active()
+        if self._disabled == 0:
+            self._check_untouched()
+            self._check_base_known()
+            self._kept = [trained.parameter for trained in self._trained]
+            for trained, now in zip(self._trained, self._kept, strict=True):
+                if trained.base.device != now.device or trained.base.dtype != now.dtype:
+                    trained.base = nn.Parameter(trained.base.detach().to(now.device, now.dtype), requires_grad=False)
+                trained.put(trained.base)
+            for swap in self._swaps:
+                swap.owner.__class__ = swap.base
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+            if self._disabled == 0:
+                for swap in self._swaps:
+                    swap.owner.__class__ = swap.adapted
+                for trained, now in zip(self._trained, self._kept, strict=True):
+                    trained.put(now)
+                self._kept = []
+
+    def remember_base(self) -> None:
+        """Takes the present values of the trained base tensors as the base's: for a model that was patched on the meta device and has got its weights since."""
+        self._check_active()
+        self._check_enabled("remember_base")
+        for trained in self._trained:
+            trained.base = nn.Parameter(trained.parameter.detach().clone(), requires_grad=False)
+
+    def unpatch(self, restore_base: bool = False) -> None:
+        """Puts the model back: classes, keys, ``requires_grad`` and train / eval flags as before `patch`.
+
+        Args:
+            restore_base: also the values of the base tensors that were trained.
+
+        Raises:
+            RuntimeError: already unpatched, inside `disabled`, base values unknown, or layers changed by somebody else; nothing is changed then.
+        """
+        self._check_active()
+        self._check_enabled("unpatch")
+        self._check_untouched()
+        if restore_base:
+            self._check_base_known()
+            with torch.no_grad():
+                for trained in self._trained:
+                    trained.parameter.copy_(trained.base)
+        self._undo()
+
+    def _undo(self) -> None:
+        for swap in self._swaps:
+            swap.owner.__class__ = swap.base
+            for slot in swap.slots:
+                swap.owner._modules.pop(slot, None)
+        if self._before is not None:
+            for module, name, flag in self._before.requires_grad:
+                if (parameter := module._parameters.get(name)) is not None:
+                    parameter.requires_grad_(flag)
+            for module, training in self._before.training:
+                module.training = training
+        self.model.__dict__.pop(_ATTRIBUTE, None)
+
+    # Files.
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: the adapters by site id and the base tensors that the method trains. See `fastadapt.checkpoint`.
+
+        Raises:
+            RuntimeError: the model is on the meta device, or inside `disabled`.
+        """
+        self._check_active()
+        self._check_enabled("save")
+        tensors = self._tensors()
+        if any(t.is_meta for t in tensors.values()):
+            raise RuntimeError("save: the model is on the meta device and has no values")
+        config = getattr(self.model, "config", None)
+        base = {"class": type(self.model).__name__, "model_type": getattr(config, "model_type", None), "name_or_path": getattr(config, "name_or_path", None)}
+        checkpoint.write(
+            directory,
+            {
+                "method": self.config.method,
+                "name": self.name,
+                "tasks": list(self.tasks),
+                "init": self.init,
+                "options": {family: config.stored() for family, config in self.resolved.items()},
+                "base_model": base,
+                "sites": {site.id: type(site.module).__name__ for site in self._sites},
+                "trained_base": [trained.id for trained in self._trained],
+            },
+            tensors,
+        )
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Reads what `save` wrote into this model. Method, options, sites, names and shapes must be equal; nothing is left out or made up.
+
+        Raises:
+            fastadapt.patching.AdapterFileError: the files are missing, corrupted, foreign, or of another patch; the model stays as it is.
+        """
+        self._check_active()
+        self._check_enabled("load")
+        config, tensors = checkpoint.read(directory)
+        self._load(config, tensors, directory)
+
+    def _load(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
+        where = os.fspath(directory)
+        if config.get("method") != self.config.method:
+            raise AdapterFileError(f"{where}: holds an adapter of {config.get('method')!r}; the model is patched with {self.config.method!r}")
+        here = {family: resolved.stored() for family, resolved in self.resolved.items()}
+        if config.get("options") != here:
+            raise AdapterFileError(f"{where}: saved with other options: {_difference(config.get('options'), here)}")
+        target = self._tensors()
+        if missing := sorted(target.keys() - tensors.keys()):
+            raise AdapterFileError(f"{where}: lacks {len(missing)} tensors of the model: {_some(missing)}")
+        if unexpected := sorted(tensors.keys() - target.keys()):
+            raise AdapterFileError(f"{where}: has {len(unexpected)} tensors that the model does not have: {_some(unexpected)}")
+        for key, tensor in tensors.items():
+            if tensor.shape != target[key].shape or not tensor.is_floating_point():
+                raise AdapterFileError(f"{where}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the model has {target[key].dtype} {tuple(target[key].shape)}")
+            if target[key].is_meta:
+                raise RuntimeError("load: the model is on the meta device and cannot hold values")
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                target[key].copy_(tensor)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        adapters = {f"{site.id}/{name}": parameter for site in self._sites for name, parameter in site.module.named_parameters()}
+        return {**adapters, **{f"base/{trained.id}": trained.parameter for trained in self._trained}}
+
+    def _check_active(self) -> None:
+        if self.model.__dict__.get(_ATTRIBUTE) is not self:
+            raise RuntimeError("this handle's model is no longer patched")
+
+    def _check_enabled(self, what: str) -> None:
+        if self._disabled:
+            raise RuntimeError(f"{what}: not inside `with handle.disabled()`")
+
+    def _check_untouched(self) -> None:
+        for swap in self._swaps:
+            if type(swap.owner) is not swap.adapted and not self._disabled:
+                raise RuntimeError(f"a patched {swap.base.__name__} has become a {type(swap.owner).__module__}.{type(swap.owner).__qualname__}; undo that first")
+
+    def _check_base_known(self) -> None:
+        if unknown := [t.id for t in self._trained if t.base.is_meta and not t.parameter.is_meta]:
+            raise RuntimeError(f"the model was patched on the meta device, so the base values of {_some(unknown)} are unknown; call remember_base() once the base's weights are in")
+
+
+def patch(
+    model: nn.Module,
+    method: str | MethodConfig = "vlpet",
+    *,
+    tasks: Sequence[str] | None = None,
+    name: str = "default",
+    init: str = "repo",
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Handle:
+    """Puts a method's adapters into ``model``, in place; freezes the base except for what the method trains.
+
+    Layers keep their place, name and keys: their class becomes a subclass whose forward runs the adapter, which is registered as a child. Other models of the class are
+    untouched.
+
+    Args:
+        model: a transformers model with BART or T5 layers anywhere inside (`fastadapt.hosts.families`), on any device, the meta device included.
+        method: "vl_adapter" or "vlpet", or a config of `fastadapt.methods`.
+        tasks: names of the tasks that `Handle.set_task` will accept.
+        name: name of the patch, kept in reports and files.
+        init: "repo", the published starting values, or "identity": the model's output stays exactly what it was.
+        dtype: of the adapters' parameters; None: the base's, float32 if that is a half precision.
+        options: fields of the method's config; what is not given is what was published for the host.
+
+    Returns:
+        The handle: report, tasks, saving, switching off, unpatching.
+
+    Raises:
+        ValueError: unknown method or init, a bad option, no site, or a model that is patched, compiled or wrapped already.
+        TypeError: unknown option, or an argument of the wrong type.
+        fastadapt.patching.UnknownHostError: (a ValueError) no layer of the model is known, or this version's layer is not.
+
+    A call that raises leaves the model as it was.
+    """
+    _check_model(model, name)
+    config = methods.config(method, **options)
+    if init not in methods.INITS:
+        raise ValueError(f"init: must be one of {', '.join(methods.INITS)}, not {init!r}")
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise TypeError(f"dtype: must be a floating torch.dtype or None, not {dtype!r}")
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: must be a non-empty string, not {name!r}")
+    if isinstance(tasks, str) or not all(isinstance(t, str) and t for t in tasks or ()) or len(set(tasks or ())) != len(tasks or ()):
+        raise TypeError(f"tasks: must be a list of distinct names, not {tasks!r}")
+
+    blocks, refused = hosts.find(model)
+    if not blocks:
+        why = "".join(f"; {path or 'the model'}: {reason}" for path, reason in refused)
+        raise UnknownHostError(f"model: {type(model).__module__}.{type(model).__name__} has no layers of a supported host ({', '.join(hosts.families())}){why}")
+    resolved = {family: config.resolved(family, init) for family in dict.fromkeys(host.family for _, _, host in blocks)}
+    handle = Handle(model, config, resolved, name, init, tuple(tasks or ()), ())
+    labels = _labels(blocks)
+    handle.skipped = tuple(refused)
+    for path, block, host in blocks:
+        _build(handle, path, block, host, labels[path], dtype)
+    if not handle._sites:
+        raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + "; ".join(f"{path}: {why}" for path, why in handle.skipped))
+    handle._trained = _trained(model, blocks, labels, resolved)
+    handle._before = _Before(
+        [(module, name, p.requires_grad) for module in model.modules() for name, p in module._parameters.items() if p is not None],
+        [(module, module.training) for module in model.modules()],
+    )
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for trained in handle._trained:
+            trained.parameter.requires_grad_(True)
+        for swap in handle._swaps:
+            for slot, adapter in swap.slots.items():
+                swap.owner.register_module(slot, adapter)
+            swap.owner.__class__ = swap.adapted
+        model.__dict__[_ATTRIBUTE] = handle
+    except BaseException:
+        handle._undo()
+        raise
+    return handle
+
+
+def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label: str, dtype: torch.dtype | None) -> None:
+    """Makes the adapters of one block and the class changes that put them in; changes nothing in the model."""
+    settings = handle.resolved[host.family]
+    swaps: dict[str, _Swap] = {}
+    for place in host.places(block):
+        owner, owner_path = block.get_submodule(place.owner), _join(path, place.owner)
+        site_id = f"{label}.{place.role.partition('.')[2]}"
+        if place.role not in settings.roles():
+            handle.skipped += ((site_id, f"{settings.method} puts nothing there"),)
+            continue
+        adapted = host.adapted_class(owner, place.role)
+        _check_owner(owner, owner_path, place.slot)
+        reference = next(owner.parameters())
+        base_dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
+        if dtype not in (None, base_dtype, torch.float32):
+            raise TypeError(f"dtype: adapters of {dtype} over a base of {base_dtype}; must be that or float32")
+        parameter_dtype = dtype or (base_dtype if base_dtype == torch.float64 else torch.float32)
+        width = _width(host.width(block), owner, owner_path, place.role)
+        module = settings.build(place.role, methods.Target(host.family, width, host.init(block)), handle.init, device=reference.device, dtype=parameter_dtype)
+        module.train(owner.training)
+        handle._sites.append(_Site(site_id, owner_path, place.slot, owner, module, base_dtype))
+        swaps.setdefault(place.owner, _Swap(owner, type(owner), adapted, {})).slots[place.slot] = module
+    # An adapted class reads every slot of its own: places without an adapter hold None.
+    for place in host.places(block):
+        if place.owner in swaps:
+            swaps[place.owner].slots.setdefault(place.slot, None)
+    handle._swaps += swaps.values()
+
+
+def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None, dtype: torch.dtype | None = None) -> Handle:
+    """Patches ``model`` as the saved adapter was and loads it.
+
+    Args:
+        model: a fresh base model.
+        directory: what `Handle.save` wrote.
+        name: another name for the patch.
+        dtype: as in `patch`.
+
+    Raises:
+        fastadapt.patching.AdapterFileError: the files are missing, corrupted, foreign, or do not fit the model; it stays as it was.
+        ValueError, TypeError: see `patch`.
+    """
+    _check_model(model, str(name))
+    config, tensors = checkpoint.read(directory)
+    options = config.get("options")
+    if not isinstance(options, dict) or len(options) != 1:
+        raise AdapterFileError(f"{os.fspath(directory)}: 'options' must hold the options of one host family, not {options!r}")
+    try:
+        common: dict[str, Any] = {"tasks": config.get("tasks") or None, "name": name or config.get("name"), "init": config.get("init"), "dtype": dtype}
+        handle = patch(model, config.get("method"), **common, **next(iter(options.values())))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise AdapterFileError(f"{os.fspath(directory)}: {error}") from error
+    try:
+        handle._load(config, tensors, directory)
+    except BaseException:
+        handle.unpatch(restore_base=True)
+        raise
+    return handle
+
+
+def _check_model(model: object, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be an nn.Module, not {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"model: is compiled ({type(model).__name__}); patch the model first and compile it then, or patch model._orig_mod")
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"model: {type(model).__name__} carries adapters of PEFT, which the patch would freeze; merge and unload them first")
+    for path, module in model.named_modules():
+        what = f"model: {path or type(model).__name__}"
+        if _ATTRIBUTE in module.__dict__:
+            raise ValueError(f"{what} is patched already under the name {module.__dict__[_ATTRIBUTE].name!r}, so {name!r} cannot be added; unpatch it first")
+        if is_adapted(module):
+            raise ValueError(f"{what} is part of a model that is patched already; unpatch that first")
+        names = {c.__name__ for c in type(module).__mro__}
+        if wrapper := names & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+            raise ValueError(f"{what} is wrapped ({wrapper.pop()}); patch the model before wrapping it")
+        if "_hf_hook" in module.__dict__:
+            raise ValueError(f"{what} carries a hook of accelerate, which would run the layer's old forward; remove the hooks, patch, and dispatch the model then")
+
+
+def _check_owner(owner: nn.Module, path: str, slot: str) -> None:
+    if "forward" in owner.__dict__:
+        raise ValueError(f"model: {path} has a forward of its own on the instance, which would hide the adapter; remove it first")
+    if hasattr(owner, slot):
+        raise ValueError(f"model: {path} has a {slot!r} already")
+
+
+def _width(width: int, owner: nn.Module, path: str, role: str) -> int:
+    if role.endswith(".value") and (owner.in_features, owner.out_features) != (width, width):
+        raise ValueError(f"model: {path} maps {owner.in_features} to {owner.out_features}; an adapter beside it needs width {width} on both sides")
+    return width
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _container(path: str) -> str:
+    """The module whose list a block is in: "model.encoder" of "model.encoder.layers.0"."""
+    return path.rsplit(".", 2)[0] if path.count(".") >= 2 else ""
+
+
+def _labels(blocks: list[tuple[str, nn.Module, hosts.Host]]) -> dict[str, str]:
+    """A name for each block that does not depend on module paths: "encoder.0", and "encoder@1.0" in a second encoder."""
+    labels: dict[str, str] = {}
+    containers: dict[str, list[str]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for path, block, host in blocks:
+        stack, container = host.places(block)[0].role.split(".")[0], _container(path)
+        known = containers.setdefault(stack, [])
+        if container not in known:
+            known.append(container)
+        number = known.index(container)
+        index = sizes[stack, container] = sizes.get((stack, container), -1) + 1
+        labels[path] = f"{stack}{f'@{number}' if number else ''}.{index}"
+    return labels
+
+
+def _under(path: str, prefix: str) -> bool:
+    return not prefix or path == prefix or path.startswith(prefix + ".")
+
+
+def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], labels: dict[str, str], resolved: dict[str, MethodConfig]) -> list[_Trained]:
+    """The tensors of the base that the method trains, each once, with a name that survives moves of modules."""
+    encoders = {_container(path): host for path, _, host in blocks if labels[path].startswith("encoder")}
+    norms = tuple({norm for _, _, host in blocks for norm in host.norms})
+    everywhere = any(config.layer_norms == "all" for config in resolved.values())
+    inside = [container for container, host in encoders.items() if resolved[host.family].layer_norms == "encoder"]
+    visual = any(config.visual_embedding for config in resolved.values())
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if (module, name) not in owners.setdefault(id(parameter), []):
+                    owners[id(parameter)].append((module, name))
+                paths.setdefault(id(parameter), []).append(_join(path, name))
+    trained = []
+    for key, holders in owners.items():
+        module, name = holders[0]
+        path = paths[key][0]
+        # A token table that the visual embedding borrows from the host belongs to the host.
+        in_visual = visual and all("visual_embedding" in p.split(".") for p in paths[key])
+        if in_visual or (isinstance(module, norms) and (everywhere or any(_under(path, container) for container in inside))):
+            parameter = module._parameters[name]
+            trained.append((path, _Trained(_base_id(path, labels), holders, nn.Parameter(parameter.detach().clone(), requires_grad=False))))  # type: ignore[union-attr]
+    ids = [t.id for _, t in trained]
+    return [t if ids.count(t.id) == 1 else dataclasses.replace(t, id=path) for path, t in trained]
+
+
+def _base_id(path: str, labels: dict[str, str]) -> str:
+    parts = path.split(".")
+    if "visual_embedding" in parts:
+        return ".".join(parts[parts.index("visual_embedding") :])
+    for block, label in labels.items():
+        if _under(path, block):
+            return _join(label, path[len(block) :].lstrip("."))
+    for block, label in labels.items():
+        if _under(path, container := _container(block)):
+            return _join(label.rsplit(".", 1)[0], path[len(container) :].lstrip("."))
+    return path
+
+
+def _site_report(site: _Site) -> SiteReport:
+    parameters = sum(p.numel() for p in site.module.parameters())
+    device = next(site.module.parameters()).device
+    try:
+        explanation = backend.explain(rows=4096, dtype=site.dtype, device=device, **site.module.call())  # type: ignore[operator]
+        chosen, reasons = explanation.chosen, explanation.reasons
+    except backend.BackendError as error:
+        chosen, reasons = "none", {"demanded": [str(error)]}
+    return SiteReport(site.id, _join(site.owner_path, site.slot), type(site.module).__name__, parameters, chosen, reasons)
+
+
+def _difference(saved: Any, here: dict[str, dict[str, Any]]) -> str:
+    if not isinstance(saved, dict) or saved.keys() != here.keys() or not all(isinstance(v, dict) for v in saved.values()):
+        return f"host families {list(saved) if isinstance(saved, dict) else saved!r} in the file, {list(here)} here"
+    parts = [
+        f"{name} is {saved[family].get(name, 'absent')!r} in the file and {here[family].get(name, 'absent')!r} here"
+        for family in here
+        for name in sorted(saved[family].keys() | here[family].keys())
+        if saved[family].get(name, here) != here[family].get(name, here)
+    ]
+    return "; ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,124 @@
+"""The adapters as the methods' authors write them in plain torch: one module call per projection and head, ``gelu_new`` as eight operations, gates as separate operations.
+
+It is the rival of the benchmarks, the same-dtype error in `tests.tolerance`, and in fp64 the exact result: it shares no code with the library. Arguments as in
+`fastadapt.functional`; a projection may also be a list of one weight per head, which is how the authors store it. Parameters are cast to the activations' dtype, as autocast does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = Tensor | Sequence[Tensor]
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """The tanh form of the gelu, eight elementwise operations, each of which reads and writes memory."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+ACTIVATIONS = {"gelu_new": gelu_new, "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
+
+
+def _list(weights: Weights | None, like: Sequence[Tensor] = ()) -> list[Tensor | None]:
+    if weights is None:
+        return [None] * len(like)
+    return [weights] if isinstance(weights, Tensor) else list(weights)
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
+
+
+def _projections(x: Tensor, w_down: Weights, w_up: Weights, b_down: Weights | None, b_up: Weights | None, activation: str, heads: int) -> Tensor:
+    """The output of a bottleneck: one or h Linears down and up, concatenated. ``heads`` > 1 is the pair variant, where head i goes up by itself."""
+    phi = ACTIVATIONS[activation]
+    if heads > 1:
+        downs, ups = (list(w.chunk(heads)) if isinstance(w, Tensor) else list(w) for w in (w_down, w_up))
+        b_downs, b_ups = ([None] * heads if b is None else list(b.chunk(heads)) if isinstance(b, Tensor) else list(b) for b in (b_down, b_up))
+        return torch.cat([_linear(phi(_linear(x, wd, bd)), wu, bu) for wd, bd, wu, bu in zip(downs, b_downs, ups, b_ups, strict=True)], -1)
+    downs, ups = _list(w_down), _list(w_up)
+    z = [_linear(x, w, b) for w, b in zip(downs, _list(b_down, downs), strict=True)]
+    a = phi(torch.cat(z, -1) if len(z) > 1 else z[0])
+    u = [_linear(a, w, b) for w, b in zip(ups, _list(b_up, ups), strict=True)]
+    return torch.cat(u, -1) if len(u) > 1 else u[0]
+
+
+def _layer_norm(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm[0].to(x.dtype), norm[1].to(x.dtype), norm[2])
+
+
+def bottleneck(
+    x: Tensor,
+    w_down: Weights,
+    w_up: Weights,
+    b_down: Weights | None = None,
+    b_up: Weights | None = None,
+    *,
+    activation: str = "gelu_new",
+    residual: Tensor | str | None = "input",
+    scale: float | Tensor = 1.0,
+    gate: Tensor | None = None,
+    heads: int = 1,
+    norm_before: tuple[Tensor, Tensor, float] | None = None,
+    norm_after: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """An adapter controller: [layer norm], down, nonlinearity, up, [scale], [gate], [layer norm], residual."""
+    y = _projections(x if norm_before is None else _layer_norm(x, norm_before), w_down, w_up, b_down, b_up, activation, heads)
+    if isinstance(scale, Tensor):
+        y = scale.to(x.dtype) * y
+    elif scale != 1.0:
+        y = scale * y
+    if gate is not None:
+        y = y * gate.to(x.dtype)
+    if norm_after is not None:
+        y = _layer_norm(y, norm_after)
+    if residual is None:
+        return y
+    return y + (residual if isinstance(residual, Tensor) else x)
+
+
+def gated_bottleneck(
+    h: Tensor,
+    x: Tensor | None,
+    w_down: Weights,
+    w_up: Weights,
+    b_down: Weights | None = None,
+    b_up: Weights | None = None,
+    *,
+    granularity: str,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    gate_up_weight: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    combine: str = "multiply",
+    activation: str = "gelu_new",
+    heads: int = 1,
+    input_scale: float = 1.0,
+    adapter_scale: float = 1.0,
+    scale: float = 1.0,
+    save_gate: bool | None = None,
+) -> Tensor:
+    """VL-PET's encoder module: multi-head adapter, then the granularity gate (VL-PET, section 3.2 and 3.3). ``save_gate`` has no meaning here."""
+    delta = _projections(h, w_down, w_up, b_down, b_up, activation, heads)
+    if adapter_scale != 1.0:
+        delta = adapter_scale * delta
+    total = (h if input_scale == 1.0 else input_scale * h) + delta
+    if granularity == "middleY":
+        v = gate_weight.to(h.dtype)
+        y = total + 1 + v if combine == "add" else total + total * v
+    else:
+        if granularity == "large":
+            gate = torch.sigmoid(_linear(ACTIVATIONS[activation](_linear(x, gate_weight, gate_bias)), gate_up_weight, gate_up_bias))
+        elif granularity == "large_full":
+            gate = torch.sigmoid(_linear(x, gate_weight, gate_bias))
+        elif granularity == "middleX":
+            gate = torch.sigmoid(_linear(x + total, gate_weight[None], gate_bias))
+        else:
+            gate = torch.sigmoid(_linear(torch.cat([x, total], -1), gate_weight[None], gate_bias)).mean(1, keepdim=True)
+        y = total + gate if combine == "add" else total * gate
+    return y if scale == 1.0 else scale * y

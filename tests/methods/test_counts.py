@@ -1,0 +1,76 @@
+"""Parameter counts of real-size models, to the digit, as the published code prints them: four tasks, vocabularies of 50,465 (BART) and 32,200 (T5), tied heads counted once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastadapt.hosts.vlbart import VLT5, VLBart, VLBartConfig, VLT5Config
+from fastadapt.patching import patch
+
+IMAGE, VIDEO = 2048, 512
+
+
+def real_size(family: str, feat_dim: int) -> nn.Module:
+    with torch.device("meta"):
+        if family == "bart":
+            sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 6), ("attention_heads", 12), ("ffn_dim", 3072))}
+            return VLBart(VLBartConfig(vocab_size=50465, d_model=768, **sizes, max_position_embeddings=1024, feat_dim=feat_dim))
+        return VLT5(VLT5Config(vocab_size=32200, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, feat_dim=feat_dim))
+
+
+ROWS = [
+    ("bart", IMAGE, "vl_adapter", {}, 6_081_600, 145_606_464, 4.1767),
+    ("bart", VIDEO, "vl_adapter", {}, 4_901_952, 144_426_816, 3.3941),
+    ("t5", IMAGE, "vl_adapter", {}, 10_480_512, 233_439_360, 4.4896),
+    ("t5", IMAGE, "vl_adapter", {"reduction_factor": 4}, 19_333_632, 242_292_480, 7.9795),
+    ("bart", IMAGE, "vlpet", {}, 6_052_416, 145_606_464, 4.1567),
+    ("bart", IMAGE, "vlpet", {"granularity": "middleX"}, 4_281_804, 143_835_852, 2.9769),
+    ("bart", IMAGE, "vlpet", {"granularity": "middleY"}, 4_281_792, 143_835_840, 2.9769),
+    ("bart", IMAGE, "vlpet", {"granularity": "small"}, 4_291_020, 143_845_068, 2.9831),
+    ("bart", IMAGE, "vlpet", {"granularity": "large_full"}, 11_359_680, 150_913_728, 7.5273),
+    ("bart", VIDEO, "vlpet", {}, 4_872_768, None, 3.3739),
+    ("bart", VIDEO, "vlpet", {"granularity": "middleX"}, 3_102_156, None, 2.1746),
+    ("bart", VIDEO, "vlpet", {"granularity": "middleY"}, 3_102_144, None, 2.1746),
+    ("bart", VIDEO, "vlpet", {"granularity": "small"}, 3_111_372, None, 2.1809),
+    ("t5", IMAGE, "vlpet", {}, 17_582_208, 240_521_856, 7.3100),
+    ("t5", IMAGE, "vlpet", {"granularity": "middleX"}, 10_499_736, 233_439_384, 4.4978),
+    ("t5", IMAGE, "vlpet", {"granularity": "middleY"}, 10_499_712, 233_439_360, 4.4978),
+    ("t5", IMAGE, "vlpet", {"granularity": "small"}, 10_518_168, 233_457_816, 4.5054),
+]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[tuple[str, int], nn.Module]:
+    return {(family, feat): real_size(family, feat) for family, feat in dict.fromkeys((row[0], row[1]) for row in ROWS)}
+
+
+@pytest.mark.parametrize(("family", "feat_dim", "total"), [("bart", IMAGE, 141_156_864), ("bart", VIDEO, 139_977_216), ("t5", IMAGE, 224_540_160)])
+def test_base(models: dict[tuple[str, int], nn.Module], family: str, feat_dim: int, total: int) -> None:
+    assert sum(p.numel() for p in models[family, feat_dim].parameters()) == total
+
+
+@pytest.mark.parametrize(("family", "feat_dim", "method", "options", "trainable", "total", "percent"), ROWS)
+def test_counts(models, family, feat_dim, method, options, trainable, total, percent) -> None:  # type: ignore[no-untyped-def]
+    model = models[family, feat_dim]
+    handle = patch(model, method, tasks=["vqa", "gqa", "nlvr", "caption"], **options)
+    report = handle.report
+    handle.unpatch()
+    assert report.trainable == trainable
+    assert total is None or report.total == total
+    assert round(report.percent, 4) == percent
+
+
+def test_rows_by_hand(models: dict[tuple[str, int], nn.Module]) -> None:
+    """VL-PET-large on BART: 12 adapters and 12 gates of 148,320, 6 value adapters, 13 encoder layer norms, the visual embedding."""
+    model = models["bart", IMAGE]
+    handle = patch(model, "vlpet")
+    adapters = {s.id: s.parameters for s in handle.report.sites}
+    base = {t.id: t.parameter.numel() for t in handle._trained}
+    handle.unpatch()
+    assert sum(n for name, n in adapters.items() if name.startswith("encoder")) == 2 * 12 * 148_320
+    assert sum(n for name, n in adapters.items() if name.endswith(".value")) == 6 * 148_320
+    assert sum(n for name, n in base.items() if name.startswith("encoder")) == 13 * 1_536
+    assert sum(n for name, n in base.items() if name.startswith("visual_embedding")) == 1_582_848
+    assert "encoder.layernorm_embedding.weight" in base and len(base) == 26 + 9

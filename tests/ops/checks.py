@@ -1,0 +1,288 @@
+"""What every backend of every op must pass. The tests of an op say which calls; the bodies are here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadapt import backend, functional
+from fastadapt.ops import _library
+from tests import eager
+from tests.golden import Case
+from tests.ops.specs import Spec
+from tests.tolerance import FLOOR, Compared, assert_matches_recorded, assert_rule, relative_error
+
+# A machine that cannot have the C++ library says so here; anywhere else a missing library fails the tests, since they would otherwise pass without running a kernel.
+_NO_CPU = os.environ.get("FASTADAPT_TEST_NO_COMPILER") == "1" or platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+_cpu = pytest.mark.skipif(_NO_CPU, reason="the cpu backend needs x86-64 with AVX2 and a compiler (FASTADAPT_TEST_NO_COMPILER=1 says there is none)")
+_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="the triton backend needs a CUDA device")]
+
+REFERENCE = pytest.param("reference", "cpu", id="reference")
+CPU = pytest.param("cpu", "cpu", id="cpu", marks=_cpu)
+TRITON = pytest.param("triton", "cuda", id="triton", marks=_gpu)
+# What enters and leaves an op is the same for all backends: tests of that take the best one that each device can have.
+one_backend = pytest.mark.parametrize(("name", "device"), [REFERENCE if _NO_CPU else CPU, TRITON])
+every_backend = pytest.mark.parametrize(("name", "device"), [REFERENCE, CPU, TRITON])
+every_kernel = pytest.mark.parametrize(("name", "device"), [CPU, TRITON])
+every_pair = pytest.mark.parametrize(
+    ("forward", "backward", "device"),
+    [
+        pytest.param("reference", "cpu", "cpu", id="reference-cpu", marks=_cpu),
+        pytest.param("cpu", "reference", "cpu", id="cpu-reference", marks=_cpu),
+        pytest.param("reference", "triton", "cuda", id="reference-triton", marks=_gpu),
+        pytest.param("triton", "reference", "cuda", id="triton-reference", marks=_gpu),
+    ],
+)
+kernel_names = [name for name, there in (("cpu", not _NO_CPU), ("triton", torch.cuda.is_available())) if there]
+
+Results = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def runs_on(op: str, forward: str, backward: str | None = None, *, counts: tuple[int, int] = (1, 1)) -> Iterator[None]:
+    """Demands backend ``forward`` and asserts that exactly these kernels ran in the block."""
+    before = backend.ran()
+    with backend.use(forward):
+        yield
+    delta = {key: n - before.get(key, 0) for key, n in backend.ran().items() if n != before.get(key, 0)}
+    expected = {(op, "forward", forward): counts[0], (op, "backward", backward or forward): counts[1]}
+    assert delta == {key: n for key, n in expected.items() if n}
+
+
+@contextlib.contextmanager
+def spied(backward: str | None = None) -> Iterator[list[tuple[str, tuple[Any, ...], Any]]]:
+    """Records (direction, arguments, outputs) of every kernel call; with ``backward``, backward runs under that backend whatever forward ran under."""
+    original, calls = _library.run, []
+
+    def run(op: str, direction: str, call: backend.Call, demanded: int, args: tuple[Any, ...]) -> Any:
+        out = original(op, direction, call, backend.index(backward) if backward and direction == "backward" else demanded, args)
+        calls.append((direction, args, out))
+        return out
+
+    _library.run = run
+    try:
+        yield calls
+    finally:
+        _library.run = original
+
+
+def evaluate(call: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[str, Tensor], dy: Tensor | None, needs: tuple[str, ...] | None = None) -> Results:
+    """The output ``y`` and the gradients of ``(y * dy).sum()`` by name; ``needs`` names the tensors that are trained, by default all; without ``dy`` there is no backward."""
+    needs = tuple(tensors) if needs is None else needs
+    leaves = {name: t.detach().requires_grad_(name in needs) for name, t in tensors.items()}
+    y = call(leaves)
+    if dy is None or not needs:
+        return {"y": y.detach()}
+    grads = torch.autograd.grad(y, [leaves[name] for name in needs], dy)
+    return {"y": y.detach(), **{f"d {name}": g for name, g in zip(needs, grads, strict=True)}}
+
+
+def fused(spec: Spec, name: str, tensors: Mapping[str, Tensor], dy: Tensor | None, needs: tuple[str, ...] | None = None, backward: str | None = None) -> Results:
+    """The library's result under backend ``name`` (and ``backward``), which must have run it. The gradient of a residual is dy and takes no kernel."""
+    kernel_grads = set(tensors if needs is None else needs) - {"residual"}
+    with runs_on(spec.op, name, backward, counts=(1, int(dy is not None and bool(kernel_grads)))):
+        return evaluate(lambda t: spec.call(functional, t), tensors, dy, needs)
+
+
+def in_eager(spec: Spec, tensors: Mapping[str, Tensor], dy: Tensor) -> Results:
+    return evaluate(lambda t: spec.call(eager, t), tensors, dy)
+
+
+def exact(spec: Spec, tensors: Mapping[str, Tensor], dy: Tensor) -> Results:
+    return in_eager(spec, {n: t.double() for n, t in tensors.items()}, dy.double())
+
+
+def compared(got: Results, exact64: Results, same_dtype: Results) -> dict[str, Compared]:
+    return {name: Compared(got[name], exact64[name], same_dtype[name], name.startswith("d ")) for name in got}
+
+
+def assert_within_rule(spec: Spec, name: str, device: str, *, backward: str | None = None) -> None:
+    """Output and every gradient of ``spec`` under backend ``name`` (and ``backward``), within the rule of `tests.tolerance`."""
+
+    def run(seed: int) -> dict[str, Compared]:
+        tensors, dy = spec.draw(seed, device), spec.cotangent(seed, device)
+        got = fused(spec, name, tensors, dy, backward=backward)
+        assert got["y"].dtype == spec.dtype and got["y"].shape == dy.shape
+        return compared(got, exact(spec, tensors, dy), in_eager(spec, tensors, dy))
+
+    with spied(backward):
+        assert_rule(run, spec.dtype)
+
+
+def assert_exact_reference(spec: Spec) -> None:
+    """The fp64 reference, with its hand-written backward, against autograd through the authors' operations: to rounding."""
+    tensors, dy = {n: t.double() for n, t in spec.draw(0).items()}, spec.cotangent(0).double()
+    got, expected = fused(spec, "reference", tensors, dy), in_eager(spec, tensors, dy)
+    for name in expected:
+        difference, size = (got[name] - expected[name]).norm(), expected[name].norm()
+        assert difference <= 1e-12 * size + 1e-13, f"{name}: {difference:.2g} of {size:.2g}"
+
+
+def assert_gradcheck(spec: Spec) -> None:
+    tensors = {n: t.double().requires_grad_() for n, t in spec.draw(0).items()}
+    with backend.use("reference"):
+        assert torch.autograd.gradcheck(lambda *args: spec.call(functional, dict(zip(tensors, args, strict=True))), tuple(tensors.values()))
+
+
+def assert_single_gradients(spec: Spec, name: str, device: str) -> None:
+    """Every gradient asked alone has the bits that it has among all; what is not asked for is neither computed nor returned."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    together = fused(spec, name, tensors, dy)
+    for trained in tensors:
+        with spied() as calls:
+            alone = fused(spec, name, tensors, dy, needs=(trained,))
+        assert_same_bits(alone, {key: together[key] for key in alone})
+        for direction, _, out in calls:
+            if direction == "backward":
+                assert sum(t.numel() > 0 for t in out) == 1, f"{trained} alone: backward returned {[tuple(t.shape) for t in out]}"
+    frozen = {n: t.detach().requires_grad_(n in ("x", "h")) for n, t in tensors.items()}
+    with backend.use(name):
+        spec.call(functional, frozen).backward(dy)
+    assert all((t.grad is not None) == t.requires_grad for t in frozen.values())
+
+
+def assert_no_grad_path(spec: Spec, name: str, device: str) -> None:
+    """Without gradients the bits are the same, and nothing is kept for backward."""
+    tensors = spec.draw(0, device)
+    expected = fused(spec, name, tensors, spec.cotangent(0, device))
+    for context in (torch.no_grad, torch.inference_mode, contextlib.nullcontext):
+        grad = context is not contextlib.nullcontext
+        with spied() as calls, context(), runs_on(spec.op, name, counts=(1, 0)):
+            y = spec.call(functional, {n: t.clone().requires_grad_(grad) for n, t in tensors.items()})
+        assert not y.requires_grad
+        assert_same_bits({"y": y}, {"y": expected["y"]})
+        assert [t.numel() for t in calls[0][2][1:]] == [0] * (len(calls[0][2]) - 1)
+
+
+def assert_untouched(spec: Spec, name: str, device: str) -> None:
+    """No argument is written to, in forward or in backward."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    everything = {**tensors, "dy": dy}
+    before, versions = {n: t.clone() for n, t in everything.items()}, [t._version for t in everything.values()]
+    fused(spec, name, tensors, dy)
+    assert_same_bits(before, everything)
+    assert [t._version for t in everything.values()] == versions
+
+
+def layouts(t: Tensor) -> dict[str, Tensor]:
+    """The same numbers in other memory layouts."""
+    out = {
+        "row-padded": torch.cat([t, t[..., :5]], -1)[..., : t.shape[-1]],
+        "offset": torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+        "strided": t.repeat_interleave(2, -1)[..., ::2],
+    }
+    if t.dim() > 1:
+        out["transposed"] = t.transpose(-1, -2).contiguous().transpose(-1, -2)
+        out["batch-last"] = t.transpose(0, -2).contiguous().transpose(0, -2)
+    return out
+
+
+def assert_any_layout(spec: Spec, name: str, device: str) -> None:
+    """Strides change no bit, of activations, parameters and dy alike; on reference they may change the rounding of the library's matrix products."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+
+    def assert_same(a: Results, b: Results) -> None:
+        if name != "reference":
+            return assert_same_bits(a, b)
+        for key in a:
+            assert relative_error(a[key], b[key]) <= 5 * FLOOR[spec.dtype], key
+
+    expected = fused(spec, name, tensors, dy)
+    for layout in ("row-padded", "offset", "strided", "transposed", "batch-last"):
+        changed = {n: layouts(t).get(layout, t) for n, t in tensors.items()}
+        assert_same(fused(spec, name, changed, layouts(dy)[layout]), expected)
+        for one in spec.activations:
+            assert_same(fused(spec, name, {**tensors, one: changed[one]}, dy), expected)
+    row = dy.reshape(-1, spec.width)[0]
+    for expanded in (row[0].expand(dy.shape), row.expand(dy.shape)):
+        assert_same(fused(spec, name, tensors, expanded), fused(spec, name, tensors, expanded.contiguous()))
+
+
+def assert_deterministic(spec: Spec, name: str, device: str) -> None:
+    """Bitwise the same from run to run and, on a CPU, for 1 and 2 threads."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    expected, before = fused(spec, name, tensors, dy), torch.get_num_threads()
+    try:
+        for threads in (before, 2, 1) if device == "cpu" else (before, before):
+            torch.set_num_threads(threads)
+            assert_same_bits(expected, fused(spec, name, tensors, dy))
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+        x, y = (t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]) for t in (a[name], b[name]))
+        assert torch.equal(x, y), f"{name}: {(x != y).sum().item()} of {x.numel()} elements differ in their bits"
+
+
+# Recorded cases: `build(ops, case, inputs, params)` computes the outputs by name with `fastadapt.functional` or `tests.eager`.
+Build = Callable[[Any, Case, Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def _recorded_run(build: Build, ops: Any, case: Case, inputs: Mapping[str, Tensor], cotangents: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> Results:
+    """Outputs, and gradients of every input and parameter that has a recorded one, in ``dtype``."""
+    first = case.entry.get("aliases", {})
+    leaves_in = {n: t.to(device, dtype).requires_grad_(n in case.input_grads) for n, t in inputs.items()}
+    leaves = {n: t.to(device, dtype).requires_grad_() for n, t in case.params.items() if n not in first}
+    outputs = build(ops, case, leaves_in, {**leaves, **{alias: leaves[key] for alias, key in first.items()}})
+    wanted = {**{f"d in {n}": leaves_in[n] for n in case.input_grads}, **{f"d {n}": leaves[n] for n in case.param_grads}}
+    grads = torch.autograd.grad([outputs[n] for n in cotangents], list(wanted.values()), [c.to(device, dtype) for c in cotangents.values()])
+    return {**{n: y.detach() for n, y in outputs.items()}, **dict(zip(wanted, grads, strict=True))}
+
+
+def assert_recorded_in_fp64(build: Build, case: Case) -> None:
+    """The fp64 reference against the recorded outputs and gradients."""
+    assert set(case.param_grads) == set(case.entry["trainable_parameters"]) and case.input_grads
+    with backend.use("reference"):
+        got = _recorded_run(build, functional, case, case.inputs, case.cotangents, torch.float64, "cpu")
+    for name, recorded in _recorded(case).items():
+        assert_matches_recorded(name, got[name], recorded)
+
+
+def _recorded(case: Case) -> Results:
+    return {**case.outputs, **{f"d in {n}": g for n, g in case.input_grads.items()}, **{f"d {n}": g for n, g in case.param_grads.items()}}
+
+
+def assert_recorded_in_fp32(build: Build, case: Case, op: str, name: str, device: str) -> None:
+    """The fp32 kernels against the recorded fp64 tensors; the further seeds that small tensors need redraw inputs and cotangents, with the fp64 reference as the exact result."""
+    calls = len(case.outputs)
+
+    def run(seed: int) -> dict[str, Compared]:
+        inputs, cotangents, recorded = case.inputs, case.cotangents, _recorded(case)
+        if seed:
+            g = torch.Generator().manual_seed(seed)
+            inputs, cotangents = ({n: torch.randn(t.shape, generator=g) for n, t in tensors.items()} for tensors in (inputs, cotangents))
+            with backend.use("reference"):
+                recorded = _recorded_run(build, functional, case, inputs, cotangents, torch.float64, "cpu")
+        with runs_on(op, name, counts=(calls, calls)):
+            got = _recorded_run(build, functional, case, inputs, cotangents, torch.float32, device)
+        same = _recorded_run(build, eager, case, inputs, cotangents, torch.float32, device)
+        assert got.keys() == recorded.keys()
+        return compared(got, recorded, same)
+
+    assert_rule(run, torch.float32)
+
+
+def recorded_table(build: Build, cases: list[Case]) -> dict[tuple[str, str], str]:
+    """For every recorded case and demanded backend: which kernels ran, by `fastadapt.backend.ran`, or why it could not."""
+    table = {}
+    for case in cases:
+        for name in ("reference", *kernel_names):
+            before = backend.ran()
+            with backend.use(name):
+                _recorded_run(build, functional, case, case.inputs, case.cotangents, torch.float32, "cuda" if name == "triton" else "cpu")
+            after = backend.ran()
+            table[case.id, name] = ", ".join(
+                f"{direction} {where} x{n - before.get(key, 0)}" for key, n in sorted(after.items()) if n != before.get(key, 0) for _, direction, where in [key]
+            )
+    return table

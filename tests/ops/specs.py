@@ -1,0 +1,204 @@
+"""Descriptions of single calls of the ops, from which tests draw the arguments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "identity")
+GRANULARITIES = ("large", "large_full", "middleX", "middleY", "small")
+# (activations, parameters): every dtype by itself, and float32 parameters over half-precision activations, which is how people train.
+DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32))
+FP32, BF16, MIXED = DTYPES[0], DTYPES[1], DTYPES[2]
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One call: leading dimensions, width, rank, dtypes and options."""
+
+    lead: tuple[int, ...] = (65,)
+    width: int = 48
+    rank: int = 12
+    dtype: torch.dtype = torch.float32
+    param_dtype: torch.dtype | None = None
+    activation: str = "gelu_new"
+    biases: str = "both"
+    heads: int = 1
+
+    op = ""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensor arguments of a call, activations first."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
+        return getattr(ops, self.op)(**tensors, **self.options())
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        return tuple(n for n in self.shapes() if n in ("x", "h", "residual"))
+
+    def draw(self, seed: int, device: str = "cpu") -> dict[str, Tensor]:
+        """Arguments of the size that training has: unit activations, projections that keep variance, vectors of N(0, 0.3)."""
+        g = torch.Generator().manual_seed(1000 + seed)
+        out = {}
+        for name, shape in self.shapes().items():
+            t = torch.randn(shape, generator=g)
+            if name not in self.activations:
+                t = t / max(shape[-1], 1) ** 0.5 if len(shape) == 2 else 0.3 * t + (1.0 if name in ("scale", "norm_before.weight", "norm_after.weight") else 0.0)
+            out[name] = t.to(device, self.dtype if name in self.activations else self.param_dtype or self.dtype)
+        return out
+
+    def cotangent(self, seed: int, device: str = "cpu") -> Tensor:
+        return torch.randn((*self.lead, self.width), generator=torch.Generator().manual_seed(2000 + seed)).to(device, self.dtype)
+
+    def __str__(self) -> str:
+        default = type(self)()
+        changed = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        return ",".join(changed) or "default"
+
+    def _projections(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"w_down": (self.rank, self.width), "w_up": (self.width, self.rank // self.heads)}
+        if self.biases in ("both", "down"):
+            shapes["b_down"] = (self.rank,)
+        if self.biases in ("both", "up"):
+            shapes["b_up"] = (self.width,)
+        return shapes
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return _SHORT[value] if isinstance(value, torch.dtype) else str(value)
+
+
+@dataclass(frozen=True)
+class Bottleneck(Spec):
+    residual: str | None = "input"
+    scale: float | str = 1.0
+    gate: bool = False
+    norm_before: bool = False
+    norm_after: bool = False
+
+    op = "bottleneck"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        x = (*self.lead, self.width)
+        shapes = {"x": x, **({"residual": x} if self.residual == "other" else {}), **self._projections()}
+        if self.scale == "tensor":
+            shapes["scale"] = (1,)
+        if self.gate:
+            shapes["gate"] = (self.width,)
+        for name in ("norm_before", "norm_after"):
+            if getattr(self, name):
+                shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (self.width,)
+        return shapes
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"activation": self.activation, "heads": self.heads}
+        if self.residual != "other":
+            options["residual"] = self.residual
+        if self.scale != "tensor":
+            options["scale"] = self.scale
+        return options
+
+    def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
+        norms = {n: (tensors[f"{n}.weight"], tensors[f"{n}.bias"], 1e-5) for n in ("norm_before", "norm_after") if getattr(self, n)}
+        return ops.bottleneck(**{k: v for k, v in tensors.items() if "." not in k}, **norms, **self.options())
+
+    @staticmethod
+    def random(rng: random.Random) -> Bottleneck:
+        heads = rng.choice((1, 1, 1, 2, 4))
+        dtype, param_dtype = rng.choice(DTYPES)
+        return Bottleneck(
+            lead=_random_lead(rng),
+            width=heads * rng.randint(1, 96 // heads),
+            rank=heads * rng.randint(1, 40 // heads),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            activation=rng.choice(ACTIVATIONS),
+            biases=rng.choice(("both", "both", "none", "down", "up")),
+            heads=heads,
+            residual=rng.choice(("input", "other", None)),
+            scale=rng.choice((1.0, 0.3, -2.0, "tensor")),
+            gate=rng.random() < 0.4,
+        )
+
+
+@dataclass(frozen=True)
+class Gated(Spec):
+    lead: tuple[int, ...] = (5, 13)
+    granularity: str = "large"
+    gate_rank: int = 6
+    gate_bias: bool = True
+    combine: str = "multiply"
+    input_scale: float = 1.0
+    adapter_scale: float = 1.0
+    scale: float = 1.0
+    save_gate: bool | None = None
+
+    op = "gated_bottleneck"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        x, d = (*self.lead, self.width), self.width
+        shapes = {"h": x, **({} if self.granularity == "middleY" else {"x": x}), **self._projections()}
+        gates: dict[str, tuple[int, ...]] = {
+            "large": {"gate_weight": (self.gate_rank, d), "gate_bias": (self.gate_rank,), "gate_up_weight": (d, self.gate_rank), "gate_up_bias": (d,)},
+            "large_full": {"gate_weight": (d, d), "gate_bias": (d,)},
+            "middleX": {"gate_weight": (d,), "gate_bias": (1,)},
+            "middleY": {"gate_weight": (d,)},
+            "small": {"gate_weight": (2 * d,), "gate_bias": (1,)},
+        }[self.granularity]
+        return {**shapes, **{k: v for k, v in gates.items() if self.gate_bias or "bias" not in k}}
+
+    def options(self) -> dict[str, Any]:
+        names = ("granularity", "combine", "activation", "heads", "input_scale", "adapter_scale", "scale", "save_gate")
+        return {**{n: getattr(self, n) for n in names}, **({"x": None} if self.granularity == "middleY" else {})}
+
+    @staticmethod
+    def random(rng: random.Random) -> Gated:
+        heads = rng.choice((1, 1, 1, 2, 4))
+        dtype, param_dtype = rng.choice(DTYPES)
+        granularity = rng.choice(GRANULARITIES)
+        return Gated(
+            lead=(rng.randint(1, 5), rng.randint(1, 16)) if granularity == "small" else _random_lead(rng),
+            width=heads * rng.randint(1, 96 // heads),
+            rank=heads * rng.randint(1, 40 // heads),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            activation=rng.choice(ACTIVATIONS),
+            biases=rng.choice(("both", "both", "none", "down", "up")),
+            heads=heads,
+            granularity=granularity,
+            gate_rank=rng.randint(1, 40),
+            gate_bias=rng.random() < 0.7,
+            combine=rng.choice(("multiply", "add")),
+            input_scale=rng.choice((1.0, 0.25)),
+            adapter_scale=rng.choice((1.0, 0.5)),
+            scale=rng.choice((1.0, 0.3)),
+            save_gate=rng.choice((None, True, False)),
+        )
+
+
+def _random_lead(rng: random.Random) -> tuple[int, ...]:
+    return rng.choice(((rng.randint(1, 80),), (rng.randint(1, 5), rng.randint(1, 16)), (2, 2, rng.randint(1, 9))))
+
+
+def random_specs(kind: type[Bottleneck] | type[Gated], count: int, seed: int = 20) -> list[Spec]:
+    rng = random.Random(seed)
+    return [kind.random(rng) for _ in range(count)]
+
+
+def specs(values: list[Spec]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("spec", values, ids=str)

@@ -1,0 +1,256 @@
+"""`fastadapt.backend`: what is chosen, what is said about it, what is demanded, and what really ran."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastadapt
+from fastadapt import backend, functional
+from tests.ops.checks import kernel_names, runs_on
+
+ROOT = Path(fastadapt.__file__).parents[1]
+HAS_CPU = "cpu" in kernel_names
+needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="this machine cannot have the cpu kernels")
+SHAPE = {"rows": 64, "width": 32, "rank": 8}
+
+
+def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    return torch.randn(6, 32, dtype=dtype), torch.randn(8, 32, dtype=dtype), torch.randn(32, 8, dtype=dtype)
+
+
+def python(code: str, *, missing: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a fresh interpreter in which importing ``missing`` packages fails."""
+    block = f"""
+        import sys
+        class Missing:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {missing!r}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        sys.meta_path.insert(0, Missing())
+    """
+    env = {**{k: v for k, v in os.environ.items() if k != "FASTADAPT_BACKEND"}, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", textwrap.dedent(block) + textwrap.dedent(code)], env=env, cwd=env["PYTHONPATH"], capture_output=True, text=True, timeout=120
+    )
+
+
+def output(*args: str, **kwargs: object) -> str:
+    done = python(*args, **kwargs)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_explain_names_the_backend_and_the_reasons() -> None:
+    with backend.use("auto"):
+        fits, double = backend.explain("bottleneck", **SHAPE), backend.explain("bottleneck", **SHAPE, dtype=torch.float64)
+    assert fits.chosen == ("cpu" if HAS_CPU else "reference")
+    assert double.chosen == "reference" and double.reasons["reference"] == []
+    assert any("float64" in why for why in double.reasons["cpu"])
+    assert "float64" in str(double) and "bottleneck: rows=64 width=32 rank=8" in str(double) and "reference" in str(double)
+    if HAS_CPU:
+        assert fits.reasons == {"cpu": []}
+
+
+@pytest.mark.parametrize("op", ["bottleneck", "gated_bottleneck"])
+def test_explain_says_what_would_run_and_runs_nothing(op: str) -> None:
+    before = backend.ran()
+    for name in ("reference", *(n for n in kernel_names if n == "cpu")):
+        with backend.use(name):
+            assert backend.explain(op, **SHAPE, granularity="large").chosen == name
+    assert backend.explain(op, **SHAPE, device="meta").chosen == "reference"
+    assert backend.ran() == before
+
+
+def test_a_demand_that_cannot_be_met_is_refused_with_its_reasons() -> None:
+    with backend.use("triton"), pytest.raises(backend.BackendError, match=r"'triton' was demanded but cannot run bottleneck .*cpu: .+"):
+        functional.bottleneck(*arguments())
+    with backend.use("triton"), pytest.raises(backend.BackendError, match="'triton'"):
+        backend.explain("gated_bottleneck", **SHAPE)
+    with backend.use("cpu"), pytest.raises(backend.BackendError, match=r"'cpu' was demanded but cannot run bottleneck with torch.float64, width 32, rank 8 on cpu: .*float64"):
+        functional.bottleneck(*arguments(torch.float64))
+    with backend.use("cpu"), pytest.raises(backend.BackendError, match="cuda"):
+        backend.explain("bottleneck", **SHAPE, device="cuda")
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'gpu': must be one of auto, reference, cpu, triton"), backend.use("gpu"):
+        pass
+    with pytest.raises(ValueError, match="unknown op 'lora_x': must be one of bottleneck, gated_bottleneck"):
+        backend.explain("lora_x", **SHAPE)
+
+
+def test_use_nests_and_ends() -> None:
+    x, w_down, w_up = arguments()
+    with backend.use("reference"):
+        with runs_on("bottleneck", "reference", counts=(1, 0)):
+            functional.bottleneck(x, w_down, w_up)
+        with backend.use("auto"), pytest.raises(RuntimeError, match="inside"):
+            assert backend.demand() == backend.AUTO
+            raise RuntimeError("inside")
+        assert backend.demand() == backend.index("reference")
+        assert backend.explain("bottleneck", **SHAPE).chosen == "reference"
+    assert backend.demand() == backend.index(os.environ.get("FASTADAPT_BACKEND", "auto"))
+
+
+def test_a_demand_holds_for_its_own_thread() -> None:
+    inside, looked, demands = threading.Event(), threading.Event(), []
+
+    def demanding() -> None:
+        with backend.use("reference"):
+            inside.set()
+            looked.wait(10)
+            demands.append(backend.demand())
+
+    thread = threading.Thread(target=demanding)
+    thread.start()
+    assert inside.wait(10)
+    demands.append(backend.demand())
+    looked.set()
+    thread.join()
+    assert demands == [backend.index(os.environ.get("FASTADAPT_BACKEND", "auto")), backend.index("reference")]
+
+
+def test_ran_counts_kernels_and_resets() -> None:
+    x, w_down, w_up = arguments()
+    w_down.requires_grad_()
+    before = backend.ran(reset=True)
+    try:
+        with backend.use("reference"):
+            y = [functional.bottleneck(x, w_down, w_up) for _ in range(3)]
+            y[1].sum().backward()
+        assert backend.ran() == {("bottleneck", "forward", "reference"): 3, ("bottleneck", "backward", "reference"): 1}
+        assert backend.ran(reset=True) and backend.ran() == {}
+    finally:
+        for key, n in before.items():
+            for _ in range(n):
+                backend.count(*key)
+
+
+def test_ran_counts_from_many_threads() -> None:
+    x, w_down, w_up = arguments()
+
+    def work() -> None:
+        with backend.use("reference"):
+            for _ in range(50):
+                functional.bottleneck(x, w_down, w_up)
+
+    key = ("bottleneck", "forward", "reference")
+    before = backend.ran().get(key, 0)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert backend.ran()[key] - before == 200
+
+
+def test_auto_passes_over_with_exactly_one_warning() -> None:
+    x, w_down, w_up = arguments(torch.float64)
+    backend._warned.clear()
+    with warnings.catch_warnings(record=True) as caught, backend.use("auto"):
+        warnings.simplefilter("always")
+        for _ in range(3):
+            functional.bottleneck(x, w_down, w_up)
+    assert len(caught) == 1 and issubclass(caught[0].category, UserWarning)
+    assert "bottleneck runs on 'reference' instead of 'cpu'" in str(caught[0].message) and "float64" in str(caught[0].message)
+
+
+@needs_cpu
+def test_auto_takes_the_kernel_without_a_word() -> None:
+    with warnings.catch_warnings(), backend.use("auto"):
+        warnings.simplefilter("error")
+        before = backend.ran()
+        functional.bottleneck(*arguments())
+        assert backend.ran()["bottleneck", "forward", "cpu"] == before.get(("bottleneck", "forward", "cpu"), 0) + 1
+
+
+CALL = """
+    import torch, fastadapt
+    from fastadapt import backend, functional
+    x = torch.randn(6, 32)
+    y = functional.bottleneck(x, torch.randn(8, 32).requires_grad_(), torch.randn(32, 8))
+    y.sum().backward()
+    print(sorted({name for _, _, name in backend.ran()}), backend.explain("bottleneck", rows=6, width=32, rank=8).chosen)
+"""
+
+
+def test_the_environment_demands() -> None:
+    assert output(CALL, FASTADAPT_BACKEND="reference") == "['reference'] reference\n"
+
+
+def test_the_environment_is_a_demand_and_not_a_wish() -> None:
+    code = """
+        import torch
+        from fastadapt import backend, functional
+        arguments = torch.randn(6, 32), torch.randn(8, 32), torch.randn(32, 8)
+        try:
+            functional.bottleneck(*arguments)
+        except backend.BackendError as error:
+            print(error)
+        with backend.use("reference"):
+            functional.bottleneck(*arguments)
+        print(backend.ran())
+    """
+    refused, ran = output(code, FASTADAPT_BACKEND="triton").splitlines()
+    assert refused.startswith("backend 'triton' was demanded but cannot run bottleneck")
+    assert ran == "{('bottleneck', 'forward', 'reference'): 1}"
+
+
+def test_an_unknown_name_in_the_environment() -> None:
+    done = python("import fastadapt", FASTADAPT_BACKEND="fastest")
+    assert done.returncode != 0 and "unknown backend 'fastest': must be one of auto, reference, cpu, triton" in done.stderr
+
+
+def test_import_loads_nothing_heavy() -> None:
+    code = """
+        import sys, torch
+        before = set(sys.modules)
+        import fastadapt
+        new = {name.split(".")[0] for name in set(sys.modules) - before}
+        print(sorted(new & {"triton", "transformers", "sklearn", "matplotlib", "accelerate", "peft"}), torch.cuda.is_initialized())
+        print([line.rsplit("/", 1)[1] for line in open("/proc/self/maps").read().split("\\n") if "/_cpu_" in line] if sys.platform == "linux" else [])
+    """
+    assert output(code) == "[] False\n[]\n"
+
+
+def test_everything_runs_without_triton_transformers_and_compiled_kernels(tmp_path: Path) -> None:
+    """A pure-Python copy of the package: one warning says what is missing, and the call runs on reference."""
+    package = tmp_path / "fastadapt"
+    for source in (ROOT / "fastadapt").rglob("*.py"):
+        (package / source.relative_to(ROOT / "fastadapt")).parent.mkdir(parents=True, exist_ok=True)
+        (package / source.relative_to(ROOT / "fastadapt")).write_bytes(source.read_bytes())
+    code = (
+        CALL
+        + """
+    print(fastadapt.__file__)
+    try:
+        with backend.use("cpu"):
+            functional.bottleneck(x, torch.randn(8, 32), torch.randn(32, 8))
+    except backend.BackendError as error:
+        print(error)
+    """
+    )
+    done = python(code, missing=("triton", "transformers"), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    ran, where, refused = done.stdout.splitlines()
+    assert (ran, where) == ("['reference'] reference", str(package / "__init__.py"))
+    assert refused.startswith("backend 'cpu' was demanded but cannot run bottleneck")
+    if HAS_CPU:
+        assert done.stderr.count("UserWarning") == 1 and "instead of 'cpu'" in done.stderr and "not built" in done.stderr
+
+
+def test_explain_for_a_device_that_is_not_here() -> None:
+    """A CUDA call is explained on any machine: what would run there, or why not."""
+    with backend.use("auto"):
+        explanation = backend.explain("bottleneck", **SHAPE, device="cuda", dtype=torch.bfloat16, param_dtype=torch.float32)
+    assert explanation.chosen in ("triton", "reference")
+    assert explanation.chosen == "triton" or explanation.reasons["triton"]

@@ -1,0 +1,306 @@
+"""The ways a call can come in: eager, compiled, exported, under function transforms, autocast, checkpointing, threads; for both ops on every backend of the machine's CPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastadapt import backend, functional
+from tests import eager
+from tests.ops import checks
+from tests.ops.checks import assert_same_bits, evaluate, every_backend, one_backend, runs_on
+from tests.ops.specs import GRANULARITIES, MIXED, Bottleneck, Gated, Spec, specs
+from tests.tolerance import FLOOR, relative_error
+
+PLAIN = Bottleneck(lead=(3, 7), width=16, rank=4, residual="other", scale="tensor", gate=True)
+GATED = Gated(lead=(3, 7), width=16, rank=4, gate_rank=5)
+SMALL = Gated(lead=(3, 7), width=16, rank=4, granularity="small", scale=0.3)
+BOTH = specs([PLAIN, GATED])
+# The tensor arguments of the ops, in order.
+ORDER = {
+    "bottleneck": ("x", "w_down", "b_down", "w_up", "b_up", "gate", "scale", "residual"),
+    "gated_bottleneck": ("h", "x", "w_down", "b_down", "w_up", "b_up", "gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias"),
+}
+ALL = specs(
+    [
+        PLAIN,
+        Bottleneck(lead=(21,), width=16, rank=4, heads=2, norm_before=True, norm_after=True),
+        *(Gated(lead=(3, 7), width=16, rank=4, gate_rank=5, granularity=g) for g in GRANULARITIES),
+    ]
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Tests share no compiled graphs."""
+    yield
+    torch._dynamo.reset()
+
+
+class Module(torch.nn.Module):
+    """A spec's parameters as a module; the activations are its inputs."""
+
+    def __init__(self, spec: Spec, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.spec, self.names = spec, [n for n in tensors if n not in spec.activations]
+        self.parameters_ = torch.nn.ParameterList([torch.nn.Parameter(tensors[n]) for n in self.names])
+
+    def forward(self, *activations: Tensor) -> Tensor:
+        return self.spec.call(functional, {**dict(zip(self.spec.activations, activations, strict=True)), **dict(zip(self.names, self.parameters_, strict=True))})
+
+
+def plain(spec: Spec, name: str, device: str, seed: int = 0) -> dict[str, Tensor]:
+    return checks.fused(spec, name, spec.draw(seed, device), spec.cotangent(seed, device))
+
+
+@one_backend
+@ALL
+def test_compiled_without_graph_breaks_has_the_bits_of_eager(spec: Spec, name: str, device: str) -> None:
+    compiled = torch.compile(lambda t: spec.call(functional, t), fullgraph=True, backend="aot_eager")
+    expected = plain(spec, name, device)
+    with runs_on(spec.op, name):
+        got = evaluate(compiled, spec.draw(0, device), spec.cotangent(0, device))
+    assert_same_bits(got, expected)
+
+
+@one_backend
+@BOTH
+def test_compiled_by_inductor(spec: Spec, name: str, device: str) -> None:
+    compiled = torch.compile(lambda t: spec.call(functional, t), fullgraph=True)
+    expected = plain(spec, name, device)
+    with runs_on(spec.op, name):
+        got = evaluate(compiled, spec.draw(0, device), spec.cotangent(0, device))
+    for key in expected:
+        assert relative_error(got[key], expected[key]) <= 5 * FLOOR[spec.dtype], key
+
+
+@one_backend
+@specs([PLAIN, SMALL])
+def test_other_shapes_do_not_compile_again(spec: Spec, name: str, device: str) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = Module(spec, spec.draw(0, device))
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for lead in ((3, 7), (2, 9), (5, 31)):
+        other = replace(spec, lead=lead)
+        activations, dy = {n: t for n, t in other.draw(1, device).items() if n in spec.activations}, other.cotangent(1, device)
+        with runs_on(spec.op, name, counts=(2, 2)):
+            expected, got = (evaluate(lambda t, run=run: run(*t.values()), activations, dy) for run in (module, compiled))
+        assert_same_bits(got, expected)
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
+
+
+@one_backend
+@specs([replace(PLAIN, lead=(21,)), GATED])
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export(spec: Spec, name: str, device: str, strict: bool) -> None:
+    tensors = spec.draw(0, device)
+    module = Module(spec, tensors)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with backend.use(name):
+        exported = torch.export.export(module, tuple(tensors[n] for n in spec.activations), strict=strict, dynamic_shapes=(tuple({0: batch} for _ in spec.activations),))
+    other = replace(spec, lead=(5, *spec.lead[1:]))
+    activations = [other.draw(1, device)[n] for n in spec.activations]
+    with backend.use(name):
+        expected = module(*activations)
+    with runs_on(spec.op, name, counts=(1, 0)):
+        got = exported.module()(*activations)
+    assert_same_bits({"y": got.detach()}, {"y": expected.detach()})
+
+
+def _transforms(spec: Spec, ops: Any, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Any]:
+    """One function of w_down, seen by every transform."""
+
+    def y(w: Tensor) -> Tensor:
+        return spec.call(ops, {**tensors, "w_down": w})
+
+    def loss(w: Tensor, scale: Tensor) -> Tensor:
+        return (y(w) * dy * scale).sum()
+
+    w, scales = tensors["w_down"], torch.tensor([1.0, 0.5, -2.0], dtype=dy.dtype)
+    one, many = torch.func.grad(loss), torch.func.vmap(torch.func.grad(loss), (None, 0))
+    return {
+        "grad": lambda: one(w, scales[1]),
+        "vmap(grad)": lambda: many(w, scales),
+        "vmap over weights": lambda: torch.func.vmap(y)(torch.stack([w, 2 * w])),
+        "jacrev": lambda: torch.func.jacrev(y)(w),
+        "jacfwd": lambda: torch.func.jacfwd(y)(w),
+        "jvp": lambda: torch.func.jvp(y, (w,), (w,))[1],
+        "hessian": lambda: torch.func.jacrev(torch.func.grad(loss))(w, scales[0]),
+        "compile(grad)": lambda: torch.compile(one, fullgraph=True, backend="aot_eager")(w, scales[1]),
+        "compile(vmap(grad))": lambda: torch.compile(many, fullgraph=True, backend="aot_eager")(w, scales),
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("transform", ["grad", "vmap(grad)", "vmap over weights", "jacrev", "jacfwd", "jvp", "hessian", "compile(grad)", "compile(vmap(grad))"])
+def test_function_transforms_run_on_the_reference(spec: Spec, transform: str) -> None:
+    tensors, dy = {n: t.double() for n, t in spec.draw(0).items()}, spec.cotangent(0).double()
+    got, expected = (_transforms(spec, ops, tensors, dy)[transform]() for ops in (functional, eager))
+    assert expected.abs().max() > 0
+    assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@one_backend
+@ALL
+def test_opcheck(spec: Spec, name: str, device: str) -> None:
+    """torch's own checks of the schema, the fake implementation, the autograd registration and tracing, forward and backward op."""
+    with checks.spied() as calls:
+        plain(spec, name, device)
+    assert [direction for direction, *_ in calls] == ["forward", "backward"]
+    for direction, args, _ in calls:
+        op = getattr(torch.ops.fastadapt, spec.op if direction == "forward" else f"{spec.op}_backward").default
+        args = tuple(a.detach().clone().requires_grad_(direction == "forward") if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        results = torch.library.opcheck(op, (*args, backend.index(name)))
+        assert set(results.values()) == {"SUCCESS"}, results
+
+
+@one_backend
+@BOTH
+def test_the_ops_themselves_differentiate(spec: Spec, name: str, device: str) -> None:
+    """A caller of `torch.ops.fastadapt` gets the same gradients as one of `fastadapt.functional`."""
+    with checks.spied() as calls:
+        expected = plain(spec, name, device)
+    args = calls[0][1]
+    leaves = {n: a.detach().requires_grad_() for n, a in zip(ORDER[spec.op], args, strict=False)}
+    y = getattr(torch.ops.fastadapt, spec.op)(*leaves.values(), *args[len(leaves) :], backend.index(name))[0]
+    grads = torch.autograd.grad(y, [leaves[n[2:]] for n in expected if n != "y"], spec.cotangent(0, device).reshape(y.shape))
+    for (key, gradient), got in zip([item for item in expected.items() if item[0] != "y"], grads, strict=True):
+        assert torch.equal(got.reshape(gradient.shape), gradient), key
+
+
+@one_backend
+@BOTH
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast(spec: Spec, name: str, device: str, compiled: bool) -> None:
+    """fp32 in, bf16 out; parameters stay fp32, and so do their gradients; the numbers are those of fp32 parameters over bf16 activations."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device).bfloat16()
+    call = lambda t: spec.call(functional, t)
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with checks.spied() as calls, torch.autocast(device, dtype=torch.bfloat16), runs_on(spec.op, name):
+        got = evaluate(call, tensors, dy)
+    assert got["y"].dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for n, g in got.items() if n != "y")
+    assert {a.dtype for a in calls[0][1] if isinstance(a, Tensor)} == {torch.bfloat16, torch.float32}
+    mixed = replace(spec, dtype=MIXED[0], param_dtype=MIXED[1])
+    expected = checks.fused(mixed, name, {n: t.to(torch.bfloat16) if n in spec.activations else t for n, t in tensors.items()}, dy)
+    assert_same_bits({n: t.float() for n, t in got.items()}, {n: t.float() for n, t in expected.items()})
+
+
+@every_backend
+@BOTH
+def test_the_ops_themselves_ignore_autocast(spec: Spec, name: str, device: str) -> None:
+    """Casting is `functional`'s decision; what reaches an op is computed as it came."""
+    with checks.spied() as calls:
+        expected = plain(spec, name, device)["y"]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = getattr(torch.ops.fastadapt, spec.op)(*calls[0][1], backend.index(name))[0]
+    assert_same_bits({"y": y.reshape(expected.shape)}, {"y": expected})
+
+
+@one_backend
+@BOTH
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpointing(spec: Spec, name: str, device: str, reentrant: bool) -> None:
+    names = list(spec.draw(0))
+
+    def call(t: dict[str, Tensor]) -> Tensor:
+        return checkpoint(lambda *args: spec.call(functional, dict(zip(names, args, strict=True))), *t.values(), use_reentrant=reentrant)
+
+    tensors, dy = {n: t.requires_grad_() for n, t in spec.draw(0, device).items()}, spec.cotangent(0, device)
+    with runs_on(spec.op, name, counts=(2, 1)):
+        y = call(tensors)
+        y.backward(dy)
+    assert_same_bits({"y": y.detach(), **{f"d {n}": t.grad for n, t in tensors.items()}}, plain(spec, name, device))
+
+
+@one_backend
+@BOTH
+@pytest.mark.parametrize("direct", [False, True], ids=["functional", "op"])
+def test_double_backward_is_refused(spec: Spec, name: str, device: str, direct: bool) -> None:
+    tensors = {n: t.requires_grad_() for n, t in spec.draw(0, device).items()}
+    first = next(iter(tensors.values()))
+    with checks.spied() as calls, backend.use(name):
+        y = spec.call(functional, tensors)
+    if direct:
+        leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in calls[0][1]]
+        first, y = leaves[0], getattr(torch.ops.fastadapt, spec.op)(*leaves, backend.index(name))[0]
+    (gradient,) = torch.autograd.grad(y.square().sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"double backward of {spec.op} is not supported"):
+        gradient.sum().backward()
+
+
+@one_backend
+@BOTH
+def test_a_saved_argument_changed_in_place_is_noticed(spec: Spec, name: str, device: str) -> None:
+    for victim in (spec.activations[0], "w_down", "w_up"):
+        tensors = {n: t.requires_grad_(n != victim) for n, t in spec.draw(0, device).items()}
+        with backend.use(name):
+            y = spec.call(functional, tensors)
+        tensors[victim].add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@every_backend
+@BOTH
+def test_backward_runs_where_forward_ran(spec: Spec, name: str, device: str) -> None:
+    """After the ``with`` has ended, under another demand, and in another thread."""
+    tensors, dy = {n: t.requires_grad_() for n, t in spec.draw(0, device).items()}, spec.cotangent(0, device)
+    other = "cpu" if name == "reference" else "reference"
+    outputs = []
+    with backend.use(name):
+        outputs = [spec.call(functional, tensors) for _ in range(3)]
+    before = backend.ran()
+
+    def under_another_demand() -> None:
+        with backend.use(other):
+            outputs[1].backward(dy)
+
+    thread = threading.Thread(target=under_another_demand)
+    outputs[0].backward(dy)
+    thread.start(), thread.join()
+    outputs[2].backward(dy)
+    ran = {key: n - before.get(key, 0) for key, n in backend.ran().items() if n != before.get(key, 0)}
+    assert ran == {(spec.op, "backward", name): 3}
+
+
+@BOTH
+@pytest.mark.parametrize("name", checks.kernel_names)
+def test_a_compiled_function_follows_the_demand(spec: Spec, name: str) -> None:
+    device = "cuda" if name == "triton" else "cpu"
+    compiled = torch.compile(lambda t: spec.call(functional, t), fullgraph=True, backend="aot_eager")
+    for demanded in ("reference", name, "reference"):
+        with runs_on(spec.op, demanded):
+            evaluate(compiled, spec.draw(0, device), spec.cotangent(0, device))
+
+
+@BOTH
+def test_meta_tensors_give_shapes(spec: Spec) -> None:
+    tensors = {n: t.requires_grad_() for n, t in spec.draw(0, "meta").items()}
+    y = spec.call(functional, tensors)
+    assert y.device.type == "meta" and y.shape == (*spec.lead, spec.width) and y.dtype == spec.dtype
+    y.sum().backward()
+    assert all(t.grad.shape == t.shape and t.grad.device.type == "meta" for t in tensors.values())
+
+
+@one_backend
+@BOTH
+def test_inference_inside_a_trained_graph(spec: Spec, name: str, device: str) -> None:
+    """A frozen adapter passes the gradient of its input on, and takes none itself."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    first = spec.activations[0]
+    with runs_on(spec.op, name):
+        got = evaluate(lambda t: spec.call(functional, {**t, first: 2.0 * t[first]}), tensors, dy, needs=(first,))
+    doubled = checks.fused(spec, name, {**tensors, first: 2.0 * tensors[first]}, dy, needs=(first,))
+    assert_same_bits({"d": got[f"d {first}"]}, {"d": 2.0 * doubled[f"d {first}"]})

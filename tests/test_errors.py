@@ -1,0 +1,160 @@
+"""Errors at the door: each names the argument, what it was and what it must be; nothing has run and nothing has changed when one is raised."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadapt import backend, functional
+
+D, R = 8, 4
+
+
+def _bottleneck() -> dict[str, Any]:
+    return {"x": torch.randn(3, 5, D), "w_down": torch.randn(R, D), "w_up": torch.randn(D, R), "b_down": torch.randn(R), "b_up": torch.randn(D)}
+
+
+def _gated(granularity: str = "large") -> dict[str, Any]:
+    gates = {
+        "large": {"gate_weight": (2, D), "gate_bias": (2,), "gate_up_weight": (D, 2), "gate_up_bias": (D,)},
+        "large_full": {"gate_weight": (D, D), "gate_bias": (D,)},
+        "middleX": {"gate_weight": (D,), "gate_bias": (1,)},
+        "middleY": {"gate_weight": (D,)},
+        "small": {"gate_weight": (2 * D,), "gate_bias": (1,)},
+    }[granularity]
+    arguments = _bottleneck()
+    return {"h": torch.randn(3, 5, D), **arguments, "granularity": granularity, **{n: torch.randn(s) for n, s in gates.items()}}
+
+
+def _refused(function: Any, arguments: dict[str, Any], kind: type[Exception], *says: str) -> None:
+    before = {n: v.clone() for n, v in arguments.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
+    ran = backend.ran()
+    with pytest.raises(kind) as raised:
+        function(**arguments)
+    for text in says:
+        assert text in str(raised.value), f"{raised.value!s} does not say {text!r}"
+    assert backend.ran() == ran, "a kernel ran"
+    assert all(torch.equal(v, arguments[n]) for n, v in before.items())
+
+
+meta = lambda *shape: torch.empty(*shape, device="meta")
+
+BOTTLENECK = {
+    "width of w_down": ({"w_down": torch.randn(R, D + 1)}, ValueError, "w_down", f"({R}, {D + 1})", f"(R, {D})"),
+    "width of w_up": ({"w_up": torch.randn(D + 1, R)}, ValueError, "w_up", f"({D + 1}, {R})", f"({D}, {R})"),
+    "rank of w_up": ({"w_up": torch.randn(D, R + 1)}, ValueError, "w_up", f"({D}, {R + 1})", f"({D}, {R})"),
+    "length of b_down": ({"b_down": torch.randn(R + 1)}, ValueError, "b_down", f"({R + 1},)", f"({R},)"),
+    "length of b_up": ({"b_up": torch.randn(1)}, ValueError, "b_up", "(1,)", f"({D},)"),
+    "length of gate": ({"gate": torch.randn(1)}, ValueError, "gate", "(1,)", f"({D},)"),
+    "1-D w_down": ({"w_down": torch.randn(D)}, ValueError, "w_down", f"({D},)", f"(R, {D})"),
+    "rank 0": ({"w_down": torch.randn(0, D), "w_up": torch.randn(D, 0), "b_down": torch.randn(0)}, ValueError, "w_down", f"(0, {D})", "R >= 1"),
+    "width 0": ({"x": torch.randn(3, 0)}, ValueError, "x", "(3, 0)", "D >= 1"),
+    "1-D x": ({"x": torch.randn(D)}, ValueError, "x", f"({D},)", "(..., D)"),
+    "integer x": ({"x": torch.ones(3, D, dtype=torch.int64)}, TypeError, "x", "torch.int64", "float32"),
+    "boolean x": ({"x": torch.ones(3, D, dtype=torch.bool)}, TypeError, "x", "torch.bool", "float32"),
+    "complex x": ({"x": torch.ones(3, D, dtype=torch.complex64)}, TypeError, "x", "torch.complex64", "float32"),
+    "x is a list": ({"x": [1.0]}, TypeError, "x", "list", "tensor"),
+    "w_down is None": ({"w_down": None}, TypeError, "w_down", "NoneType", "tensor"),
+    "w_up is None": ({"w_up": None}, TypeError, "w_up", "NoneType", "tensor"),
+    "b_up is a number": ({"b_up": 1.0}, TypeError, "b_up", "float", "tensor"),
+    "half parameters over float32": ({n: _bottleneck()[n].bfloat16() for n in ("w_down", "w_up", "b_down", "b_up")}, TypeError, "w_down", "torch.bfloat16", "torch.float32"),
+    "fp16 parameters over bf16": ({n: v.half() if n != "x" else v.bfloat16() for n, v in _bottleneck().items()}, TypeError, "w_down", "torch.float16", "torch.bfloat16"),
+    "float64 parameters over float32": ({n: v.double() for n, v in _bottleneck().items() if n != "x"}, TypeError, "w_down", "torch.float64", "torch.float32"),
+    "integer parameters": ({n: torch.ones_like(v, dtype=torch.int32) for n, v in _bottleneck().items() if n != "x"}, TypeError, "w_down", "torch.int32"),
+    "mixed parameters": ({"b_up": torch.randn(D).bfloat16()}, TypeError, "b_up", "torch.bfloat16", "torch.float32"),
+    "device of w_down": ({"w_down": meta(R, D)}, ValueError, "w_down", "meta", "cpu"),
+    "device of b_up": ({"b_up": meta(D)}, ValueError, "b_up", "meta", "cpu"),
+    "device of residual": ({"residual": meta(3, 5, D)}, ValueError, "residual", "meta", "cpu"),
+    "device of x": ({"x": meta(3, 5, D)}, ValueError, "w_down", "cpu", "meta"),
+    "shape of residual": ({"residual": torch.randn(5, D)}, ValueError, "residual", f"(5, {D})", f"(3, 5, {D})"),
+    "dtype of residual": ({"residual": torch.randn(3, 5, D).half()}, TypeError, "residual", "torch.float16", "torch.float32"),
+    "name of residual": ({"residual": "output"}, TypeError, "residual", "'output'", "'input'"),
+    "unknown activation": ({"activation": "gleu"}, ValueError, "activation", "'gleu'", "gelu_new", "silu"),
+    "activation is None": ({"activation": None}, ValueError, "activation", "None", "identity"),
+    "NaN scale": ({"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
+    "infinite scale": ({"scale": float("-inf")}, ValueError, "scale", "-inf", "finite"),
+    "boolean scale": ({"scale": True}, ValueError, "scale", "True", "number"),
+    "scale is a string": ({"scale": "0.3"}, ValueError, "scale", "'0.3'", "number"),
+    "scale of two elements": ({"scale": torch.ones(2)}, ValueError, "scale", "(2,)", "one element"),
+    "scale of no elements": ({"scale": torch.ones(0)}, ValueError, "scale", "(0,)", "one element"),
+    "dtype of scale": ({"scale": torch.ones(1).half()}, TypeError, "scale", "torch.float16", "torch.float32"),
+    "heads do not divide the rank": ({"heads": 3}, ValueError, "heads", "3", f"rank {R}", f"width {D}"),
+    "zero heads": ({"heads": 0}, ValueError, "heads", "0", "positive"),
+    "fractional heads": ({"heads": 2.0}, ValueError, "heads", "2.0", "positive"),
+    "pair weight with the whole rank": ({"heads": 2}, ValueError, "w_up", f"({D}, {R})", f"({D}, {R // 2})"),
+    "layer norm without bias": ({"norm_before": (torch.ones(D), None, 1e-5)}, TypeError, "norm_before", "None", "(weight, bias, eps)"),
+    "layer norm's weight alone": ({"norm_after": torch.ones(D)}, TypeError, "norm_after", "(weight, bias, eps)"),
+    "width of a layer norm": ({"norm_before": (torch.ones(D + 1), torch.zeros(D + 1), 1e-5)}, ValueError, "norm_before", f"({D + 1},)", f"({D},)"),
+    "dtype of a layer norm": ({"norm_after": (torch.ones(D).half(), torch.zeros(D), 1e-5)}, TypeError, "norm_after", "torch.float16"),
+}
+
+GATED = {
+    "unknown granularity": ("large", {"granularity": "huge"}, ValueError, "granularity", "'huge'", "middleX"),
+    "unknown combine": ("large", {"combine": "mul"}, ValueError, "combine", "'mul'", "'multiply'"),
+    "unknown activation": ("large", {"activation": "tanh"}, ValueError, "activation", "'tanh'", "gelu_new"),
+    "no x": ("large", {"x": None}, ValueError, "x", "large", "None"),
+    "shape of x": ("middleX", {"x": torch.randn(3, 5, D + 1)}, ValueError, "x", f"(3, 5, {D + 1})", f"(3, 5, {D})"),
+    "dtype of x": ("small", {"x": torch.randn(3, 5, D).bfloat16()}, TypeError, "x", "torch.bfloat16", "torch.float32"),
+    "device of x": ("large", {"x": meta(3, 5, D)}, ValueError, "x", "meta", "cpu"),
+    "integer h": ("large", {"h": torch.ones(3, 5, D, dtype=torch.int32)}, TypeError, "h", "torch.int32", "float32"),
+    "1-D h": ("middleY", {"h": torch.randn(D)}, ValueError, "h", f"({D},)", "(..., D)"),
+    "rank 0": ("large", {"w_down": torch.randn(0, D)}, ValueError, "w_down", f"(0, {D})", "R >= 1"),
+    "gate rank 0": ("large", {"gate_weight": torch.randn(0, D)}, ValueError, "gate_weight", f"(0, {D})", "Rg >= 1"),
+    "1-D gate of large": ("large", {"gate_weight": torch.randn(D)}, ValueError, "gate_weight", f"({D},)", f"(Rg, {D})"),
+    "width of gate_weight": ("large", {"gate_weight": torch.randn(2, D + 1)}, ValueError, "gate_weight", f"(2, {D + 1})", f"(2, {D})"),
+    "gate_up_weight": ("large", {"gate_up_weight": torch.randn(D, 3)}, ValueError, "gate_up_weight", f"({D}, 3)", f"({D}, 2)"),
+    "gate_bias of a row gate": ("middleX", {"gate_bias": torch.randn(D)}, ValueError, "gate_bias", f"({D},)", "(1,)"),
+    "gate of small is 2D wide": ("small", {"gate_weight": torch.randn(D)}, ValueError, "gate_weight", f"({D},)", f"({2 * D},)"),
+    "gate of middleX is a vector": ("middleX", {"gate_weight": torch.randn(1, D)}, ValueError, "gate_weight", f"(1, {D})", f"({D},)"),
+    "dtype of gate_weight": ("middleY", {"gate_weight": torch.randn(D).half()}, TypeError, "gate_weight", "torch.float16", "torch.float32"),
+    "device of gate_weight": ("middleY", {"gate_weight": meta(D)}, ValueError, "gate_weight", "meta", "cpu"),
+    **{f"no gate_weight, {g}": (g, {"gate_weight": None}, ValueError, "gate_weight", g, "None") for g in ("large", "large_full", "middleX", "middleY", "small")},
+    "no gate_up_weight": ("large", {"gate_up_weight": None}, ValueError, "gate_up_weight", "large", "None"),
+    "gate_bias of middleY": ("middleY", {"gate_bias": torch.randn(1)}, ValueError, "gate_bias", "middleY"),
+    "gate_up_weight of small": ("small", {"gate_up_weight": torch.randn(D, 2)}, ValueError, "gate_up_weight", "small"),
+    "2-D h of small": ("small", {"h": torch.randn(15, D), "x": torch.randn(15, D)}, ValueError, "h", f"(15, {D})", "(B, L, D)"),
+    "4-D h of small": ("small", {"h": torch.randn(2, 3, 5, D), "x": torch.randn(2, 3, 5, D)}, ValueError, "h", f"(2, 3, 5, {D})", "(B, L, D)"),
+    "L = 0 of small": ("small", {"h": torch.randn(3, 0, D), "x": torch.randn(3, 0, D)}, ValueError, "h", f"(3, 0, {D})", "L >= 1"),
+    "NaN scale": ("large", {"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
+    "NaN adapter_scale": ("large", {"adapter_scale": float("nan")}, ValueError, "adapter_scale", "nan", "finite"),
+    "infinite input_scale": ("large", {"input_scale": float("inf")}, ValueError, "input_scale", "inf", "finite"),
+    "tensor scale": ("large", {"scale": torch.ones(1)}, TypeError, "scale", "tensor", "number"),
+    "heads do not divide the rank": ("large", {"heads": 3}, ValueError, "heads", "3", f"rank {R}"),
+}
+
+
+@pytest.mark.parametrize("case", BOTTLENECK)
+def test_bottleneck(case: str) -> None:
+    changes, kind, *says = BOTTLENECK[case]
+    _refused(functional.bottleneck, {**_bottleneck(), **changes}, kind, *says)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gated_bottleneck(case: str) -> None:
+    granularity, changes, kind, *says = GATED[case]
+    _refused(functional.gated_bottleneck, {**_gated(granularity), **changes}, kind, *says)
+
+
+def test_the_unchanged_arguments_are_taken() -> None:
+    """Every case above differs from a good call in what it says."""
+    functional.bottleneck(**_bottleneck())
+    for granularity in ("large", "large_full", "middleX", "middleY", "small"):
+        functional.gated_bottleneck(**_gated(granularity))
+
+
+def test_a_demand_that_cannot_be_met_runs_nothing() -> None:
+    for name, arguments in (("triton", _bottleneck()), ("cpu", {n: v.double() for n, v in _bottleneck().items()})):
+        with backend.use(name):
+            _refused(functional.bottleneck, arguments, backend.BackendError, name, "bottleneck")
+
+
+def test_errors_hold_under_compile_and_transforms() -> None:
+    wrong = {**_bottleneck(), "w_up": torch.randn(D, R + 1)}
+    with pytest.raises(ValueError, match="w_up"):
+        torch.func.grad(lambda w: functional.bottleneck(**{**wrong, "w_down": w}).sum())(wrong["w_down"])
+    with pytest.raises(Exception, match=re.escape("w_up: shape")):
+        torch.compile(lambda: functional.bottleneck(**wrong), fullgraph=True, backend="eager")()

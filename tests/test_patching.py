@@ -1,0 +1,508 @@
+"""`patch` and the handle: reversibility, refusals, switching, copying. Numbers are judged in tests/hosts and tests/methods."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import fastadapt
+from fastadapt.hosts import roles
+from fastadapt.methods import VLAdapterConfig, VLPETConfig
+from fastadapt.patching import Handle, UnknownHostError, patch
+from tests.hosts.tiny import FAMILIES, METHODS, SMALL, assert_same, batch, logits, randomize, snapshot, tiny
+
+both = pytest.mark.parametrize("method", METHODS)
+hosts = pytest.mark.parametrize("family", FAMILIES)
+
+
+def train_a_step(model: nn.Module, handle: Handle) -> None:
+    model.train()
+    optimizer = torch.optim.SGD(handle.trainable_parameters(), lr=0.5)
+    model(**batch()).loss.backward()
+    optimizer.step()
+
+
+@hosts
+@both
+def test_unpatch_restores_everything(family: str, method: str) -> None:
+    model = tiny(family)
+    next(model.parameters()).requires_grad_(False)
+    before, out = snapshot(model), logits(model)
+    handle = patch(model, method, **SMALL[method])
+    assert logits(model).shape == out.shape
+    train_a_step(model, handle)
+    trained = [t.id for t in handle._trained]
+    handle.unpatch(restore_base=True)
+    assert_same(before, snapshot(model))
+    assert torch.equal(logits(model), out)
+    assert trained or (family, method) == ("t5", "vl_adapter")
+    # Again, keeping the base as it was trained.
+    handle = patch(model, method, **SMALL[method])
+    train_a_step(model, handle)
+    kept = {t.id: t.parameter.detach().clone() for t in handle._trained}
+    handle.unpatch()
+    after = snapshot(model)
+    assert {name for name, value in before["values"].items() if not torch.equal(value, after["values"][name])} != set() or not kept
+    after["values"] = before["values"]
+    assert_same(before, after)
+
+
+@hosts
+def test_an_unpatched_handle_is_dead(family: str) -> None:
+    model = tiny(family)
+    handle = patch(model, "vl_adapter")
+    handle.unpatch()
+    for use in (handle.unpatch, lambda: handle.report, lambda: handle.save("/nonexistent"), lambda: handle.disabled().__enter__()):
+        with pytest.raises(RuntimeError, match="no longer patched"):
+            use()
+    with pytest.raises(ValueError, match="is not patched"):
+        Handle.of(model)
+
+
+@hosts
+@both
+def test_base_keys_stay(family: str, method: str) -> None:
+    model = tiny(family)
+    base = dict(model.state_dict())
+    other = tiny(family)
+    handle = patch(model, method, **SMALL[method])
+    state = model.state_dict()
+    assert {k for k in state if k not in base} == {f"{s.path}.{n}" for s in handle.report.sites for n, _ in handle.sites[s.id].named_parameters()}
+    assert all(torch.equal(state[k], base[k]) for k in base)
+    assert [type(m).__name__ for m in model.modules() if type(m).__name__ not in ("Bottleneck", "GatedBottleneck", "ValueParallelAdapter")][:5] == [
+        type(m).__name__ for m in other.modules()
+    ][:5]
+    stock = {type(m) for m in other.modules()}
+    assert not any(roles.is_adapted(m) for m in other.modules()) and stock == {type(m) for m in tiny(family).modules()}
+
+
+@hosts
+@both
+def test_save_pretrained_stays_loadable(family: str, method: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    handle = patch(model, method, init="identity", **SMALL[method])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    handle.unpatch()
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+@hosts
+@both
+def test_disabled_is_the_base(family: str, method: str) -> None:
+    model = tiny(family)
+    out = logits(model)
+    handle = patch(model, method, **SMALL[method])
+    randomize(handle)
+    adapted = logits(model)
+    assert not torch.allclose(adapted, out, atol=1e-3)
+    parameters = [id(p) for p in model.parameters()]
+    with handle.disabled():
+        assert torch.equal(logits(model), out)
+        with handle.disabled():
+            assert torch.equal(logits(model), out)
+        assert torch.equal(logits(model), out)
+        for refused in (handle.unpatch, lambda: handle.save("/nonexistent"), lambda: handle.load("/nonexistent"), handle.remember_base):
+            with pytest.raises(RuntimeError, match="inside"):
+                refused()
+    assert torch.equal(logits(model), adapted)
+    assert parameters == [id(p) for p in model.parameters()]
+    with pytest.raises(KeyError), handle.disabled():
+        raise KeyError
+    assert torch.equal(logits(model), adapted)
+
+
+@hosts
+def test_disabled_between_forward_and_backward(family: str) -> None:
+    """As a distillation loss does: no tensor is written, so the gradient outside is that without the block."""
+    grads = []
+    for peek in (False, True):
+        model = tiny(family)
+        handle = patch(model, "vlpet", **SMALL["vlpet"])
+        randomize(handle)
+        loss = model(**batch()).loss
+        if peek:
+            with handle.disabled():
+                loss_base = model(**batch()).loss
+            assert not loss_base.requires_grad
+        loss.backward()
+        grads.append([p.grad for p in handle.trainable_parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_disabled_follows_the_model() -> None:
+    model = tiny("bart").double()
+    out = logits(model)
+    handle = patch(model.float(), "vlpet", **SMALL["vlpet"])
+    model.double()
+    with handle.disabled():
+        assert torch.allclose(logits(model), out, atol=1e-12)
+    handle.unpatch(restore_base=True)
+    assert torch.allclose(logits(model), out, atol=1e-12)
+
+
+def test_tasks() -> None:
+    model = tiny("bart")
+    handle = patch(model, "vl_adapter", tasks=["vqa", "gqa"])
+    assert handle.active_task is None
+    handle.set_task("gqa")
+    with handle.task("vqa") as inside:
+        assert inside is handle and handle.active_task == "vqa"
+    assert handle.active_task == "gqa"
+    with pytest.raises(ValueError, match="'nlvr' is unknown; must be one of vqa, gqa"):
+        handle.set_task("nlvr")
+    with pytest.raises(ValueError, match="nlvr"), handle.task("nlvr"):
+        pass
+    assert handle.active_task == "gqa"
+    handle.unpatch()
+    with pytest.raises(ValueError, match="without tasks"):
+        patch(model, "vl_adapter").set_task("vqa")
+
+
+@hosts
+@both
+def test_report(family: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny(family)
+    total = sum(p.numel() for p in model.parameters())
+    handle = patch(model, method, **SMALL[method])
+    report = handle.report
+    adapters = sum(s.parameters for s in report.sites)
+    assert report.total == total + adapters == sum(p.numel() for p in model.parameters())
+    assert report.trainable == sum(p.numel() for p in handle.trainable_parameters()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.percent == 100 * report.trainable / report.total
+    assert len(report.sites) == (10 if method == "vl_adapter" else 6)
+    assert {s.id for s in report.sites} == handle.sites.keys()
+    assert all(model.get_submodule(s.path) is handle.sites[s.id] for s in report.sites)
+    assert len(report.skipped) == (2 if method == "vl_adapter" else 6) and all("puts nothing there" in why for _, why in report.skipped)
+    assert {s.backend for s in report.sites} <= {"reference", "cpu"}
+    with fastadapt.backend.use("reference"):
+        assert {s.backend for s in handle.report.sites} == {"reference"}
+    text = str(report)
+    assert all(s.id in text for s in report.sites) and f"{report.percent:.4f} %" in text and "left alone" in text
+    handle.print_trainable_parameters()
+    assert capsys.readouterr().out == f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: {report.percent:.4f}\n"
+
+
+def test_report_names_the_backend_that_cannot_run() -> None:
+    handle = patch(tiny("bart"), "vl_adapter")
+    with fastadapt.backend.use("triton"):
+        sites = handle.report.sites
+    assert {s.backend for s in sites} == {"none"} and "triton" in sites[0].reasons["demanded"][0]
+
+
+@hosts
+@both
+def test_deepcopy_and_pickle(family: str, method: str) -> None:
+    model = tiny(family)
+    handle = patch(model, method, tasks=["vqa"], **SMALL[method])
+    randomize(handle)
+    out = logits(model)
+    copied = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    base = logits(tiny(family))
+    for other in (copied, loaded):
+        assert torch.equal(logits(other), out)
+        own = Handle.of(other)
+        assert own is not handle and own.model is other and own.tasks == ("vqa",)
+        randomize(own, seed=5)
+        assert torch.equal(logits(model), out)
+        with own.disabled():
+            assert torch.equal(logits(other), base)
+        own.unpatch(restore_base=True)
+        assert not any(roles.is_adapted(m) for m in other.modules()) and torch.equal(logits(other), base)
+    assert torch.equal(logits(model), out)
+
+
+def test_unpickled_in_another_process(tmp_path: Path) -> None:
+    model = tiny("bart")
+    randomize(patch(model, "vlpet", **SMALL["vlpet"]))
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((batch(), logits(model)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch; torch.set_num_threads(1); d = sys.argv[1]; m = torch.load(d + '/model.pt', weights_only=False); b, y = torch.load(d + '/expected.pt')\n"
+        "with torch.no_grad(): assert torch.allclose(m(**b).logits, y, atol=1e-6)\n"
+        "from fastadapt.patching import Handle; Handle.of(m).unpatch(); print(type(m.model.encoder.layers[0]).__module__)"
+    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "transformers.models.bart.modeling_bart"
+
+
+@hosts
+@both
+def test_meta_device(family: str, method: str) -> None:
+    """Built and patched without memory, then given memory, weights and starting values."""
+    with torch.device("meta"):
+        model = tiny(family)
+    handle = patch(model, method, **SMALL[method])
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        handle.save("/nonexistent")
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    real = tiny(family)
+    missing, unexpected = model.load_state_dict(real.state_dict(), strict=False)
+    assert not unexpected and not [k for k in missing if "adapter" not in k]
+    for name, buffer in real.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    if handle._trained:
+        with pytest.raises(RuntimeError, match="remember_base"), handle.disabled():
+            pass
+        with pytest.raises(RuntimeError, match="remember_base"):
+            handle.unpatch(restore_base=True)
+    handle.remember_base()
+    torch.manual_seed(7)
+    handle.reset_parameters()
+    real_handle = patch(real, method, **SMALL[method])
+    torch.manual_seed(7)
+    real_handle.reset_parameters()
+    assert torch.equal(logits(model), logits(real))
+    with handle.disabled():
+        assert torch.equal(logits(model), logits(tiny(family)))
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in real.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "expected"), [("float32", None, "float32"), ("bfloat16", None, "float32"), ("float64", None, "float64"), ("bfloat16", "bfloat16", "bfloat16")]
+)
+def test_parameter_dtype(base: str, given: str | None, expected: str) -> None:
+    model = tiny("bart").to(getattr(torch, base))
+    handle = patch(model, "vlpet", dtype=given and getattr(torch, given), **SMALL["vlpet"])
+    assert {p.dtype for m in handle.sites.values() for p in m.parameters()} == {getattr(torch, expected)}
+    out = model(**batch())
+    assert out.logits.dtype == getattr(torch, base)
+    out.loss.backward()
+    assert all(p.grad is not None for p in handle.trainable_parameters())
+    model.to(torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and logits(model).dtype == torch.float32
+
+
+def test_train_and_eval_follow() -> None:
+    model = tiny("bart").train()
+    handle = patch(model, "vl_adapter")
+    assert all(m.training for m in model.modules())
+    model.eval()
+    assert not any(m.training for m in model.modules())
+    handle.unpatch()
+    assert all(m.training for m in model.modules())
+    model.eval()
+    patch(model, "vl_adapter")
+    assert not any(m.training for m in model.modules())
+
+
+# Refusals.
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+
+def refuses(model: nn.Module, error: type[Exception], match: str, *args: object, **kwargs: object) -> None:
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        patch(model, *args, **kwargs)
+    assert_same(before, snapshot(model))
+
+
+def test_unknown_names() -> None:
+    model = tiny("bart")
+    refuses(model, ValueError, "'lora' is unknown; must be one of vl_adapter, vlpet", "lora")
+    refuses(model, TypeError, "unknown option 'rnk'; known: .*rank", "vlpet", rnk=3)
+    refuses(model, ValueError, "init: must be one of repo, identity", "vlpet", init="zero")
+    refuses(model, ValueError, "granularity: 'huge' is unknown; must be one of large", "vlpet", granularity="huge")
+    refuses(model, ValueError, "activation: 'tanh' is unknown", "vl_adapter", activation="tanh")
+    refuses(model, TypeError, "dtype: must be a floating", dtype=torch.int8)
+    refuses(model, TypeError, r"dtype: adapters of torch.bfloat16 over a base of torch.float32; must be that or float32", dtype=torch.bfloat16)
+    refuses(model, TypeError, "tasks: must be a list of distinct names", tasks="vqa")
+    refuses(model, TypeError, "tasks: must be a list of distinct names", tasks=["vqa", "vqa"])
+    refuses(model, TypeError, "name: must be", name="")
+    refuses(model, TypeError, "beside a VLPETConfig", VLPETConfig(rank=8), rank=8)
+    with pytest.raises(TypeError, match=r"model: must be an nn.Module, not str"):
+        patch("model")  # type: ignore[arg-type]
+
+
+def test_bad_options() -> None:
+    model = tiny("bart")
+    refuses(model, ValueError, "rank: must be a positive integer, not 0", "vlpet", rank=0)
+    refuses(model, ValueError, "heads: 5 must divide rank 8", "vlpet", rank=8, heads=5)
+    refuses(model, ValueError, "gate_rank: granularity 'small' has no gate rank", "vlpet", granularity="small", gate_rank=4)
+    refuses(model, ValueError, "scale: must be a finite number", "vlpet", scale=float("nan"))
+    refuses(model, ValueError, "needs scale=2.0", "vlpet", init="identity", scale=0.3)
+    refuses(model, ValueError, "'identity' needs combine='multiply'", "vlpet", init="identity", combine="add")
+    refuses(model, ValueError, "reduction_factor: must be an integer from 1 to the width 32, not 33", "vl_adapter", reduction_factor=33)
+    refuses(model, ValueError, "layer_norms: must be one of", "vl_adapter", layer_norms="some")
+    refuses(model, ValueError, "visual_embedding: must be", "vl_adapter", visual_embedding=1)
+
+
+def test_unknown_hosts() -> None:
+    refuses(Odd(), UnknownHostError, r"Odd has no layers of a supported host \(bart, t5\)")
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    refuses(gpt, UnknownHostError, "GPT2LMHeadModel")
+    model = tiny("bart")
+    base = type(model.model.encoder.layers[0])
+    for layers in (model.model.encoder.layers, model.model.decoder.layers):
+        for layer in layers:
+            layer.__class__ = type("MyLayer", (type(layer),), {})
+    refuses(model, UnknownHostError, "MyLayer is a subclass of Bart")
+    model.model.encoder.layers[0].__class__ = base
+    handle = patch(model, "vl_adapter")
+    assert len(handle.sites) == 2 and sum("MyLayer" in why for _, why in handle.skipped) == 3
+
+
+def test_no_site() -> None:
+    decoder = tiny("bart").model.decoder
+    refuses(decoder.layers[0].self_attn, UnknownHostError, "BartAttention")
+    encoder = tiny("bart").model.encoder
+
+    class Nowhere(VLAdapterConfig):
+        def roles(self) -> tuple[str, ...]:
+            return ("decoder.feed_forward",)
+
+    refuses(encoder, ValueError, "has no site in this BartEncoder: .*encoder.0.self_attention: vl_adapter puts nothing there", Nowhere())
+
+
+def test_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("t5")
+    cls = type(model.encoder.block[0].layer[1])
+
+    def forward(self, hidden_states):  # a later release's
+        return hidden_states + self.DenseReluDense(self.layer_norm(hidden_states))
+
+    monkeypatch.setattr(cls, "forward", forward)
+    import transformers
+
+    refuses(model, UnknownHostError, rf"T5LayerFF.forward of transformers {transformers.__version__} is unknown .* known are those of transformers 5.8, 5.16, 5.22, 5.23")
+
+
+def test_second_patch() -> None:
+    model = tiny("bart")
+    handle = patch(model, "vl_adapter", name="mine")
+    out = logits(model)
+    refuses(model, ValueError, "patched already under the name 'mine', so 'mine' cannot be added", "vlpet", name="mine")
+    refuses(model, ValueError, "patched already under the name 'mine', so 'other' cannot be added", "vlpet", name="other")
+    refuses(model.model.encoder, ValueError, "part of a model that is patched already")
+    holder = nn.ModuleDict({"inner": model})
+    refuses(holder, ValueError, "inner is patched already")
+    assert torch.equal(logits(model), out)
+    handle.unpatch()
+    patch(model, "vlpet", name="other")
+
+
+def test_wrapped_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("bart")
+    refuses(torch.compile(model), ValueError, "is compiled")
+    refuses(nn.DataParallel(model), ValueError, r"is wrapped \(DataParallel\); patch the model before")
+    model.model.encoder.layers[0]._hf_hook = object()
+    refuses(model, ValueError, "model.encoder.layers.0 carries a hook of accelerate")
+    del model.model.encoder.layers[0]._hf_hook
+    model.model.encoder.layers[1].forward = lambda *a: None
+    refuses(model, ValueError, "model.encoder.layers.1 has a forward of its own")
+    del model.model.encoder.layers[1].forward
+    model.peft_config = {}
+    refuses(model, ValueError, "carries adapters of PEFT")
+    del model.peft_config
+    model.model.decoder.layers[0].encoder_attn.v_proj = nn.Identity()
+    refuses(model, UnknownHostError, "Identity, not an nn.Linear")
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_ddp() -> None:
+    model = tiny("bart")
+    refuses(nn.parallel.DistributedDataParallel(model), ValueError, r"is wrapped \(DistributedDataParallel\)")
+    # Patched first, it trains inside: no parameter is without a gradient.
+    handle = patch(model, "vlpet", **SMALL["vlpet"])
+    nn.parallel.DistributedDataParallel(model)(**batch()).loss.backward()
+    assert all(p.grad is not None for p in handle.trainable_parameters())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_fsdp2() -> None:
+    model, other = tiny("bart"), tiny("bart")
+    fully_shard(other)
+    with pytest.raises(ValueError, match=r"is wrapped \(FSDPModule\)"):
+        patch(other)
+    handle = patch(model, "vlpet", **SMALL["vlpet"])
+    loss = model(**batch()).loss
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers, model):
+        fully_shard(layer)
+    sharded = model(**batch()).loss
+    sharded.backward()
+    assert torch.equal(sharded, loss) and all(p.grad is not None for p in handle.trainable_parameters())
+    with pytest.raises(RuntimeError, match=r"BartEncoderLayer has become a .*FSDPBartEncoderLayer; undo that first"):
+        handle.unpatch()
+
+
+@pytest.mark.parametrize("when", [0, 3])
+def test_failure_while_patching_rolls_back(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("bart").train()
+    before, calls = snapshot(model), 0
+    register = nn.Module.register_module
+
+    def failing(self: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal calls
+        if name.endswith("_adapter"):
+            calls += 1
+            if calls > when:
+                raise MemoryError("no room")
+        register(self, name, module)
+
+    monkeypatch.setattr(nn.Module, "register_module", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        patch(model, "vlpet", **SMALL["vlpet"])
+    assert_same(before, snapshot(model))
+
+
+def test_layers_changed_by_others() -> None:
+    model = tiny("bart")
+    handle = patch(model, "vl_adapter")
+    layer = model.model.encoder.layers[0]
+    ours = type(layer)
+    layer.__class__ = type("FSDPLayer", (ours,), {})
+    for use in (handle.unpatch, lambda: handle.disabled().__enter__()):
+        with pytest.raises(RuntimeError, match=r"has become a .*FSDPLayer"):
+            use()
+    layer.__class__ = ours
+    handle.unpatch()
+
+
+def test_taken_slot() -> None:
+    model = tiny("bart")
+    model.model.encoder.layers[1].feed_forward_adapter = nn.Identity()
+    refuses(model, ValueError, "model.encoder.layers.1 has a 'feed_forward_adapter' already")
+
+
+def test_config_object() -> None:
+    handle = patch(tiny("bart"), VLAdapterConfig(rank=3))
+    assert {m.down_sampler.out_features for m in handle.sites.values()} == {3}
+    assert repr(handle).startswith("Handle(config=VLAdapterConfig(") and "rank=3" in repr(handle) and "BartForConditionalGeneration" not in repr(handle)
+
+
+def test_two_encoders_have_different_ids() -> None:
+    pair = nn.ModuleDict({"a": tiny("bart").model, "b": tiny("bart", seed=1).model})
+    handle = patch(pair, "vl_adapter")
+    assert len(handle.sites) == 20 and "encoder@1.0.self_attention" in handle.sites and "decoder@1.1.feed_forward" in handle.sites
+    ids = [t.id for t in handle._trained]
+    assert len(set(ids)) == len(ids) == 48 and "encoder@1.layernorm_embedding.weight" in ids

@@ -1,0 +1,68 @@
+"""The calls whose kernels are compiled: every kernel, every tile table, all options on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.ops._library import ACTIVATIONS
+from fastadapt.ops.bottleneck import triton as bottleneck
+from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
+from fastadapt.ops.gated_bottleneck.reference import KINDS
+from tests.triton.compiled.aot import Launch, recorded
+
+
+class Case(NamedTuple):
+    """One call of an op; ``kind`` is None for the plain bottleneck. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
+
+    kind: str | None
+    rank: int
+    dtype: torch.dtype
+    param_dtype: torch.dtype
+    width: int = 768
+    rows: int = 4096
+    activation: str = "gelu_new"
+    add: bool = False
+    options: bool = True
+    save_gate: bool = False
+
+    def __str__(self) -> str:
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        extra = [f"d{self.width}"] * (self.width != 768) + [f"t{self.rows}"] * (self.rows != 4096) + [self.activation] * (self.activation != "gelu_new")
+        extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate
+        return "-".join([self.kind or "bottleneck", f"r{self.rank}", names[self.dtype], f"p{names[self.param_dtype]}", *extra])
+
+
+def launches(case: Case) -> list[Launch]:
+    """What forward and backward of the case launch."""
+    t, d, r, activation = case.rows, case.width, case.rank, ACTIVATIONS.index(case.activation)
+
+    def parameter(*shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=case.param_dtype)
+
+    def optional(*shape: int) -> Tensor | None:
+        return parameter(*shape) if case.options else None
+
+    x, wd, wu, bd, bu = torch.empty(t, d, dtype=case.dtype), parameter(r, d), parameter(d, r), optional(r), optional(d)
+    with recorded() as made:
+        if case.kind is None:
+            gate, scale = optional(d), optional(1)
+            bottleneck.forward(x, wd, bd, wu, bu, gate, scale, x if case.options else None, 0.5, activation, True, True)
+            needs = [True, True, bd is not None, True, bu is not None, gate is not None, scale is not None]
+            bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), wd, wu, bu, gate, scale, 0.5, activation, True, needs)
+        else:
+            g, gb, gu, gub = {
+                "large": (parameter(r, d), optional(r), parameter(d, r), optional(d)),
+                "logits": (None,) * 4,
+                "middleX": (parameter(d), optional(1), None, None),
+                "middleY": (parameter(d), None, None, None),
+                "small": (parameter(2 * d), optional(1), None, None),
+            }[case.kind]
+            other, samples, kind = None if case.kind == "middleY" else x, t // 64 if case.kind == "small" else 1, KINDS.index(case.kind)
+            common = (1.5, 0.7, 0.3, activation, kind, case.add, samples)
+            _, *saved = gated_bottleneck.forward(x, other, wd, bd, wu, bu, g, gb, gu, gub, *common, int(case.save_gate), True)
+            needs = [p is not None for p in (x, other, wd, bd, wu, bu, g, gb, gu, gub)]
+            gated_bottleneck.backward(x, x, other, *saved, wd, bd, wu, bu, g, gb, gu, gub, *common, needs)
+    return made

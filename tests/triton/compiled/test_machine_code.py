@@ -1,0 +1,61 @@
+"""The machine code of every kernel that the launchers launch: no spills, shared memory within the device's limit, matrix instructions."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of Triton 3.9, which otherwise warns about the one of 3.10
+
+import pytest
+import torch
+
+from fastadapt.ops import _triton
+from tests.triton.compiled import aot
+from tests.triton.compiled.cases import Case, launches
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+PRODUCTS = ("forward_kernel", "rows_kernel", "weights_kernel", "gates_kernel")
+"""The kernels that multiply matrices."""
+
+QUICK = [
+    (80, Case(None, 96, BF16, FP32)),
+    (90, Case(None, 96, BF16, BF16)),
+    (80, Case("large", 96, BF16, FP32)),
+    (90, Case("small", 7, FP16, FP32, width=33)),
+    (80, Case(None, 24, FP32, FP32)),
+]
+ARCHES = (80, 86, 90, 100, 120)
+FULL = [
+    (90, Case("large", 96, FP16, FP32)),
+    *((a, Case(None, r, d, FP32)) for a in ARCHES for r in (1, 32, 48, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
+    *((a, Case("large", r, d, FP32)) for a in ARCHES for r in (1, 64, 96, 128, 192, 256, 512) for d in (BF16, FP32) if d == BF16 or r <= _triton.MAX_RANK_GATED_FP32),
+    *((a, Case(k, 96, BF16, FP32, add=add, save_gate=s)) for a in ARCHES for k in ("large", "logits", "middleX", "middleY", "small") for add, s in ((False, False), (True, True))),
+    *((a, Case(k, 256, FP32, FP32, width=770)) for a in ARCHES for k in ("middleX", "small")),
+    *((a, Case(k, r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for k in (None, "large") for r in (96, 192, 512)),
+    *((a, Case(None, 64, FP16, FP32, activation="silu", width=33, options=False)) for a in ARCHES),
+    *((a, Case(None, 7, BF16, BF16, activation="identity", width=1, rows=1)) for a in (80, 90)),
+]  # fmt: skip
+
+
+def check(arch: int, case: Case) -> None:
+    for launch in launches(case):
+        name = launch.kernel.fn.__name__
+        compiled = aot.compile_launch(launch, arch)
+        code = aot.inspect(compiled)
+        where = f"{name} of {case} on sm_{arch}: {code}"
+        assert code.stack == 0 and code.local_instructions == 0, f"spills: {where}"
+        assert code.shared <= aot.SHARED[arch], f"shared memory: {where}"
+        if name in PRODUCTS and case.dtype != FP32:
+            assert code.matrix_instructions > 0, f"no matrix instruction: {where}"
+
+
+@pytest.mark.parametrize(("arch", "case"), QUICK, ids=lambda v: str(v))
+def test_kernels(arch: int, case: Case) -> None:
+    check(arch, case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("arch", "case"), FULL, ids=lambda v: str(v))
+def test_every_kernel(arch: int, case: Case) -> None:
+    check(arch, case)

@@ -1,0 +1,46 @@
+"""Row offsets are 64-bit in every kernel, read from the intermediate code: rows x width can pass 2^31."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.triton.compiled import aot
+from tests.triton.compiled.cases import Case, launches
+
+ROW_AXIS = {"forward_kernel": "x", "rows_kernel": "x", "gates_kernel": "x", "means_kernel": "x", "weights_kernel": "y"}
+"""The grid axis along which rows are cut."""
+CASES = [
+    *(Case(kind, 24, torch.bfloat16, torch.float32, save_gate=s) for kind in (None, "large", "logits", "middleX", "middleY", "small") for s in (False, True)),
+    *(Case(kind, 96, torch.float32, torch.float32, width=33, options=False) for kind in (None, "small")),
+]
+
+
+def narrow_offsets(ttir: str, kernel: str) -> list[str]:
+    """Lines in which a row stride or the program's place along the rows takes part in 32-bit arithmetic: rows x width can pass 2^31, so both may only be widened."""
+    wide = re.findall(r"%stride_\w+(?=: i32)", ttir)
+    if kernel in ROW_AXIS:
+        wide += re.findall(rf"(%\w+) = tt.get_program_id {ROW_AXIS[kernel]} ", ttir)
+        assert wide, "the intermediate code was not understood"
+    elif kernel == "columns_kernel":
+        return [] if re.search(r"arith.extsi %C ", ttir) else ["parts x columns"]
+    uses = [line.strip() for line in ttir.splitlines() if not line.lstrip().startswith("tt.func") for name in wide if re.search(rf"= .*{name}\b", line)]
+    return [line for line in uses if "arith.extsi" not in line]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_row_offsets_are_wide(case: Case) -> None:
+    for launch in launches(case):
+        name = launch.kernel.fn.__name__
+        assert not (narrow := narrow_offsets(aot.intermediate_code(launch), name)), f"{name} of {case}: {narrow}"
+
+
+def test_the_check_sees_narrow_offsets() -> None:
+    (forward, *_) = launches(CASES[0])
+    code = aot.intermediate_code(forward)
+    assert "arith.extsi %stride_x" in code
+    assert narrow_offsets(code.replace("arith.extsi %stride_x", "arith.trunci %stride_x"), "forward_kernel")
+    program = re.search(r"(%\w+) = tt.get_program_id x ", code)[1]
+    assert narrow_offsets(code.replace(f"arith.extsi {program}", f"arith.trunci {program}"), "forward_kernel")

@@ -1,0 +1,91 @@
+"""Why the triton backend cannot run a call, and that nothing of it is loaded before it is asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from fastadapt import backend
+from fastadapt.ops import _triton
+from fastadapt.ops.bottleneck import triton as bottleneck
+from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
+
+
+def call(**changes: Any) -> backend.Call:
+    return backend.Call(**{"op": "bottleneck", "device": "cuda", "dtype": torch.bfloat16, "param_dtype": torch.float32, "rows": 64, "width": 768, "rank": 96, **changes})
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with a device of compute capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return monkeypatch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 96, 512])
+def test_a_device_can_run_it(device: pytest.MonkeyPatch, dtype: torch.dtype, rank: int) -> None:
+    assert bottleneck.reasons(call(dtype=dtype, rank=rank)) == []
+    assert gated_bottleneck.reasons(call(op="gated_bottleneck", options=(("gate_rank", rank), ("granularity", "large")))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"device": "cpu"}, "needs a CUDA device, not cpu"),
+        ({"dtype": torch.float64}, "torch.float64 is not supported"),
+        ({"rank": 513}, "rank 513 is above 512"),
+        ({"width": 2**22 + 1}, "width 4194305 is above 4194304"),
+        ({"op": "gated_bottleneck", "options": (("gate_rank", 600),)}, "gate rank 600 is above 512"),
+        ({"op": "gated_bottleneck", "options": (("gate_rank", 300),), "dtype": torch.float32}, "float32 with rank or gate rank 300 is above 256"),
+    ],
+)
+def test_it_cannot(device: pytest.MonkeyPatch, changes: dict[str, Any], text: str) -> None:
+    (reason,) = bottleneck.reasons(call(**changes))
+    assert text in reason
+
+
+def test_old_and_absent_devices(device: pytest.MonkeyPatch) -> None:
+    device.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert bottleneck.reasons(call()) == ["needs compute capability 8.0, the device has 7.5"]
+    device.setattr(torch.cuda, "is_available", lambda: False)
+    assert bottleneck.reasons(call()) == ["torch sees no CUDA device"]
+
+
+def test_demand_names_the_reason() -> None:
+    with backend.use("triton"), pytest.raises(backend.BackendError, match="needs a CUDA device, not cpu"):
+        backend.explain("bottleneck", rows=4, width=8, rank=2)
+
+
+def test_every_rank_has_chunks_and_tiles() -> None:
+    for rank in range(1, _triton.MAX_RANK + 1):
+        chunks = _triton.chunks(rank)
+        assert chunks[0][0] == 0 and all(a[0] + a[1] == b[0] for a, b in pairwise(chunks))
+        assert all(size >= 16 and size & (size - 1) == 0 for _, size in chunks)
+        assert rank <= sum(size for _, size in chunks) <= max(16, 2 * rank)
+        for dtype in (torch.float32, torch.bfloat16):
+            for width in (768, 770):
+                for kernel in ("forward", "rows", "weights", "gated_forward", "gates"):
+                    if dtype == torch.bfloat16 or rank <= _triton.MAX_RANK_GATED_FP32 or "gate" not in kernel:
+                        _triton.tile(kernel, rank, width, dtype)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import fastadapt, fastadapt.functional, sys; assert 'triton' not in sys.modules",
+        "import sys; sys.modules['triton'] = None; import fastadapt; from fastadapt import backend\n"
+        "from fastadapt.ops.bottleneck import triton as b; from fastadapt.ops.gated_bottleneck import triton as g\n"
+        "import torch; call = backend.Call('bottleneck', 'cuda', torch.float32, torch.float32, 4, 8, 2)\n"
+        "assert b.reasons(call) == g.reasons(call) == ['triton is not installed']",
+    ],
+    ids=["lazy", "absent"],
+)
+def test_without_triton(program: str) -> None:
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

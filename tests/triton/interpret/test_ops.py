@@ -1,0 +1,158 @@
+"""The kernels themselves, run by Triton's interpreter on CPU tensors through the public functions: numbers, shapes, layouts, gradients alone and together.
+
+Rows beyond 2^31 elements cannot be tried here, since the interpreter copies each tensor's whole storage: tests/triton/compiled reads the 64-bit offsets from the code.
+
+Programs run one after another, so a race cannot show here; the kernels have none to show: no atomics, and no program reads what another of the same launch writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastadapt.ops import _triton
+from tests.ops import checks
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, Bottleneck, Gated, Spec, random_specs, specs
+
+TRITON = ("triton", "cpu")
+FP16, FP16_MIXED = DTYPES[3:]
+# Without a down bias, and with a width of 64 or more, no gradient has fewer than 64 elements, and the rule needs one seed instead of eight.
+ONE_SEED: dict[str, Any] = {"biases": "up", "width": 96}
+
+
+def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck, **options: Any) -> Spec:
+    return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
+
+
+SHAPES = [
+    *(over(FP32, lead=(t,), rank=r, **ONE_SEED) for t, r in ((1, 48), (37, 1), (65, 24))),
+    *(over(BF16, lead=(t,), rank=r, **ONE_SEED) for t, r in ((1, 7), (37, 96), (65, 1))),
+    *(over(MIXED, lead=(t,), rank=r, **ONE_SEED) for t, r in ((37, 7), (65, 48))),
+    *(over(FP16, lead=(t,), rank=r, **ONE_SEED) for t, r in ((37, 24), (65, 96))),
+    *(over(FP16_MIXED, lead=(t,), rank=r, **ONE_SEED) for t, r in ((1, 96), (65, 7))),
+]
+WIDTHS = [
+    *(over(d, lead=(65,), rank=96, width=w, gate=True) for d, w in ((FP32, 128), (MIXED, 131))),
+    over(BF16, lead=(5,), rank=7, width=33),
+    over(FP32, lead=(3,), rank=1, width=1),
+]
+OPTIONS = [
+    *(over(MIXED, rank=96, lead=(37,), width=96, activation=a) for a in ACTIVATIONS),
+    *(over(MIXED, rank=96, lead=(37,), width=96, biases=b) for b in ("none", "down")),
+    over(MIXED, rank=96, lead=(37,), width=96, residual=None),
+    over(MIXED, rank=96, lead=(37,), width=96, residual="other", gate=True, scale=0.3),
+    over(MIXED, rank=40, lead=(37,), width=96, residual=None, gate=True, biases="none"),
+    over(MIXED, rank=96, lead=(37,), width=96, heads=2),
+    over(FP32, lead=(9,), rank=6, scale="tensor", gate=True),
+]
+SCALES: dict[str, Any] = {"input_scale": 0.5, "adapter_scale": -1.5, "scale": 0.3}
+WIDE: dict[str, Any] = {"lead": (3, 23), "rank": 96, "gate_rank": 72, "width": 96}
+GATED = [
+    *(over(FP32, Gated, granularity=g, gate_bias=g == "large", save_gate=False, **WIDE, **SCALES) for g in ("large", "small")),
+    *(over(MIXED, Gated, granularity=g, gate_bias=g == "large", save_gate=False, combine="add", **WIDE, **SCALES) for g in GRANULARITIES),
+    *(over(BF16, Gated, granularity=g, gate_bias=g == "large", save_gate=True, **WIDE, **SCALES) for g in GRANULARITIES),
+]
+# Their gate bias is one number, which takes eight seeds.
+GATED_SMALL = [
+    over(FP32, Gated, lead=(2, 9), rank=7, width=33, granularity="middleX", activation="silu"),
+    over(FP16_MIXED, Gated, lead=(2, 9), rank=7, width=33, granularity="small"),
+]
+REAL = [over(MIXED, lead=(65,), width=768, rank=96, scale=0.3), over(MIXED, Gated, lead=(5, 13), width=768, rank=96, gate_rank=96)]
+# More rows in a sample than one step of the mean takes.
+LONG = [over(MIXED, Gated, lead=(2, 150), width=64, rank=7, granularity="small", biases="none", gate_bias=False)]
+SPLITS = [over(d, lead=(600,), rank=r, width=64, gate=True, biases=b, scale=0.5) for d, r, b in ((FP32, 7, "up"), (MIXED, 96, "both"))]
+CALLS = [
+    over(MIXED, lead=(3, 13), residual="other", scale="tensor", gate=True),
+    over(FP32, Gated, lead=(3, 5)),
+    over(FP16, Gated, lead=(3, 5), granularity="small"),
+]
+MORE_CALLS = [over(BF16, Gated, lead=(3, 13), granularity=g, combine=c, save_gate=s) for g in GRANULARITIES for c, s in (("multiply", True), ("add", False))]
+EMPTY = [
+    *(over(d, lead=(0,), scale="tensor", gate=True) for d in (FP32, MIXED)),
+    *(over(d, Gated, lead=lead, granularity=g) for d in (FP32, MIXED) for lead, g in (((0,), "large"), ((0, 5), "small"))),
+]
+PAIRS = [
+    over(MIXED, lead=(39,), gate=True, width=70, rank=70),
+    *(
+        over(MIXED, Gated, lead=(3, 13), granularity=g, save_gate=s, biases="none", rank=70, gate_rank=70, width=70, gate_bias=False)
+        for g, s in (("large", True), ("small", False))
+    ),
+]
+
+
+@specs([*SHAPES, *WIDTHS, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *REAL])
+def test_within_rule(spec: Spec) -> None:
+    checks.assert_within_rule(spec, *TRITON)
+
+
+@pytest.mark.full
+@specs([*random_specs(Bottleneck, 60, seed=31), *random_specs(Gated, 90, seed=32)])
+def test_random(spec: Spec) -> None:
+    checks.assert_within_rule(spec, *TRITON)
+
+
+@pytest.mark.full
+@specs([over(d, lead=(t,), rank=r, width=w, gate=True, scale=0.5) for d in DTYPES for t, r, w in ((130, 192, 96), (70, 300, 160), (33, 512, 64), (700, 24, 64))])
+def test_large_ranks_and_several_splits(spec: Spec) -> None:
+    checks.assert_within_rule(spec, *TRITON)
+
+
+@specs(SPLITS)
+def test_several_splits(spec: Spec) -> None:
+    """Three splits of the rows and partials of several row tiles."""
+    assert _triton.token_splits(600, 1)[0] == 3
+    checks.assert_within_rule(spec, *TRITON)
+
+
+@specs(EMPTY)
+def test_no_rows(spec: Spec) -> None:
+    """Zero rows: an empty output, gradients of zero, nothing launched."""
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    got = checks.fused(spec, "triton", tensors, dy)
+    assert got.pop("y").shape == dy.shape
+    assert all(g.shape == tensors[n[2:]].shape and not g.any() for n, g in got.items())
+
+
+def check_call(spec: Spec) -> None:
+    checks.assert_single_gradients(spec, *TRITON)
+    checks.assert_no_grad_path(spec, *TRITON)
+    checks.assert_untouched(spec, *TRITON)
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    checks.assert_same_bits(checks.fused(spec, "triton", tensors, dy), checks.fused(spec, "triton", tensors, dy))
+
+
+@specs(CALLS)
+def test_calls(spec: Spec) -> None:
+    """Gradients alone and together, no gradients, arguments untouched, and a rerun: all with the same bits."""
+    check_call(spec)
+
+
+@pytest.mark.full
+@specs(MORE_CALLS)
+def test_more_calls(spec: Spec) -> None:
+    check_call(spec)
+
+
+@specs([over(MIXED, lead=(2, 7), residual="other", gate=True), over(FP32, Gated, lead=(2, 7), granularity="middleX", biases="none", gate_bias=False)])
+def test_any_layout(spec: Spec) -> None:
+    checks.assert_any_layout(spec, *TRITON)
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("reference", "triton"), ("triton", "reference")])
+@specs(PAIRS)
+def test_any_backward_after_any_forward(spec: Spec, forward: str, backward: str) -> None:
+    checks.assert_within_rule(spec, forward, "cpu", backward=backward)
+
+
+def test_tf32_only_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = over(FP32, lead=(37,), rank=96, width=96)
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    exact = checks.exact(spec, tensors, dy)
+    errors = []
+    for allowed in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
+        got = checks.fused(spec, "triton", tensors, dy)
+        errors.append(max(checks.relative_error(got[n], exact[n]) for n in exact))
+    assert errors[0] < 1e-6 and 1e-5 < errors[1] < 2e-3
