@@ -3,26 +3,34 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
+SELECT := not full and not gpu
+PYTEST = $(BIN)/python -m pytest -m "$(SELECT)"
 
-.PHONY: demo test test-full build lint bench clean
+.PHONY: demo test test-full build lint bench clean test-library test-models test-interpreted test-compiled
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
 	$(BIN)/fastadapt demo --out out/demo
 
-# The two triton runs are processes of their own: one process cannot both interpret and compile kernels.
+# Two processes at a time. Triton's two parts must be processes of their own: one process cannot both interpret and compile kernels.
 test: .venv/.installed lint
-	$(BIN)/python -m pytest tests -m "not full and not gpu" --ignore=tests/triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpret -m "not full and not gpu"
-	$(BIN)/python -m pytest tests/triton/compiled -m "not full and not gpu"
+	$(MAKE) --no-print-directory -j2 -Otarget test-models test-library test-interpreted test-compiled
 
 test-full: .venv/.installed lint
-	$(BIN)/python -m pytest tests -m "not gpu" --ignore=tests/triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpret -m "not gpu"
-	$(BIN)/python -m pytest tests/triton/compiled -m "not gpu"
+	$(MAKE) --no-print-directory -j2 -Otarget SELECT="not gpu" test-models test-library test-interpreted test-compiled
 	$(BIN)/python -m tests.triton.mutants
 	$(BIN)/python -m tests.cpu_mutants
 	$(BIN)/python -m tests.proof --write
+
+MODELS := tests/hosts tests/hosts_vl tests/methods tests/nn tests/training tests/test_patching.py tests/test_checkpoint.py tests/test_packaging.py
+test-models:
+	$(PYTEST) $(MODELS)
+test-library:
+	$(PYTEST) tests --ignore=tests/triton $(MODELS:%=--ignore=%)
+test-interpreted:
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpret
+test-compiled:
+	$(PYTEST) tests/triton/compiled
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from fastadapt import methods as methods
     from fastadapt import nn as nn
     from fastadapt.patching import Handle as Handle
+    from fastadapt.patching import load as load
     from fastadapt.patching import patch as patch
 
-__all__ = ["Handle", "__version__", "backend", "functional", "methods", "nn", "patch"]
+__all__ = ["Handle", "__version__", "backend", "functional", "load", "methods", "nn", "patch"]
 
 # Loaded on first use: `import fastadapt` needs neither transformers nor triton.
-_LAZY = {"patch": "fastadapt.patching", "Handle": "fastadapt.patching", "nn": "", "methods": ""}
+_LAZY = {"patch": "fastadapt.patching", "Handle": "fastadapt.patching", "load": "fastadapt.patching", "nn": "", "methods": ""}
 
 
 def __getattr__(name: str) -> Any:
