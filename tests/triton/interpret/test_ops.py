@@ -146,13 +146,15 @@ def test_any_backward_after_any_forward(spec: Spec, forward: str, backward: str)
     checks.assert_within_rule(spec, forward, "cpu", backward=backward)
 
 
-def test_tf32_only_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_only_where_torch_allows_it() -> None:
     spec = over(FP32, lead=(37,), rank=96, width=96)
     tensors, dy = spec.draw(0), spec.cotangent(0)
-    exact = checks.exact(spec, tensors, dy)
-    errors = []
-    for allowed in ("ieee", "tf32"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
-        got = checks.fused(spec, "triton", tensors, dy)
-        errors.append(max(checks.relative_error(got[n], exact[n]) for n in exact))
+    exact, errors, before = checks.exact(spec, tensors, dy), [], torch.backends.cuda.matmul.fp32_precision
+    try:
+        for allowed in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = allowed
+            got = checks.fused(spec, "triton", tensors, dy)
+            errors.append(max(checks.relative_error(got[n], exact[n]) for n in exact))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     assert errors[0] < 1e-6 and 1e-5 < errors[1] < 2e-3
