@@ -186,11 +186,11 @@ def main() -> int:
     rows = [{**mutant._asdict(), "killed_by": verdict} for mutant, verdict in zip(chosen, verdicts, strict=True)]
     survivors = [row for row in rows if row["killed_by"] is None]
     for row in survivors:
-        row["explained"] = EXPLAINED.get(f"{row['kind']}: {row['before']}")
+        row["explanation"] = EXPLAINED.get(f"{row['kind']}: {row['before']}")
         print(f"survived: {row['file']}:{row['line']} {row['kind']}: {row['after']}  [{row['explained'] or 'NOT EXPLAINED'}]")
     OUT.write_text(json.dumps({"possible": len(every), "run": len(rows), "killed": len(rows) - len(survivors), "mutants": rows}, indent=1) + "\n")
     print(f"{len(rows) - len(survivors)} of {len(rows)} mutants killed ({len(every)} possible)")
-    return int(any(row["explained"] is None for row in survivors))
+    return int(any(row["explanation"] is None for row in survivors))
 
 
 if __name__ == "__main__":

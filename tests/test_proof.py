@@ -18,4 +18,4 @@ def test_sources_are_the_proved_ones() -> None:
 def test_every_surviving_mutant_is_explained() -> None:
     for path in filter(Path.exists, proof.MUTANTS.values()):
         rows = json.loads(path.read_text())["mutants"]
-        assert [row for row in rows if row["killed_by"] is None and not row.get("explained")] == []
+        assert [row for row in rows if row["killed_by"] is None and not row.get("explanation")] == []
