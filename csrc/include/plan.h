@@ -8,19 +8,22 @@ namespace fastadapt::plan {
 constexpr int64_t kTileRows = 64;
 // GEMM operands are packed in panels of 32 columns: a row-major operand of 768 floats a row maps onto 4 of 64 L1 sets (measured on AVX2: 25 against 55 GFLOP/s).
 constexpr int64_t kPanel = 32;
+constexpr int64_t kDepth = 192;
 // Columns of the up-projection that are computed, finished and stored while they are in L1.
 constexpr int64_t kBlockColumns = 128;
-// Weight gradients are summed per chunk of rows, then over chunks in order, so the bits depend on the number of rows alone and not on the threads.
-constexpr int64_t kMinChunkRows = 512;
-constexpr int64_t kMaxChunks = 32;
+// Weight gradients are summed per chunk of rows, then over chunks in order, so the bits depend on the number of rows alone and not on the threads. A chunk is also the unit of
+// parallel work in backward, and costs one partial as large as the weights: about 8 chunks, of 64 to 512 rows, and never more than 32.
+constexpr int64_t kChunks = 8, kMaxChunkRows = 512, kMaxChunks = 32;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t padded(int64_t n) { return round_up(n, kPanel); }
 
 constexpr int64_t chunk_rows(int64_t rows) {
-  const int64_t even = round_up(ceil_div(rows, kMaxChunks), kTileRows);
-  return even > kMinChunkRows ? even : kMinChunkRows;
+  const int64_t least = rows <= 2 * kTileRows ? kTileRows : 2 * kTileRows;
+  const int64_t even = round_up(ceil_div(rows, kChunks), kTileRows), bounded = even < least ? least : even > kMaxChunkRows ? kMaxChunkRows : even;
+  const int64_t few = round_up(ceil_div(rows, kMaxChunks), kTileRows);
+  return bounded > few ? bounded : few;
 }
 
 // Each distinct row count is a JIT compilation of brgemm per thread (0.1-0.2 ms), so a ragged tile is padded with zero rows to one of four heights.
