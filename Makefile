@@ -38,8 +38,8 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 bench: .venv/.installed
-	$(BIN)/python -m benchmarks.ops.bottleneck
-	$(BIN)/python -m benchmarks.ops.gated_bottleneck
+	$(BIN)/python -m benchmarks.ops.bottleneck --rows 16 64 128 512 4096
+	$(BIN)/python -m benchmarks.ops.gated_bottleneck --rows 16 64 128 512 4096
 
 build: .venv/.installed
 
