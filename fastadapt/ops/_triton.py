@@ -75,12 +75,6 @@ def tile_rows(T, BLOCK_T: tl.constexpr):
 
 
 @jit
-def inside(i, end, EVEN: tl.constexpr):
-    """i < end, or all true where the tiles divide the width and the comparison would only cost registers."""
-    return tl.full(i.shape, True, tl.int1) if EVEN else i < end
-
-
-@jit
 def load_tile(X, stride, rows, valid, columns, D, EVEN: tl.constexpr):
     """X[rows, columns], zero outside."""
     mask = valid[:, None] if EVEN else valid[:, None] & (columns < D)[None, :]
