@@ -6,7 +6,10 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 SELECT := not full and not gpu
 PYTEST = $(BIN)/python -m pytest -m "$(SELECT)"
 
-.PHONY: demo test test-full build lint bench clean test-library test-models test-interpreted test-compiled
+# The CUDA library takes minutes and runs on GPUs only; the tests compile the kernels for the emulator, and to look at their code. `make build FASTADAPT_CUDA=1` builds it.
+export FASTADAPT_CUDA ?= 0
+
+.PHONY: demo test test-full build lint bench gpu-check clean test-library test-models test-cuda test-interpreted test-compiled
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -14,19 +17,23 @@ demo: .venv/.installed
 
 # Two processes at a time. Triton's two parts must be processes of their own: one process cannot both interpret and compile kernels.
 test: .venv/.installed lint
-	$(MAKE) --no-print-directory -j2 -Otarget test-models test-library test-interpreted test-compiled
+	$(MAKE) --no-print-directory -j2 -Otarget $(PARTS)
 
 test-full: .venv/.installed lint
-	$(MAKE) --no-print-directory -j2 -Otarget SELECT="not gpu" test-models test-library test-interpreted test-compiled
+	$(MAKE) --no-print-directory -j2 -Otarget SELECT="not gpu" $(PARTS)
 	$(BIN)/python -m tests.triton.mutants
-	$(BIN)/python -m tests.cpu_mutants
+	$(BIN)/python -m tests.mutation.cpu
+	$(BIN)/python -m tests.mutation.cuda
 	$(BIN)/python -m tests.proof --write
 
+PARTS := test-cuda test-models test-library test-interpreted test-compiled
 MODELS := tests/hosts tests/hosts_vl tests/methods tests/nn tests/training tests/test_patching.py tests/test_checkpoint.py tests/test_packaging.py
 test-models:
 	$(PYTEST) $(MODELS)
 test-library:
-	$(PYTEST) tests --ignore=tests/triton $(MODELS:%=--ignore=%)
+	$(PYTEST) tests --ignore=tests/triton --ignore=tests/cuda $(MODELS:%=--ignore=%)
+test-cuda:
+	$(PYTEST) tests/cuda
 test-interpreted:
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton/interpret
 test-compiled:
@@ -41,6 +48,14 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.ops.bottleneck --rows 16 64 128 512 4096
 	$(BIN)/python -m benchmarks.ops.gated_bottleneck --rows 16 64 128 512 4096
 
+# Ready to run on a machine with a GPU, where it builds the CUDA kernels; anywhere else it says why its GPU part is left out.
+gpu-check: .venv/.cuda
+	$(BIN)/python -m benchmarks.gpu_check
+
+.venv/.cuda: .venv/.installed
+	! command -v nvidia-smi || FASTADAPT_CUDA=1 $(PIP) --no-build-isolation -e '.[demo,test]'
+	touch $@
+
 build: .venv/.installed
 
 # torch is installed by itself first: its exact version is a build on this machine's disk or PyPI's, and the extension is built against it, without isolation.
@@ -52,4 +67,4 @@ build: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist out *.egg-info fastadapt/*.so fastadapt/_cpu_build.json
+	rm -rf .venv build dist out *.egg-info fastadapt/*.so fastadapt/_*_build.json

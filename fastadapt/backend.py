@@ -1,9 +1,11 @@
 """Which backend runs a call, and why.
 
-A *backend* is one implementation of an op: ``reference`` (plain torch, any device and dtype), ``cpu`` (C++), ``triton`` (CUDA devices of compute capability 8.0
-and newer). Ops register a `Plan` here; this module knows none of them by name.
+A *backend* is one implementation of an op: ``reference`` (plain torch, any device and dtype), ``cpu`` (C++), ``cuda`` (CUDA C++) and ``triton`` (both for CUDA devices of compute
+capability 8.0 and newer). Ops register a `Plan` here; this module knows none of them by name.
 
-* ``auto`` (the default) takes the first backend in the device's order that can run the call, warns once for each reason it had to pass one over, and says so in `explain`.
+* ``auto`` (the default) takes the first backend in the device's order that can run the call, warns once for each reason it had to pass one over, and says so in `explain`. On a
+  CUDA device a later one is taken where it is modelled to be clearly faster, forward and backward together: a function of the call and the device's architecture alone, and of a
+  calibration where ``make gpu-check`` has written one.
 * ``use("triton")`` or the environment variable ``FASTADAPT_BACKEND`` is a demand: a call that the backend cannot take raises `BackendError` with the reasons.
 * `ran` counts the kernels that really ran.
 """
@@ -13,21 +15,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-NAMES = ("auto", "reference", "cpu", "triton")
+# A backend's place is its number in op schemas, and so in exported programs: names are only ever added at the end. "emulated-cuda" is for tests: the kernels of "cuda" on the CPU.
+NAMES = ("auto", "reference", "cpu", "triton", "cuda", "emulated-cuda")
 AUTO = 0
 
-# The order in which ``auto`` tries the backends of a device type; anything else runs on ``reference``.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+# The order in which ``auto`` prefers the backends of a device type; anything else runs on ``reference``.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# How many times faster than an earlier backend of the order a later one must be to be taken. Modelled times are no better than that, while what the order is by, memory kept and
+# moved, is sure; calibrated times are better.
+MARGIN, MARGIN_CALIBRATED = 1.25, 1.05
 
 
 class BackendError(RuntimeError):
@@ -45,17 +53,56 @@ class Call(NamedTuple):
     width: int
     rank: int
     options: tuple[tuple[str, Any], ...] = ()
+    arch: int = 0  # compute capability of a CUDA device, 90 for 9.0; 0: not CUDA, or not known
 
     def option(self, name: str, default: Any = None) -> Any:
         """The value of an option of the op, such as the granularity of a gate."""
         return dict(self.options).get(name, default)
 
 
+class Direction(Protocol):
+    """Forward or backward of an `Estimate`."""
+
+    @property
+    def microseconds(self) -> float:
+        """Predicted time."""
+
+
+class Estimate(Protocol):
+    """The predicted time of a call on one backend; str() says what it is made of."""
+
+    @property
+    def forward(self) -> Direction:
+        """Forward alone."""
+
+    @property
+    def backward(self) -> Direction:
+        """Backward alone."""
+
+    @property
+    def microseconds(self) -> float:
+        """Forward and backward together."""
+
+    @property
+    def device(self) -> str:
+        """The device that stands for the architecture."""
+
+    @property
+    def basis(self) -> str:
+        """Where the times come from: "modelled", or "calibrated on <device>, <date>"."""
+
+
 class Plan(Protocol):
     """What an op tells this module about its backends."""
 
     def reasons(self, backend: str, call: Call) -> list[str]:
-        """Why ``backend`` cannot run ``call``; an empty list means that it can."""
+        """Why ``backend`` cannot run ``call`` here and now; an empty list means that it can."""
+
+    def limits(self, backend: str, call: Call) -> list[str]:
+        """Those of the reasons that hold on every machine with a device of the call's architecture."""
+
+    def estimate(self, backend: str, call: Call) -> Estimate | None:
+        """The predicted time of the call, or None where there is no model of its device."""
 
     def kernels(self, backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The forward and backward launchers of ``backend``."""
@@ -63,17 +110,63 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of `explain`: the backend chosen for a call and why each one before it was passed over."""
+    """The answer of `explain`.
+
+    Attributes:
+        call: the call.
+        chosen: the backend that runs it.
+        reasons: by backend considered, why it cannot run the call; empty where it can.
+        estimates: by backend that can, its predicted time, on CUDA devices of a known architecture.
+        here: for an architecture that was named, by backend, what this machine lacks to run it. It has no part in the choice.
+        passed_over: what ``auto`` warns of.
+    """
 
     call: Call
     chosen: str
     reasons: dict[str, list[str]] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    here: dict[str, list[str]] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def basis(self) -> str:
+        """Where the predicted times come from, or nothing where there are none."""
+        if self.chosen not in self.estimates:
+            return f"no times: sm_{self.call.arch} has no model" if self.call.arch else ""
+        known = self.estimates[self.chosen]
+        calibrated = sorted({e.basis for e in self.estimates.values()} - {"modelled"})
+        if not calibrated:
+            return f"times modelled for {known.device}, not measured"
+        return f"times {', '.join(calibrated)}; modelled for {known.device} where a backend has no calibration"
 
     def __str__(self) -> str:
         c = self.call
-        lines = [f"{c.op}: rows={c.rows} width={c.width} rank={c.rank} {c.dtype} (parameters {c.param_dtype}) on {c.device}: {self.chosen}"]
-        lines += [f"  {name}: {'; '.join(why) if why else 'can run it'}" for name, why in self.reasons.items()]
+        where = f"sm_{c.arch}" if c.arch else c.device
+        lines = [f"{c.op}: rows={c.rows} width={c.width} rank={c.rank} {c.dtype} (parameters {c.param_dtype}) on {where}: {self.chosen}"]
+        for name, why in self.reasons.items():
+            estimate = f", {self.estimates[name]}" if name in self.estimates else ""
+            lines.append(f"  {name}: {'; '.join(why) if why else 'can run it'}{estimate}")
+        lines += [f"  {self.basis}"] if self.basis else []
+        lines += [f"  on this machine: {name}: {'; '.join(why)}" for name, why in self.here.items()]
         return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The explanation in plain types, for JSON."""
+        c = self.call
+        return {
+            "call": {**c._asdict(), "dtype": str(c.dtype), "param_dtype": str(c.param_dtype), "options": dict(c.options)},
+            "chosen": self.chosen,
+            "basis": self.basis,
+            "backends": {
+                name: {
+                    "runs": not why,
+                    "reasons": why,
+                    **({"on_this_machine": self.here[name]} if name in self.here else {}),
+                    **({"estimate": asdict(self.estimates[name])} if name in self.estimates else {}),  # type: ignore[call-overload]
+                }
+                for name, why in self.reasons.items()
+            },
+        }
 
 
 _plans: dict[str, Plan] = {}
@@ -85,7 +178,7 @@ _lock = threading.Lock()
 def index(name: str) -> int:
     """The number under which a backend travels through op schemas."""
     if name not in NAMES:
-        raise ValueError(f"unknown backend {name!r}: must be one of {', '.join(NAMES)}")
+        raise ValueError(f"unknown backend {name!r}: must be one of {', '.join(NAMES[:-1])}")  # without that of the tests
     return NAMES.index(name)
 
 
@@ -103,7 +196,7 @@ def use(name: str) -> Iterator[None]:
     The backend that forward ran under is also the one that its backward runs under, wherever and whenever backward runs.
 
     Args:
-        name: ``"reference"``, ``"cpu"``, ``"triton"``, or ``"auto"`` to lift an outer demand.
+        name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or ``"auto"`` to lift an outer demand.
 
     Raises:
         ValueError: the name is unknown.
@@ -130,6 +223,19 @@ def register(op: str, plan: Plan) -> None:
     _plans[op] = plan
 
 
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability of a CUDA device, 90 for 9.0; 0 for any other device, and where torch sees none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def explain(
     op: str,
     *,
@@ -141,37 +247,88 @@ def explain(
     device: str | torch.device = "cpu",
     **options: Any,
 ) -> Explanation:
-    """Which backend would run a call under the present demand, and why the others would not.
+    """Which backend would run a call under the present demand, why the others would not, and on a CUDA device what each is predicted to take.
 
-    >>> print(fastadapt.backend.explain("bottleneck", rows=4096, width=768, rank=96))  # doctest: +SKIP
+    Args:
+        op: an op of `fastadapt.functional`.
+        rows: T, all leading dimensions together.
+        width: D.
+        rank: R.
+        dtype: of the activations.
+        param_dtype: of the parameters, by default that of the activations.
+        device: a torch device, or an architecture such as ``"sm_90"``, which need not be here: the answer is then of any machine that has it, with what this one lacks beside it.
+        options: of the op, such as ``granularity="large", gate_rank=96``.
+
+    Raises:
+        ValueError: the op or the architecture is unknown.
+        BackendError: the demanded backend cannot run the call.
+
+    >>> print(fastadapt.backend.explain("bottleneck", rows=4096, width=768, rank=96, dtype=torch.bfloat16, device="sm_90"))  # doctest: +SKIP
     """
     if op not in _plans:
         raise ValueError(f"unknown op {op!r}: must be one of {', '.join(sorted(_plans))}")
-    call = Call(op, torch.device(device).type, dtype, param_dtype or dtype, rows, width, rank, tuple(sorted(options.items())))
-    return _explain(call, demand())
+    shape = (op, "cuda", dtype, param_dtype or dtype, rows, width, rank, tuple(sorted(options.items())))
+    if named := re.fullmatch(r"sm_?(\d{2,3})[a-z]?", str(device)):
+        return _explain(Call(*shape, int(named[1])), demand(), True)
+    where = torch.device(device)
+    return _explain(Call(*shape, architecture(where))._replace(device=where.type), demand())
 
 
-@functools.lru_cache(maxsize=4096)
-def _explain(call: Call, demanded: int) -> Explanation:
+def _explain(call: Call, demanded: int, named: bool = False) -> Explanation:
+    """``named``: of the architecture, wherever it is, and not of this machine."""
     plan = _plans[call.op]
     names = (NAMES[demanded],) if demanded != AUTO else _ORDER.get(call.device, ("reference",))
+    named = named and set(names) <= set(_ORDER["cuda"])
     reasons: dict[str, list[str]] = {}
+    able: list[str] = []
     for name in names:
-        reasons[name] = plan.reasons(name, call)
-        if not reasons[name]:
-            return Explanation(call, name, reasons)
-    why = "; ".join(reasons[names[-1]])
-    raise BackendError(f"backend {names[-1]!r} was demanded but cannot run {call.op} with {call.dtype}, width {call.width}, rank {call.rank} on {call.device}: {why}")
+        reasons[name] = plan.limits(name, call) if named else plan.reasons(name, call)
+        able += [] if reasons[name] else [name]
+        if able and not call.arch:  # nothing to weigh it against
+            break
+    if not able:
+        why = "; ".join(reasons[names[-1]])
+        raise BackendError(f"backend {names[-1]!r} was demanded but cannot run {call.op} with {call.dtype}, width {call.width}, rank {call.rank} on {_where(call, named)}: {why}")
+    estimates = {name: estimate for name in able if call.arch and (estimate := plan.estimate(name, call)) is not None}
+    chosen = _prefer(able, estimates)
+    passed_over = tuple(
+        f"fastadapt: {call.op} runs on {chosen!r} instead of {name!r}: {'; '.join(why)}" for name, why in reasons.items() if why and names.index(name) < names.index(chosen)
+    )
+    here = {name: lacks for name in able if named and (lacks := plan.reasons(name, call))}
+    return Explanation(call, chosen, reasons, estimates, here, passed_over)
+
+
+def _where(call: Call, named: bool) -> str:
+    return f"sm_{call.arch}" if named else call.device
+
+
+def _prefer(able: list[str], estimates: dict[str, Estimate]) -> str:
+    """The first of the backends than which no later one is clearly faster; the first where times are not known."""
+    if len(estimates) < len(able):
+        return able[0]
+
+    def clearly_faster(a: Estimate, b: Estimate) -> bool:
+        margin = MARGIN if "modelled" in (a.basis, b.basis) else MARGIN_CALIBRATED
+        return a.microseconds * margin < b.microseconds
+
+    return next(name for i, name in enumerate(able) if not any(clearly_faster(estimates[other], estimates[name]) for other in able[i + 1 :]))
 
 
 def choose(call: Call, demanded: int = AUTO) -> str:
-    """The backend that runs ``call``. Under ``auto`` warns once per reason for which a faster backend was passed over."""
-    explanation = _explain(call, demanded)
-    for name, why in explanation.reasons.items():
-        if why and (text := f"fastadapt: {call.op} runs on {explanation.chosen!r} instead of {name!r}: {'; '.join(why)}") not in _warned:
+    """The backend that runs ``call``, forward and backward alike. Under ``auto`` warns once per reason for which a preferred backend was passed over."""
+    chosen, passed_over = _choice(call, demanded)
+    for text in passed_over:
+        if text not in _warned:
             _warned.add(text)
             warnings.warn(text, stacklevel=2)
-    return explanation.chosen
+    return chosen
+
+
+@functools.lru_cache(maxsize=16384)
+def _choice(call: Call, demanded: int) -> tuple[str, tuple[str, ...]]:
+    """What is kept of an explanation, which takes about a millisecond and ten kilobytes: batches of many lengths are as many calls."""
+    explanation = _explain(call, demanded)
+    return explanation.chosen, explanation.passed_over
 
 
 @functools.cache

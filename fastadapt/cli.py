@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,51 @@ def _demo(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     run(options.out, seed=options.seed, steps=options.steps)
     return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastadapt import backend
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    dtype = dtypes[options.dtype]
+    param_dtype = dtypes[options.param_dtype] if options.param_dtype else torch.float32 if dtype.itemsize < 4 else dtype
+    if param_dtype not in (dtype, torch.float32):
+        print(f"fastadapt explain: --param-dtype must be {options.dtype} or fp32, not {options.param_dtype}", file=sys.stderr)
+        return 2
+    gate: dict[str, object] = {}
+    if options.op == "gated_bottleneck":
+        large = options.granularity == "large"
+        if options.gate_rank and not large:
+            print(f"fastadapt explain: --gate-rank is an option of granularity large, not of {options.granularity}", file=sys.stderr)
+            return 2
+        gate = {"gate_rank": (options.gate_rank or options.rank) if large else 0, "granularity": "logits" if options.granularity == "large_full" else options.granularity}
+    elif options.gate_rank or options.granularity != "large":
+        print(f"fastadapt explain: --granularity and --gate-rank are options of gated_bottleneck, not of {options.op}", file=sys.stderr)
+        return 2
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        told = backend.explain(options.op, rows=options.rows, width=options.width, rank=options.rank, dtype=dtype, param_dtype=param_dtype, device=device, **gate)
+    except backend.BackendError as error:  # FASTADAPT_BACKEND demands one
+        print(f"fastadapt explain: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(told.as_dict(), indent=1) if options.json else told)
+    return 0
+
+
+def _op(text: str) -> str:
+    from fastadapt import functional
+
+    if text not in functional.__all__:
+        raise argparse.ArgumentTypeError(f"unknown op {text!r}: must be one of {', '.join(functional.__all__)}")
+    return text
+
+
+def _device(text: str) -> str:
+    if text not in ("cpu", "cuda") and not re.fullmatch(r"sm_?\d{2,3}[a-z]?", text):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}: must be cpu, cuda or an architecture such as sm_90")
+    return text
 
 
 def _steps(text: str) -> int:
@@ -50,6 +97,18 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_steps, default=400, help="training steps of each method, a multiple of 4")
     demo.add_argument("--threads", type=_positive, default=1, help="one is fastest for so small a model as soon as anything else runs")
     demo.set_defaults(run=_demo)
+    explain = commands.add_parser("explain", help="say which backend a call would run on, why, and on a CUDA device in what time")
+    explain.add_argument("op", type=_op, help="bottleneck or gated_bottleneck")
+    explain.add_argument("--rows", type=_positive, required=True, help="T, all leading dimensions together")
+    explain.add_argument("--width", type=_positive, required=True, help="D")
+    explain.add_argument("--rank", type=_positive, required=True, help="R")
+    explain.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="bf16", help="of the activations (default: bf16)")
+    explain.add_argument("--param-dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the parameters (default: fp32, and fp64 over fp64)")
+    explain.add_argument("--device", type=_device, help="cpu, cuda, or an architecture such as sm_90, which need not be here (default: cuda where there is one, else cpu)")
+    explain.add_argument("--granularity", choices=("large", "large_full", "middleX", "middleY", "small"), default="large", help="of gated_bottleneck (default: large)")
+    explain.add_argument("--gate-rank", type=_positive, help="of granularity large (default: the rank)")
+    explain.add_argument("--json", action="store_true", help="with every kernel's modelled time")
+    explain.set_defaults(run=_explain)
     return top
 
 

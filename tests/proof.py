@@ -1,32 +1,70 @@
-"""What `make test-full` proved: `python -m tests.proof --write` at its end; tests/test_proof.py compares."""
+"""What `make test-full` proved, by family of kernels: `python -m tests.proof --write` at its end; tests/test_proof.py compares.
+
+A family's sources are all the files that its kernels are made of, so that a change elsewhere (another backend's kernels, say) leaves its proof valid.
+"""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
+
+from tests.mutation import table
 
 ROOT = Path(__file__).parents[1]
 PROOF = ROOT / "tests" / "data" / "proof.json"
-MUTANTS = {name: ROOT / "tests" / "data" / f"{name}_mutants.json" for name in ("cpu", "triton")}
 
 
-def sources() -> list[Path]:
-    """Every file that a kernel is compiled from."""
-    return sorted([*(ROOT / "csrc").rglob("*.[ch]*"), ROOT / "fastadapt" / "ops" / "_triton.py", *(ROOT / "fastadapt" / "ops").glob("*/triton.py")])
+def with_includes(paths: list[Path]) -> set[Path]:
+    """Files of the repository and what they include of it, by name."""
+    found: set[Path] = set()
+    while paths:
+        path = paths.pop().resolve()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+            paths += [file for name in names for folder in (path.parent, ROOT / "csrc") if (file := folder / name).exists()]
+    return found
 
 
-def hashes() -> dict[str, str]:
-    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources()}
+def cpu() -> set[Path]:
+    return with_includes([ROOT / "csrc" / "cpu_ops.cpp", *(ROOT / "csrc" / "cpu").iterdir()])
+
+
+def triton() -> set[Path]:
+    return {ROOT / "fastadapt" / "ops" / "_triton.py", *(ROOT / "fastadapt" / "ops").glob("*/triton.py")}
+
+
+FAMILIES = {"cpu": cpu, "triton": triton}
+
+
+def hashes(family: str) -> dict[str, str]:
+    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(FAMILIES[family]())}
+
+
+def proved() -> dict[str, Any]:
+    return json.loads(PROOF.read_text()) if PROOF.exists() else {}
+
+
+def mutants(family: str) -> dict[str, Any]:
+    """The family's table of mutants. It names the sources that it is about: a proof from another state's table would be none."""
+    found = json.loads(table.path(family).read_text())
+    present = hashes(family)
+    stale = [file for file, digest in found["sources"].items() if present.get(file) != digest]
+    assert not stale, f"{table.path(family).name} is of another state of {', '.join(stale)}"
+    assert found["tried"] == found["generated"], f"{table.path(family).name} holds {found['tried']} of {found['generated']} mutants"
+    return found
 
 
 def write() -> None:
-    counts = {}
-    for name, path in MUTANTS.items():
-        rows = json.loads(path.read_text())["mutants"]
-        counts[name] = {"run": len(rows), "killed": sum(row["killed_by"] is not None for row in rows)}
-    PROOF.write_text(json.dumps({"sources": hashes(), "mutants": counts}, indent=1) + "\n")
+    record = {}
+    for family in FAMILIES:
+        counts = mutants(family)
+        record[family] = {"sources": hashes(family), "mutants": {key: counts[key] for key in ("tried", "killed", "survived")}}
+    PROOF.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -252,5 +253,111 @@ def test_explain_for_a_device_that_is_not_here() -> None:
     """A CUDA call is explained on any machine: what would run there, or why not."""
     with backend.use("auto"):
         explanation = backend.explain("bottleneck", **SHAPE, device="cuda", dtype=torch.bfloat16, param_dtype=torch.float32)
-    assert explanation.chosen in ("triton", "reference")
-    assert explanation.chosen == "triton" or explanation.reasons["triton"]
+    assert explanation.chosen in ("cuda", "triton", "reference")
+    assert explanation.chosen == "cuda" or explanation.reasons["cuda"]
+    assert explanation.chosen != "reference" or explanation.reasons["triton"]
+
+
+BF16 = {"rows": 16384, "width": 768, "rank": 96, "dtype": torch.bfloat16, "param_dtype": torch.float32}
+
+
+def test_explain_for_an_architecture_is_of_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would run on an A100 or H100, with its modelled times; what this machine lacks is said beside it and changes nothing."""
+    monkeypatch.setenv("FASTADAPT_CALIBRATION", "")
+    told = {}
+    for here in (torch.cuda.is_available(), False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        backend._choice.cache_clear()
+        with backend.use("auto"):
+            told[here] = [backend.explain("bottleneck", **BF16, device=device) for device in ("sm_80", "sm_90", "sm90", "sm_90a")]
+    for explanations in told.values():
+        assert [(e.chosen, e.call.arch, e.call.device) for e in explanations] == [("cuda", 80, "cuda"), *[("cuda", 90, "cuda")] * 3]
+    e = told[False][1]
+    assert e.reasons == {"cuda": [], "triton": [], "reference": []} and e.here.keys() == {"cuda", "triton"} and e.passed_over == ()
+    assert e.estimates["cuda"].microseconds == e.estimates["cuda"].forward.microseconds + e.estimates["cuda"].backward.microseconds
+    for name, estimate in e.estimates.items():
+        assert f"  {name}: can run it, {estimate.microseconds:.0f} us modelled: forward {estimate.forward.microseconds:.0f} (" in str(e)
+    assert "times modelled for H100-SXM5, not measured" in str(e) and "on this machine: triton: " in str(e) and "on sm_90: cuda" in str(e)
+    with backend.use("triton"):
+        assert backend.explain("bottleneck", **BF16, device="sm_90").chosen == "triton"
+    with backend.use("cpu"), pytest.raises(backend.BackendError, match="'cpu' was demanded"):
+        backend.explain("bottleneck", **BF16, device="sm_90")
+    backend._choice.cache_clear()
+
+
+def test_numbers_in_schemas_stay() -> None:
+    assert [backend.index(name) for name in ("auto", "reference", "cpu", "triton", "cuda", "emulated-cuda")] == list(range(6))
+
+
+def test_the_emulator_is_for_tests() -> None:
+    with pytest.raises(ValueError, match=r"must be one of auto, reference, cpu, triton, cuda$"):
+        backend.index("gpu")
+    code = """
+        from fastadapt import backend
+        with backend.use("emulated-cuda"):
+            try:
+                backend.explain("bottleneck", rows=4, width=8, rank=2)
+            except backend.BackendError as error:
+                print(error)
+    """
+    refused = output(code)
+    assert refused.startswith("backend 'emulated-cuda' was demanded but cannot run bottleneck") and "for tests" in refused
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine with one device of compute capability 9.0 where every kernel is built, as far as the choice goes."""
+    from fastadapt.ops.bottleneck.plan import Plan
+
+    monkeypatch.setenv("FASTADAPT_CALIBRATION", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(Plan, "reasons", lambda self, name, call: [] if name == "reference" else self.limits_of_the_call(name, call))
+    monkeypatch.setattr(Plan, "limits_of_the_call", lambda self, name, call: ["not bfloat16"] if name == "cuda" and call.dtype != torch.bfloat16 else [], raising=False)
+    backend._warned.clear()
+    backend._choice.cache_clear()
+    backend._capability.cache_clear()
+    with backend.use("auto"):
+        yield monkeypatch
+    backend._choice.cache_clear()
+    backend._capability.cache_clear()
+
+
+def test_auto_on_a_cuda_device(gpu: pytest.MonkeyPatch) -> None:
+    assert backend.architecture(torch.device("cuda")) == backend.architecture(torch.device("cuda:0")) == 90 and backend.architecture(torch.device("cpu")) == 0
+    told = backend.explain("bottleneck", **BF16, device="cuda")
+    assert (told.chosen, told.call.arch, told.here) == ("cuda", 90, {}) and set(told.estimates) == {"cuda", "triton", "reference"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.choose(told.call) == "cuda"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rows in (1000, 2000):
+            assert backend.choose(told.call._replace(dtype=torch.float32, rows=rows)) == "triton"
+    assert [str(w.message) for w in caught] == ["fastadapt: bottleneck runs on 'triton' instead of 'cuda': not bfloat16"]
+    assert backend.choose(told.call, backend.index("reference")) == "reference"
+
+
+def test_forward_and_backward_are_one_choice(gpu: pytest.MonkeyPatch) -> None:
+    """The call that an op describes is the same in both directions, so the backend is too."""
+    from fastadapt.ops.bottleneck import schema as bottleneck
+    from fastadapt.ops.gated_bottleneck import schema as gated
+
+    class OnDevice:
+        """A tensor as far as `call_of` looks."""
+
+        def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+            self.shape, self.dtype, self.device = shape, dtype, torch.device("cuda:0")
+
+    x, w = OnDevice(4096, 768, dtype=torch.bfloat16), OnDevice(96, 768, dtype=torch.float32)
+    plain, large = bottleneck.call_of(x, w), gated.call_of(x, w, w, 0)  # type: ignore[arg-type]
+    assert plain == backend.explain("bottleneck", **{**BF16, "rows": 4096}, device="cuda").call
+    assert large == backend.explain("gated_bottleneck", **{**BF16, "rows": 4096}, device="cuda", granularity="large", gate_rank=96).call
+    assert plain.arch == large.arch == 90 and backend.choose(plain) == backend.choose(large) == "cuda"
+
+
+def test_the_capability_is_asked_for_once_a_device(gpu: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    gpu.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (8, index))
+    assert [backend.architecture(torch.device("cuda", i)) for i in (0, 6, 0, 6, 6)] == [80, 86, 80, 86, 86] and asked == [0, 6]

@@ -86,11 +86,12 @@ def test_an_op_has_the_same_name_everywhere() -> None:
     assert ops == {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
     assert ops == {path.stem for path in (ROOT / "benchmarks" / "ops").glob("*.py")} - {"__init__"}
     assert ops == {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    assert ops == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     assert {name for op in ops for name in (op, f"{op}_backward")} == {
         name.removeprefix("fastadapt::").split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastadapt::")
     }
     for op in ops:
-        for part in ("reference", "schema", "function", "plan", "cpu", "triton"):
+        for part in ("reference", "schema", "function", "plan", "cpu", "triton", "cuda"):
             assert (PACKAGE / "ops" / op / f"{part}.py").exists(), f"{op} has no {part}.py"
 
 
@@ -126,4 +127,4 @@ def test_an_ops_docstring_names_every_argument(op: str) -> None:
 def test_the_public_names_are_the_promised_ones() -> None:
     assert set(fastadapt.__all__) >= {"patch", "nn", "functional", "backend", "methods", "__version__"}
     assert all(getattr(fastadapt, name) is not None for name in fastadapt.__all__)
-    assert set(backend.NAMES) == {"auto", "reference", "cpu", "triton"}
+    assert backend.NAMES == ("auto", "reference", "cpu", "triton", "cuda", "emulated-cuda")  # places are numbers in exported programs

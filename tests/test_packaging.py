@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cuda.test_binding import assert_is_the_library, needs_nvcc
+
 ROOT = Path(__file__).parents[1]
 LEVEL = "avx512" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "avx2"
 
@@ -32,6 +34,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel(source: Path, out: Path, **env: str) -> tuple[Path, str]:
+    env = {"FASTADAPT_CUDA": "0", **env}  # its kernels take minutes to compile
     log = run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(out), str(source), cwd=out, **env)
     (path,) = out.glob("*.whl")
     return path, log
@@ -50,7 +53,8 @@ def test_wheel_runs_a_fused_op_outside_the_checkout(sdist: Path, tmp_path: Path)
     path, _ = wheel(sdist, tmp_path, FASTADAPT_CPU_LEVELS=LEVEL)
     assert path.name.startswith("fastadapt-") and "-py3-none-linux" in path.name
     names = zipfile.ZipFile(path).namelist()
-    assert {f"fastadapt/_cpu_{LEVEL}.so", "fastadapt/_cpu_build.json", "fastadapt/py.typed"} <= set(names)
+    assert {f"fastadapt/_cpu_{LEVEL}.so", "fastadapt/_cpu_build.json", "fastadapt/py.typed"} <= set(names) and "fastadapt/_cuda.so" not in names
+    assert json.loads(zipfile.ZipFile(path).read("fastadapt/_cuda_build.json")) == {"reason": "FASTADAPT_CUDA=0 at build time"}
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     python = environment(tmp_path / "env", path)
     program = (
@@ -62,6 +66,17 @@ def test_wheel_runs_a_fused_op_outside_the_checkout(sdist: Path, tmp_path: Path)
     file, version, ran = json.loads(run(str(python), "-c", program, cwd=tmp_path).splitlines()[-1])
     assert Path(file).is_relative_to(tmp_path / "env") and version in path.name
     assert ran == [["bottleneck", "backward", "cpu"], ["bottleneck", "forward", "cpu"]]
+
+
+@pytest.mark.full
+@needs_nvcc
+def test_wheel_with_the_cuda_library(sdist: Path, tmp_path: Path) -> None:
+    """From the source archive, for one architecture: four minutes of a processor."""
+    path, _ = wheel(sdist, tmp_path, FASTADAPT_CPU_LEVELS="", FASTADAPT_CUDA="1", FASTADAPT_CUDA_ARCHS="80")
+    assert "-py3-none-linux" in path.name
+    zipfile.ZipFile(path).extractall(tmp_path / "site")
+    assert_is_the_library(tmp_path / "site")
+    assert json.loads((tmp_path / "site" / "fastadapt" / "_cuda_build.json").read_text()) == {"archs": ["80"], "ptx": "80"}
 
 
 def test_without_a_compiler_a_pure_package_is_built_that_says_why(sdist: Path, tmp_path: Path) -> None:

@@ -9,13 +9,22 @@ from fastadapt import functional
 from tests import eager
 
 
-def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
-    """VL-Adapter's site: gelu_new, biases, own residual, x needs a gradient; parameters in the activation dtype."""
+def tensors_of(args: argparse.Namespace, dtype: str) -> list[torch.Tensor]:
+    """x, the parameters in the order of `functional.bottleneck`, and dy."""
     a, t, d, r = measure.DTYPES[dtype], args.rows, args.width, args.rank
+    p = measure.DTYPES[args.param_dtype or dtype]
     torch.manual_seed(0)
-    tensors = [torch.randn(t, d).to(a), *((torch.randn(s) * 0.05).to(a) for s in ((r, d), (d, r), (r,), (d,)))]
-    dy = torch.randn(t, d).to(a)
-    return measure.compare("bottleneck", functional.bottleneck, eager.bottleneck, tensors, 0, dy, backend=args.backend, dtype=dtype, rank=r, rounds=args.rounds)
+    tensors = [torch.randn(t, d).to(a), *((torch.randn(s) * 0.05).to(p) for s in ((r, d), (d, r), (r,), (d,))), torch.randn(t, d).to(a)]
+    return [t.to(args.device) for t in tensors]
+
+
+ours = functional.bottleneck
+
+
+def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
+    """VL-Adapter's site: gelu_new, biases, own residual, x needs a gradient."""
+    *tensors, dy = tensors_of(args, dtype)
+    return measure.compare("bottleneck", ours, eager.bottleneck, tensors, 0, dy, backend=args.backend, dtype=dtype, rank=args.rank, rounds=args.rounds)
 
 
 if __name__ == "__main__":

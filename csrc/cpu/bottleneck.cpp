@@ -79,7 +79,7 @@ template <class A, class P>
 void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const PartialLayout layout(s.width, p.rank, s.rank);
-  const bool need_dz = p.dx || p.dw_down || p.db_down, need_p = p.dw_up || p.dgate || p.need_scale, need_s = p.db_up || p.dgate || p.need_scale;
+  const bool need_dz = p.dx || p.dw_down || p.db_down, need_p = p.dw_up || p.dgate || p.need_scale;
   const int64_t tile_floats = kTileRows * s.width, rank_floats = kTileRows * s.rank;
   float* dy_tile = scratch(3 * tile_floats + 3 * rank_floats + kTileRows * kBlockColumns);
   float *x_tile = dy_tile + tile_floats, *panels = x_tile + tile_floats, *dz = panels + tile_floats, *a = dz + rank_floats, *work = a + rank_floats, *u_tile = work + rank_floats;
@@ -104,7 +104,7 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
             narrow(u, static_cast<A*>(p.dx) + (row + i) * p.width + c, n);
           }
         }
-      if (need_p || need_s) to_panels(dy, m, height, p.width, panels, sums);
+      if (need_p || p.db_up) to_panels(dy, m, height, p.width, panels, sums);
       if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, pt, work);
       if (p.dw_down) {
         to_panels(load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width), m, height, p.width, panels, nullptr);

@@ -25,6 +25,10 @@ using at::BFloat16;
 using at::Half;
 using namespace fastadapt::plan;
 
+#ifdef FASTADAPT_MUTATION
+// The build of tests/mutation: one block a thread, anew for each call, full of NaN, with an unreadable page behind the last float.
+float* scratch(int64_t floats);
+#else
 // Per-thread working memory, kept between calls: a fresh 400 KB block per call costs about 100 page faults.
 inline float* scratch(int64_t floats) {
   struct Block {
@@ -41,6 +45,7 @@ inline float* scratch(int64_t floats) {
   }
   return block.data;
 }
+#endif
 
 // f over whole vectors of n floats; n is a multiple of 8 and buffers are padded to whole panels, so a vector never leaves its buffer.
 template <class F>
@@ -319,8 +324,7 @@ inline void reduce_vector(const float* partial, int64_t chunk_stride, int64_t ch
   narrow(work, static_cast<P*>(out), n);
 }
 
-// FASTADAPT_FEW_TYPES: what the mutation script compiles.
-#ifdef FASTADAPT_FEW_TYPES
+#ifdef FASTADAPT_MUTATION
 #define FASTADAPT_DISPATCH(PARAMS, FUNCTION, ...) \
   return (PARAMS).activation_type == kFloat ? FUNCTION<float, float>(__VA_ARGS__) : FUNCTION<BFloat16, float>(__VA_ARGS__);
 #else

@@ -333,13 +333,18 @@ MAX_WIDTH = 2**31 // MAX_RANK
 
 
 class Tile(NamedTuple):
-    """Shape and launch options of a kernel's programs; ``block_r`` is the rank chunk of `weights_kernel`."""
+    """Shape and launch options of a kernel's programs; ``block_r`` is the rank chunk of `weights_kernel`.
+
+    ``registers``: a bound for ptxas, 0 for none. Without one it spills a word or two of some fp32 kernels to get under 80 or 128 registers, for the sake of one more block;
+    with one it fills up others with loads that it moves ahead, and spills. Which of the two a kernel needs is tried, not derived.
+    """
 
     block_t: int
     block_d: int
     warps: int
     stages: int
     block_r: int = 0
+    registers: int = 0
 
 
 # Chosen by the compiler's register and shared-memory counts on compute capabilities 8.0 to 12.0, since no kernel may spill: tests/triton/compiled holds each entry to that.
@@ -347,24 +352,30 @@ class Tile(NamedTuple):
 # with them the registers of twice the rank, at least 128. fp32 products run on FMA units unless tf32 is allowed.
 _ROW_TILES = {
     "half": ((64, Tile(64, 64, 4, 3)), (192, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (512, Tile(32, 32, 8, 2)), (1024, Tile(16, 32, 8, 2))),
-    "fp32": ((192, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
+    "fp32": ((192, Tile(32, 32, 8, 2, 0, 255)), (256, Tile(16, 32, 8, 2, 0, 255)), (1024, Tile(16, 16, 8, 2, 0, 255))),
 }
+_SLOPE_TILES = {
+    "half": ((64, Tile(64, 64, 4, 3)), (128, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (1024, Tile(16, 32, 8, 2))),
+    "fp32": _ROW_TILES["fp32"],
+}
+"""Of `rows_kernel`, which holds the slopes of the activation beside two rank-wide tiles."""
 _GATE_TILES = {
-    "half": ((64, Tile(64, 64, 8, 3)), (192, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 2)), (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
-    "fp32": ((192, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2)), (512, Tile(16, 16, 8, 2))),
+    "half": ((64, Tile(64, 64, 8, 3)), (128, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 2)), (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
+    "fp32": ((128, Tile(32, 32, 8, 2)), (512, Tile(16, 16, 8, 2, 0, 255))),
 }
 _WEIGHT_TILES = {
     "half": ((16, Tile(64, 64, 4, 3, 16)), (32, Tile(64, 64, 4, 3, 32)), (64, Tile(64, 64, 4, 3, 64)), (96, Tile(64, 128, 8, 3, 32)), (1024, Tile(64, 64, 4, 3, 64))),
     "fp32": ((16, Tile(32, 32, 8, 2, 16)), (1024, Tile(32, 32, 8, 2, 32))),
 }
-_REDUCE_TILE = Tile(0, 8, 8, 3, 128)
+_REDUCE_TILE = Tile(0, 8, 8, 3, 128, 255)
 MAX_RANK_GATED_FP32 = 256
 """Above it the gated kernels with fp32 products spill whatever the tile."""
 
 
 def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel, a function of shape and dtype alone: nothing is timed at run time, so equal calls run equal code."""
-    table = {"weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES}.get(kernel, _ROW_TILES)["fp32" if dtype == torch.float32 else "half"]
+    tables = {"rows": _SLOPE_TILES, "weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES}
+    table = tables.get(kernel, _ROW_TILES)["fp32" if dtype == torch.float32 else "half"]
     padded = sum(size for _, size in chunks(rank))
     if kernel != "weights" and width % 64:
         padded = max(128, 2 * padded)
@@ -420,7 +431,9 @@ def chunks(rank: int) -> tuple[tuple[int, int], ...]:
 
 
 def launch_options(tile: Tile | None) -> dict[str, Any]:
-    return {"enable_fp_fusion": True, **({} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages})}
+    if tile is None:
+        return {"enable_fp_fusion": True}
+    return {"enable_fp_fusion": True, "num_warps": tile.warps, "num_stages": tile.stages, **({"maxnreg": tile.registers} if tile.registers else {})}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, tile: Tile | None = None, **constants: Any) -> None:

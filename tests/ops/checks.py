@@ -17,16 +17,17 @@ from fastadapt.ops import _library
 from tests import eager
 from tests.golden import Case
 from tests.ops.specs import Spec
-from tests.tolerance import FLOOR, Compared, assert_matches_recorded, assert_rule, relative_error
+from tests.tolerance import FLOOR, Compared, assert_close_to_f64, assert_matches_recorded, assert_rule, relative_error
 
 # A machine that cannot have the C++ library says so here; anywhere else a missing library fails the tests, since they would otherwise pass without running a kernel.
 _NO_CPU = os.environ.get("FASTADAPT_TEST_NO_COMPILER") == "1" or platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 _cpu = pytest.mark.skipif(_NO_CPU, reason="the cpu backend needs x86-64 with AVX2 and a compiler (FASTADAPT_TEST_NO_COMPILER=1 says there is none)")
-_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="the triton backend needs a CUDA device")]
+_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 REFERENCE = pytest.param("reference", "cpu", id="reference")
 CPU = pytest.param("cpu", "cpu", id="cpu", marks=_cpu)
 TRITON = pytest.param("triton", "cuda", id="triton", marks=_gpu)
+CUDA = pytest.param("cuda", "cuda", id="cuda", marks=_gpu)
 # What enters and leaves an op is the same for all backends: tests of that take the best one that each device can have.
 one_backend = pytest.mark.parametrize(("name", "device"), [REFERENCE if _NO_CPU else CPU, TRITON])
 every_backend = pytest.mark.parametrize(("name", "device"), [REFERENCE, CPU, TRITON])
@@ -161,6 +162,25 @@ def assert_no_grad_path(spec: Spec, name: str, device: str) -> None:
         assert [t.numel() for t in calls[0][2][1:]] == [0] * (len(calls[0][2]) - 1)
 
 
+def assert_rounds_parameters(spec: Spec, name: str, device: str) -> None:
+    """Parameters of a wider dtype than the activations' are rounded to it first: rounded beforehand they give the same bits."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    rounded = {n: t.to(spec.dtype).to(t.dtype) for n, t in tensors.items()}
+    assert any(not torch.equal(t, tensors[n]) for n, t in rounded.items())
+    assert_same_bits(fused(spec, name, tensors, dy), fused(spec, name, rounded, dy))
+
+
+def assert_finite_far_from_zero(spec: Spec, name: str, device: str) -> None:
+    """A gate whose logits are beyond the range of exp passes everything or nothing, and its gradients are finite: 0, up to what fp32 holds."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    bias = "gate_up_bias" if "gate_up_bias" in tensors else "gate_bias"
+    for logit in (200.0, -200.0):
+        far = {**tensors, bias: torch.full_like(tensors[bias], logit)}
+        got, exact64, same = fused(spec, name, far, dy), exact(spec, far, dy), in_eager(spec, far, dy)
+        assert all(t.isfinite().all() for t in got.values())
+        assert_close_to_f64("y", got["y"], exact64["y"], same["y"], gradient=False)
+
+
 def assert_untouched(spec: Spec, name: str, device: str) -> None:
     """No argument is written to, in forward or in backward."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
@@ -253,8 +273,8 @@ def _recorded(case: Case) -> Results:
     return {**case.outputs, **{f"d in {n}": g for n, g in case.input_grads.items()}, **{f"d {n}": g for n, g in case.param_grads.items()}}
 
 
-def assert_recorded_in_fp32(build: Build, case: Case, op: str, name: str, device: str) -> None:
-    """The fp32 kernels against the recorded fp64 tensors; the further seeds that small tensors need redraw inputs and cotangents, with the fp64 reference as the exact result."""
+def assert_recorded(build: Build, case: Case, op: str, name: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+    """The kernels against the recorded fp64 tensors; the further seeds that small tensors need redraw inputs and cotangents, with the fp64 reference as the exact result."""
     calls = len(case.outputs)
 
     def run(seed: int) -> dict[str, Compared]:
@@ -265,12 +285,12 @@ def assert_recorded_in_fp32(build: Build, case: Case, op: str, name: str, device
             with backend.use("reference"):
                 recorded = _recorded_run(build, functional, case, inputs, cotangents, torch.float64, "cpu")
         with runs_on(op, name, counts=(calls, calls)):
-            got = _recorded_run(build, functional, case, inputs, cotangents, torch.float32, device)
-        same = _recorded_run(build, eager, case, inputs, cotangents, torch.float32, device)
+            got = _recorded_run(build, functional, case, inputs, cotangents, dtype, device)
+        same = _recorded_run(build, eager, case, inputs, cotangents, dtype, device)
         assert got.keys() == recorded.keys()
         return compared(got, recorded, same)
 
-    assert_rule(run, torch.float32)
+    assert_rule(run, dtype)
 
 
 def recorded_table(build: Build, cases: list[Case]) -> dict[tuple[str, str], str]:

@@ -166,6 +166,18 @@ def test_deterministic(spec: Gated, name: str, device: str) -> None:
     checks.assert_deterministic(spec, name, device)
 
 
+@every_backend
+@specs([Gated(granularity=g, save_gate=s) for g in GRANULARITIES if g != "middleY" for s in (True, False)])
+def test_gates_far_from_zero(spec: Gated, name: str, device: str) -> None:
+    checks.assert_finite_far_from_zero(spec, name, device)
+
+
+@every_kernel
+@specs([over(d, granularity=g, save_gate=s) for d in (MIXED, DTYPES[4]) for g in GRANULARITIES for s in (True, False)])
+def test_parameters_are_rounded_first(spec: Gated, name: str, device: str) -> None:
+    checks.assert_rounds_parameters(spec, name, device)
+
+
 @every_pair
 @specs(
     [over(d, granularity=g, combine=c, save_gate=s, scale=0.3) for d in (FP32, MIXED) for g in GRANULARITIES for c, s in (("multiply", None), ("multiply", False), ("add", True))]
@@ -252,7 +264,7 @@ def test_recorded_in_fp64(case_id: str) -> None:
 @pytest.mark.parametrize("case_id", RECORDED)
 @every_backend
 def test_recorded_in_fp32(case_id: str, name: str, device: str) -> None:
-    checks.assert_recorded_in_fp32(build, load_case(case_id), "gated_bottleneck", name, device)
+    checks.assert_recorded(build, load_case(case_id), "gated_bottleneck", name, device)
 
 
 def test_recorded_cases_by_backend() -> None:

@@ -4,8 +4,6 @@ Mutants are every place of the listed kinds in the source of every kernel, found
 the library loaded, on a mutated copy of the source file in a temporary directory: the tree is not touched. First the interpreter runs calls of tests/triton/interpret, then, in
 a process without TRITON_INTERPRET, the survivors meet the 64-bit check of tests/triton/compiled. The table goes to tests/data/triton_mutants.json; a survivor needs an entry in
 `EXPLAINED`, or the exit status is 1.
-
-Options: --sample N tries N mutants, evenly spread, --minutes M as many as M minutes allow (the table says how many); default all, half an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -14,27 +12,26 @@ import argparse
 import ast
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from random import Random
+from types import FrameType
 from typing import Any, NamedTuple
+
+from tests.mutation import forks, table
 
 ROOT = Path(__file__).parents[2]
 FILES = ("fastadapt/ops/_triton.py", "fastadapt/ops/bottleneck/triton.py", "fastadapt/ops/gated_bottleneck/triton.py")
 SOURCES = {file: (ROOT / file).read_text() for file in FILES}
 """Read once: an edit during the run changes nothing."""
-TABLE = ROOT / "tests/data/triton_mutants.json"
 
-# (kind, a part of the mutated line) -> why no test can see it.
+# (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
     ("constant", "other=0.0"): "what fills the padding is masked at the store, or meets a factor that is zero there",
     ("rounding", ".to(dtype)"): "without the rounding of a parameter to the activations' dtype the result is nearer to the exact one",
@@ -143,85 +140,100 @@ def install(mutant: Mutant | None, directory: str) -> None:
         exec(compile(source, str(copy), "exec"), module.__dict__)
 
 
-def in_fork(task: Callable[[], str], seconds: int) -> str:
-    """What ``task`` returned in a forked process of at most ``seconds`` of CPU time: "" is survival; an exception and a crash have their own texts."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        try:
-            text = task()
-        except BaseException as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{type(error).__name__} in {last.name}: {str(error).strip().splitlines()[-1][:160] if str(error).strip() else ''}"
-        os.write(write, text.encode()[:60000])
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    status = os.waitpid(child, 0)[1]
-    return text if os.WIFEXITED(status) else f"the process died of signal {os.WTERMSIG(status)}"
-
-
 def concerns(mutant: Mutant | None, op: str) -> bool:
     return mutant is None or mutant.file == FILES[0] or f"/{op}/" in mutant.file
 
 
-def interpreted(mutants: list[Mutant | None], report: Callable[[int, str], None]) -> None:
-    """Runs calls of the interpreter tests on each mutant, one seed, until one fails. Tensors of fewer than 64 elements have 5 times the limit: one seed says little of them."""
+@contextmanager
+def executed_lines() -> Iterator[set[tuple[str, int]]]:
+    """The lines of kernels, (file, number), that the interpreter executes in the block: a call that does not execute a line cannot see a change of it."""
+    executed: set[tuple[str, int]] = set()
+    names = {str(ROOT / file): file for file in FILES}
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        file = names.get(frame.f_code.co_filename)
+        if file is None:
+            return None
+
+        def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+            executed.add((file, frame.f_lineno))
+            return on_line
+
+        return on_line(frame, event, argument)
+
+    sys.settrace(on_call)
+    try:
+        yield executed
+    finally:
+        sys.settrace(None)
+
+
+@cache
+def statements(file: str) -> list[range]:
+    """The lines of every statement; of compound ones, of their heads."""
+    found = []
+    for node in ast.walk(ast.parse(SOURCES[file])):
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            found.append(range(node.lineno, max(node.lineno + 1, body[0].lineno) if body else (node.end_lineno or node.lineno) + 1))
+    return found
+
+
+def statement(mutant: Mutant) -> set[tuple[str, int]]:
+    """The lines of the statement that a mutant changes."""
+    return {(mutant.file, line) for lines in statements(mutant.file) if mutant.line in lines for line in lines}
+
+
+Attempt = Callable[[Mutant | None], str]
+
+
+def interpreted() -> Attempt:
+    """Runs calls of the interpreter tests on a mutant, one seed, until one fails: the cheapest first, by their cost on the unmutated kernels."""
     import torch
 
+    from tests.mutation import calls
     from tests.ops import checks
-    from tests.tolerance import SMALL, limit_of, relative_error
     from tests.triton.interpret import bf16, bounds, test_ops
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     bf16.install()
     bounds.install()
-    specs = [test_ops.CALLS[0], *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS]
+    specs = [*test_ops.CALLS, *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS]
     prepared = []
     for spec in specs:
-        tensors, dy = spec.draw(0), spec.cotangent(0)
-        prepared.append((spec, tensors, dy, checks.exact(spec, tensors, dy), checks.in_eager(spec, tensors, dy)))
-    with tempfile.TemporaryDirectory() as directory:
+        call = calls.prepare(spec)
+        began = time.process_time()
+        assert (wrong := calls.first_wrong([call], "triton")) == "", f"the unmutated kernels fail: {wrong}"
+        seconds = time.process_time() - began
+        with executed_lines() as executed:
+            calls.first_wrong([call], "triton")
+        prepared.append((seconds, call, executed))
+    prepared.sort(key=lambda row: row[0])
 
-        def attempt(mutant: Mutant | None) -> str:
+    def attempt(mutant: Mutant | None) -> str:
+        with tempfile.TemporaryDirectory() as directory:
             install(mutant, directory)
-            for spec, tensors, dy, exact, same in prepared:
-                if not concerns(mutant, spec.op):
-                    continue
-                try:
-                    got = checks.fused(spec, "triton", tensors, dy)
-                    for name in got:
-                        limit = limit_of(relative_error(same[name], exact[name]), spec.dtype, gradient=name.startswith("d ")) * (1 if exact[name].numel() >= SMALL else 5)
-                        error = relative_error(got[name], exact[name])
-                        if not error <= limit:
-                            return f"{name} of {spec.op}[{spec}]: error {error:.2g} > {limit:.2g}"
-                except Exception as error:
-                    return f"{spec.op}[{spec}]: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160] if str(error).strip() else ''}"
-            try:
-                for spec in (s for s in test_ops.CALLS if mutant is None or (mutant.kind == "absent tensor" and concerns(mutant, s.op))):
-                    checks.assert_single_gradients(spec, "triton", "cpu")
-            except Exception as error:
-                return f"single gradients of {spec.op}[{spec}]: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
-            return ""
+            wrong = calls.first_wrong([call for _, call, executed in prepared if mutant is None or executed & statement(mutant)], "triton")
+            if not wrong and (mutant is None or mutant.kind == "rounding"):
+                wrong = calls.first_failing(checks.assert_rounds_parameters, [s for s in test_ops.ROUNDED if concerns(mutant, s.op)], "triton")
+            if not wrong and (mutant is None or mutant.kind == "mask"):
+                wrong = calls.relu_at_zero("triton")
+            if not wrong and (mutant is None or mutant.kind == "absent tensor"):
+                wrong = calls.first_failing(checks.assert_single_gradients, [s for s in test_ops.CALLS if concerns(mutant, s.op)], "triton")
+            return wrong
 
-        for i, mutant in enumerate(mutants):
-            report(i, in_fork(lambda mutant=mutant: attempt(mutant), 200))
+    return attempt
 
 
-def static(mutants: list[Mutant | None], report: Callable[[int, str], None]) -> None:
-    """The 64-bit check on each mutant."""
+def static() -> Attempt:
+    """The 64-bit check on a mutant."""
     from tests.triton.compiled import aot
     from tests.triton.compiled.cases import launches
     from tests.triton.compiled.test_offsets import CASES, narrow_offsets
 
-    with tempfile.TemporaryDirectory() as directory:
-
-        def attempt(mutant: Mutant | None) -> str:
+    def attempt(mutant: Mutant | None) -> str:
+        with tempfile.TemporaryDirectory() as directory:
             install(mutant, directory)
             for case in CASES:
                 if concerns(mutant, "bottleneck" if case.kind is None else "gated_bottleneck"):
@@ -229,85 +241,59 @@ def static(mutants: list[Mutant | None], report: Callable[[int, str], None]) -> 
                         name = launch.kernel.fn.__name__
                         if narrow := narrow_offsets(aot.intermediate_code(launch), name):
                             return f"row offsets of {name} of {case}: {narrow[0][:120]}"
-            return ""
+        return ""
 
-        for i, mutant in enumerate(mutants):
-            report(i, in_fork(lambda mutant=mutant: attempt(mutant), 200))
+    return attempt
 
 
-def child(stage: str, mutants: list[Mutant | None], jobs: int, deadline: float) -> list[str | None]:
-    """Runs a stage in processes of their own, since interpreting and compiling exclude each other. None: not tried before the deadline."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if stage == "interpreted" else "0"}
-    verdicts: dict[int, str] = {}
+STAGES = {"interpreted": interpreted, "static": static}
 
-    def follow(numbers: range, directory: str) -> None:
-        work = Path(directory) / f"{numbers.start}.json"
-        work.write_text(json.dumps([None if mutants[i] is None else mutants[i]._asdict() for i in numbers]))  # type: ignore[union-attr]
-        command = [sys.executable, "-m", "tests.triton.mutants", "--stage", stage, "--work", str(work)]
+
+def stage(name: str, mutants: list[Mutant | None], jobs: int) -> list[str]:
+    """What killed each mutant, or "", in a process of its own, since interpreting and compiling exclude each other."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if name == "interpreted" else "0"}
+    said: dict[int, str] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory) / "work.json"
+        work.write_text(json.dumps([m and m._asdict() for m in mutants]))
+        command = [sys.executable, "-m", "tests.triton.mutants", "--stage", name, "--work", str(work), "--jobs", str(jobs)]
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:  # type: ignore[union-attr]
-                place, verdict = json.loads(line)
-                m, verdicts[numbers[place]] = mutants[numbers[place]], verdict
-                name = "unmutated" if m is None else f"{m.file}:{m.line} {m.kind}: {m.before[:60]!r} -> {m.after[:60]!r}"
-                print(f"{stage} {len(verdicts)}/{len(mutants)} {name}: {verdict or 'SURVIVES'}", flush=True)
-                if time.time() > deadline:
-                    process.terminate()
-
-    with tempfile.TemporaryDirectory() as directory:
-        threads = [threading.Thread(target=follow, args=(range(first, len(mutants), jobs), directory)) for first in range(jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if len(verdicts) < len(mutants) and time.time() < deadline:
-        raise SystemExit(f"the {stage} stage failed")
-    return [verdicts.get(i) for i in range(len(mutants))]
+                i, verdict = json.loads(line)
+                m, said[i] = mutants[i], verdict
+                what = "unmutated" if m is None else f"{m.file}:{m.line} {m.kind}: {m.before[:60]!r} -> {m.after[:60]!r}"
+                print(f"{name} {len(said)}/{len(mutants)} {what}: {verdict or 'SURVIVES'}", flush=True)
+    if len(said) < len(mutants):
+        raise SystemExit(f"the {name} stage failed")
+    assert said[0] == "", f"the unmutated kernels fail: {said[0]}"
+    return [said[i] for i in range(1, len(mutants))]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, help="try this many mutants, evenly spread")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after this time; the table then holds what was tried")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default 2)")
-    parser.add_argument("--stage", choices=("interpreted", "static"), help=argparse.SUPPRESS)
+    parser.add_argument("--explain", action="store_true", help="try nothing; give the survivors of the last run the present explanations")
+    parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
-        mutants = [None if m is None else Mutant(**m) for m in json.loads(options.work.read_text())]
-        {"interpreted": interpreted, "static": static}[options.stage](mutants, lambda i, verdict: print(json.dumps([i, verdict]), flush=True))
+        mutants = [m and Mutant(**m) for m in json.loads(options.work.read_text())]
+        attempt = STAGES[options.stage]()
+        for row in forks.verdicts([partial(attempt, m) for m in mutants], options.jobs, 200):
+            print(json.dumps(row), flush=True)
         return 0
+    if options.explain:
+        return table.explain_again("triton", SOURCES, EXPLAINED)
     every = sorted({m for file in FILES for m in mutants_of(file)}, key=lambda m: (FILES.index(m.file), m.start, m.end, m.after))
     chosen = every if options.sample is None else every[:: max(1, len(every) // options.sample)]
-    Random(0).shuffle(chosen)
     began = time.time()
-    unmutated, *seen = child("interpreted", [None, *chosen], options.jobs, began + 60 * options.minutes)
-    assert unmutated == "", f"the unmutated kernels fail: {unmutated}"
-    tried = sorted(((m, verdict) for m, verdict in zip(chosen, seen) if verdict is not None), key=lambda row: every.index(row[0]))
-    return write_table(every, tried, options.jobs)
-
-
-def write_table(every: list[Mutant], tried: list[tuple[Mutant, str]], jobs: int) -> int:
-    """Runs the 64-bit check on the survivors, writes the table, and returns the exit status."""
-    left = [m for m, verdict in tried if not verdict]
-    offsets = dict(zip(left, child("static", [None, *left], jobs, float("inf"))[1:])) if left else {}
-    rows: list[dict[str, Any]] = []
-    for m, verdict in tried:
-        killed = f"interpreter: {verdict}" if verdict else f"64-bit check: {offsets[m]}" if offsets[m] else None
-        line = SOURCES[m.file].splitlines()[m.line - 1].strip()
-        why = None if killed else next((text for (kind, part), text in EXPLAINED.items() if kind == m.kind and part in f"{m.before} {line}"), None)
-        rows.append({"place": f"{m.file}:{m.line}", "kind": m.kind, "before": m.before, "after": m.after, "killed_by": killed, "explanation": why})
-    survivors = [r for r in rows if r["killed_by"] is None]
-    unexplained = [r for r in survivors if r["explanation"] is None]
-    table = {
-        "generated": len(every), "tried": len(tried), "killed": len(rows) - len(survivors), "survived": len(survivors), "unexplained": len(unexplained),
-        "kinds": dict(sorted(Counter(r["kind"] for r in rows).items())), "mutants": rows,
-    }  # fmt: skip
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    counts = f"{len(every)} mutants, {len(tried)} tried, {table['killed']} killed, {len(survivors)} survived, {len(unexplained)} of them unexplained"
-    print(f"{counts}: {TABLE.relative_to(ROOT)}")
-    for r in unexplained:
-        print(f"unexplained: {r['place']} {r['kind']}: {r['before']!r} -> {r['after']!r}")
-    return 1 if unexplained else 0
+    fate = {m: f"interpreter: {verdict}" for m, verdict in zip(chosen, stage("interpreted", [None, *chosen], options.jobs)) if verdict}
+    left = [m for m in chosen if m not in fate]
+    fate |= {m: f"64-bit check: {verdict}" for m, verdict in zip(left, stage("static", [None, *left], options.jobs)) if verdict}
+    print(f"{time.time() - began:.0f} s, {forks.children_time():.0f} s of CPU time")
+    rows = [table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, fate.get(m), SOURCES[m.file].splitlines()[m.line - 1].strip()) for m in chosen]
+    return table.write("triton", SOURCES, len(every), rows, EXPLAINED)
 
 
 if __name__ == "__main__":

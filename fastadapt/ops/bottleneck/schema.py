@@ -20,7 +20,9 @@ backend.register("bottleneck", PLAN)
 
 
 def call_of(x: Tensor, w_down: Tensor) -> backend.Call:
-    return backend.Call("bottleneck", x.device.type, x.dtype, w_down.dtype, x.shape[0], x.shape[1], w_down.shape[0])
+    device = x.device
+    arch = backend.architecture(device) if device.type == "cuda" else 0
+    return backend.Call("bottleneck", device.type, x.dtype, w_down.dtype, x.shape[0], x.shape[1], w_down.shape[0], (), arch)
 
 
 def _forward(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, scale, activation, add_input, save, backend):

@@ -24,7 +24,10 @@ backend.register("gated_bottleneck", PLAN)
 
 def call_of(h: Tensor, w_down: Tensor, gate_weight: Tensor | None, kind: int) -> backend.Call:
     gate_rank = gate_weight.shape[0] if gate_weight is not None and KINDS[kind] == "large" else 0
-    return backend.Call("gated_bottleneck", h.device.type, h.dtype, w_down.dtype, h.shape[0], h.shape[1], w_down.shape[0], (("gate_rank", gate_rank), ("granularity", KINDS[kind])))
+    device = h.device
+    arch = backend.architecture(device) if device.type == "cuda" else 0
+    options = (("gate_rank", gate_rank), ("granularity", KINDS[kind]))
+    return backend.Call("gated_bottleneck", device.type, h.dtype, w_down.dtype, h.shape[0], h.shape[1], w_down.shape[0], options, arch)
 
 
 def _keeps_gate(save: bool, save_gate: int, device: str) -> bool:

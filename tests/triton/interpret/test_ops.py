@@ -70,6 +70,10 @@ CALLS = [
     over(FP16, Gated, lead=(3, 5), granularity="small"),
 ]
 MORE_CALLS = [over(BF16, Gated, lead=(3, 13), granularity=g, combine=c, save_gate=s) for g in GRANULARITIES for c, s in (("multiply", True), ("add", False))]
+ROUNDED = [
+    over(MIXED, lead=(13,), scale="tensor", gate=True),
+    *(over(MIXED, Gated, lead=(3, 5), granularity=g, save_gate=False) for g in GRANULARITIES),
+]
 EMPTY = [
     *(over(d, lead=(0,), scale="tensor", gate=True) for d in (FP32, MIXED)),
     *(over(d, Gated, lead=lead, granularity=g) for d in (FP32, MIXED) for lead, g in (((0,), "large"), ((0, 5), "small"))),
@@ -128,6 +132,11 @@ def check_call(spec: Spec) -> None:
 def test_calls(spec: Spec) -> None:
     """Gradients alone and together, no gradients, arguments untouched, and a rerun: all with the same bits."""
     check_call(spec)
+
+
+@specs(ROUNDED)
+def test_parameters_are_rounded_first(spec: Spec) -> None:
+    checks.assert_rounds_parameters(spec, *TRITON)
 
 
 @pytest.mark.full

@@ -1,0 +1,63 @@
+// The launchers of bottleneck.cuh, to be instantiated for one type.
+#pragma once
+#include "../bottleneck.cuh"
+#include "../launch.h"
+
+namespace fastadapt::cuda {
+
+template <class T>
+int launch_prologue(const PrologueParams& p, void* stream) {
+  int64_t blocks = p.fold ? plan::ceil_div(p.fold_rank + 1, 32) : 0;
+  for (int n = 0; n < p.count; ++n) blocks += copy_blocks(p.copies[n]);
+  return FASTADAPT_LAUNCH(prologue_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kPrologueThreads), 4 * kPrologueThreads, stream, p);
+}
+
+template <class T>
+int launch_forward(const ForwardParams& p, void* stream) {
+  return with_rank(p.adapter.rank, [&](auto rank) {
+    using Tr = RowTraits<T, decltype(rank)::value>;
+    return FASTADAPT_LAUNCH(forward_kernel<Tr>, dim3(static_cast<unsigned>(plan::ceil_div(p.rows, Tr::kBlockT))), dim3(Tr::kThreads), Tr::kForwardShared, stream, p);
+  });
+}
+
+inline int widest(const BackwardParams& p, int problems) { return problems > 1 && p.problems[1].weights.rank > p.problems[0].weights.rank ? p.problems[1].weights.rank : p.problems[0].weights.rank; }
+
+template <class T>
+int launch_rows(const BackwardParams& p, int problems, void* stream) {
+  return with_rank(widest(p, problems), [&](auto rank) {
+    using Tr = RowTraits<T, decltype(rank)::value>;
+    const dim3 grid(static_cast<unsigned>(plan::ceil_div(p.rows, Tr::kBlockT)), problems);
+    return FASTADAPT_LAUNCH(rows_kernel<Tr>, grid, dim3(Tr::kThreads), Tr::kRowsShared, stream, p);
+  });
+}
+
+template <class T>
+int launch_slab(const BackwardParams& p, int problems, void* stream) {
+  return with_rank(widest(p, problems), [&](auto rank) {
+    using Tr = SlabTraits<T, decltype(rank)::value>;
+    const dim3 grid(static_cast<unsigned>(plan::ceil_div(p.width, plan::kSlab)), static_cast<unsigned>(plan::ceil_div(p.rows, p.rows_per_split)), problems);
+    return FASTADAPT_LAUNCH(slab_kernel<Tr>, grid, dim3(Tr::kThreads), Tr::kShared, stream, p);
+  });
+}
+
+template <class T>
+int launch_reduce(const ReduceParams& p, void* stream) {
+  int64_t blocks = 0;
+  for (int n = 0; n < p.problem_count; ++n) {
+    const ReduceBlocks of = reduce_blocks(p.problems[n], p.width);
+    blocks += of.up + of.down;
+  }
+  for (int n = 0; n < p.sum_count; ++n) blocks += plan::ceil_div(p.sums[n].columns + (p.sums[n].rest ? 1 : 0), 32);
+  return FASTADAPT_LAUNCH(reduce_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kReduceThreads), 4 * kReduceThreads, stream, p);
+}
+
+}  // namespace fastadapt::cuda
+
+#define FASTADAPT_INSTANTIATE(T)                                                  \
+  namespace fastadapt::cuda {                                                     \
+  template int launch_prologue<T>(const PrologueParams& p, void* stream);         \
+  template int launch_forward<T>(const ForwardParams& p, void* stream);           \
+  template int launch_rows<T>(const BackwardParams& p, int problems, void* stream); \
+  template int launch_slab<T>(const BackwardParams& p, int problems, void* stream); \
+  template int launch_reduce<T>(const ReduceParams& p, void* stream);             \
+  }

@@ -1,0 +1,3 @@
+#include "bottleneck.cuh"
+
+FASTADAPT_INSTANTIATE(half)

@@ -1,0 +1,3 @@
+#include "gated_bottleneck.cuh"
+
+FASTADAPT_INSTANTIATE(bf16)

@@ -1,0 +1,311 @@
+// Raw CUDA ops: allocates outputs and one workspace, fills the calls of include/cuda.h on the current device and stream. The only CUDA-side file that sees torch, and only through
+// its stable ABI: one library for every torch from 2.10 on, CPU builds included, so nothing here links to libtorch_cuda.
+// With FASTADAPT_EMULATED (tests) the same ops run the emulated kernels on CPU tensors: uninitialised memory holds NaN, and the emulator knows what a launch may read and write.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "include/cuda.h"
+
+#ifndef FASTADAPT_EMULATED
+#define FASTADAPT_EMULATED 0
+#endif
+
+#if FASTADAPT_EMULATED
+#include "emulator/emulator.h"
+#define FASTADAPT_NAMESPACE fastadapt_cuda_emulated
+#define FASTADAPT_KEY CPU
+#else
+#define FASTADAPT_NAMESPACE fastadapt_cuda
+#define FASTADAPT_KEY CUDA
+#endif
+
+namespace {
+
+using std::optional;
+using torch::stable::Tensor;
+using namespace fastadapt;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+#if FASTADAPT_EMULATED
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) { emulator::clear_ranges(); }
+  ~DeviceGuard() { emulator::clear_ranges(); }
+};
+int32_t device_type() { return aoti_torch_device_type_cpu(); }
+void* current_stream(int32_t) { return nullptr; }
+void may_read(const void* begin, int64_t bytes) { emulator::register_range(begin, bytes, false); }
+void may_write(void* begin, int64_t bytes) {
+  if (bytes) std::memset(begin, 0xff, bytes), emulator::register_range(begin, bytes, true);
+}
+#else
+using torch::stable::accelerator::DeviceGuard;
+int32_t device_type() { return aoti_torch_device_type_cuda(); }
+void may_read(const void*, int64_t) {}
+void may_write(void*, int64_t) {}
+
+void* current_stream(int32_t device) {
+  // In libtorch_cuda, which a process with CUDA tensors has loaded.
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Getter>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(getter, "fastadapt: this torch has no CUDA streams");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  return stream;
+}
+#endif
+
+// Where a tensor lies and what it holds.
+struct Kind {
+  int32_t dtype, device;
+  explicit Kind(const Tensor& t) : device(t.get_device_index()) { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype)); }
+  Kind(int32_t type, const Kind& beside) : dtype(type), device(beside.device) {}
+  Type type() const {
+    if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
+    if (dtype == aoti_torch_dtype_float16()) return kHalf;
+    STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "fastadapt: the cuda kernels take bfloat16, float16 and float32 parameters, not dtype number ", dtype);
+    return kFloat;
+  }
+  int64_t size() const { return dtype == aoti_torch_dtype_float32() ? 4 : dtype == aoti_torch_dtype_uint8() ? 1 : 2; }
+};
+
+Tensor allocate(Shape shape, const Kind& kind) {
+  std::array<int64_t, 64> strides;  // torch's own limit of dimensions
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0; step *= shape[i]) strides[i] = step;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), kind.dtype, device_type(), kind.device, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(Shape shape, const Kind& kind) {
+  Tensor t = allocate(shape, kind);
+  if (FASTADAPT_EMULATED) may_write(t.mutable_data_ptr(), t.numel() * kind.size());
+  return t;
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, const Kind& kind) { return empty(Shape(shape.begin(), shape.size()), kind); }
+
+// An output that is asked for, or the empty placeholder.
+Tensor output(bool need, std::initializer_list<int64_t> shape, const Kind& kind) { return need ? empty(shape, kind) : empty({0}, kind); }
+
+// Pointers to arguments as the kernels take them, and the copies of those that lie otherwise in memory.
+class Arguments {
+ public:
+  // Rows a multiple of 8 elements apart, each contiguous: true of every row slice of a contiguous tensor.
+  const void* rows(const Tensor& t, int64_t& stride) {
+    const void* data = t.const_data_ptr();
+    const int64_t rows = t.size(0), width = t.size(1);
+    stride = rows == 1 ? width : t.stride(0);
+    if (t.stride(1) != 1 || stride % 8 != 0 || !aligned(data)) return stride = width, copy(t);
+    for (int64_t r = 0; FASTADAPT_EMULATED && r < rows; ++r) may_read(static_cast<const char*>(data) + 2 * r * stride, 2 * width);
+    return data;
+  }
+  const void* rows(const optional<Tensor>& t, int64_t& stride) { return t ? rows(*t, stride) : nullptr; }
+  const void* whole(const Tensor& t) {
+    const void* data = t.const_data_ptr();
+    if (!aligned(data) || !t.is_contiguous()) return copy(t);
+    if (FASTADAPT_EMULATED) may_read(data, t.numel() * Kind(t).size());
+    return data;
+  }
+  const void* whole(const optional<Tensor>& t) { return t ? whole(*t) : nullptr; }
+  // A tensor saved by forward, null where it is the placeholder.
+  void* saved(const Tensor& t) { return t.numel() ? const_cast<void*>(whole(t)) : nullptr; }
+
+ private:
+  static bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+  const void* copy(const Tensor& t) {
+    copies_.push_back(empty(t.sizes(), Kind(t)));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copies_.back().get(), t.get(), 0));
+    return copies_.back().const_data_ptr();
+  }
+  std::vector<Tensor> copies_;
+};
+
+void* pointer(bool need, const Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
+
+template <class Call>
+void launch(Call& p, size_t bytes, int (*run)(const Call&), const Kind& kind, int64_t gate_rank) {
+  const char* why = cuda::why_not(p.activation_type, p.parameter_type, p.width, p.rank, gate_rank);
+  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width ", p.width, ", rank ", p.rank, ")");
+  constexpr int64_t kAlignment = 256, kSlack = FASTADAPT_EMULATED ? kAlignment : 0;  // a CUDA allocation is aligned, a CPU allocation need not be
+  const int64_t size = static_cast<int64_t>(bytes) + kSlack;
+  const Tensor workspace = allocate({&size, 1}, Kind(aoti_torch_dtype_uint8(), kind));
+  p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr()) + kSlack) / kAlignment * kAlignment);
+  may_write(p.workspace, static_cast<int64_t>(bytes));
+  p.stream = current_stream(kind.device);
+  const int code = run(p);
+  STD_TORCH_CHECK(code == 0, "fastadapt: the cuda kernels failed: ", cuda::error_text(code), " (rows ", p.rows, ", width ", p.width, ", rank ", p.rank, ", code ", code, ")");
+}
+
+cuda::BottleneckCall bottleneck_call(Arguments& in, const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate,
+                                     const optional<Tensor>& scale_tensor, double scale, int64_t activation, bool add_input) {
+  cuda::BottleneckCall p{};
+  p.activation_type = Kind(x).type(), p.parameter_type = Kind(w_down).type();
+  p.rows = x.size(0), p.width = x.size(1), p.rank = w_down.size(0);
+  p.x = in.rows(x, p.x_stride);
+  p.w_down = in.whole(w_down), p.w_up = in.whole(w_up), p.b_up = in.whole(b_up), p.gate = in.whole(gate), p.scale_tensor = in.whole(scale_tensor);
+  p.scale = static_cast<float>(scale), p.activation = static_cast<Activation>(activation), p.add_input = add_input;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> bottleneck(const Tensor& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate,
+                                      const optional<Tensor>& scale_tensor, const optional<Tensor>& residual, double scale, int64_t activation, bool add_input, bool save) {
+  const Kind wide(x);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = x.size(0), width = x.size(1), rank = w_down.size(0);
+  Tensor y = empty({rows, width}, wide), z = output(save, {rows, rank}, wide);
+  if (rows == 0) return {y, z};
+  Arguments in;
+  cuda::BottleneckCall p = bottleneck_call(in, x, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input);
+  p.b_down = in.whole(b_down), p.residual = in.rows(residual, p.residual_stride);
+  p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
+  launch(p, cuda::bottleneck_forward_workspace(p), cuda::bottleneck_forward, wide, 0);
+  return {y, z};
+}
+
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SevenTensors bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate,
+                                 const optional<Tensor>& scale_tensor, double scale, int64_t activation, bool add_input, int64_t needs) {
+  const Kind wide(x), parameters(w_down);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = x.size(0), width = x.size(1), rank = w_down.size(0);
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  Tensor dx = output(need(0), {rows, width}, wide), dwd = output(need(1), {rank, width}, parameters), dbd = output(need(2), {rank}, parameters),
+         dwu = output(need(3), {width, rank}, parameters), dbu = output(need(4), {width}, parameters), dg = output(need(5), {width}, parameters),
+         ds = need(6) ? empty(scale_tensor->sizes(), parameters) : empty({0}, parameters);
+  if (rows == 0) {
+    for (const Tensor* t : {&dwd, &dbd, &dwu, &dbu, &dg, &ds}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
+    return {dx, dwd, dbd, dwu, dbu, dg, ds};
+  }
+  Arguments in;
+  cuda::BottleneckCall p = bottleneck_call(in, x, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input);
+  p.dy = in.rows(dy, p.dy_stride), p.z = in.saved(z);
+  p.dx = pointer(need(0), dx), p.dw_down = pointer(need(1), dwd), p.db_down = pointer(need(2), dbd), p.dw_up = pointer(need(3), dwu), p.db_up = pointer(need(4), dbu);
+  p.dgate = pointer(need(5), dg), p.dscale = pointer(need(6), ds), p.need_scale = need(6);
+  launch(p, cuda::bottleneck_backward_workspace(p), cuda::bottleneck_backward, wide, 0);
+  return {dx, dwd, dbd, dwu, dbu, dg, ds};
+}
+
+cuda::GatedCall gated_call(Arguments& in, const Tensor& h, const optional<Tensor>& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up,
+                           const optional<Tensor>& g, const optional<Tensor>& g_bias, const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale,
+                           double adapter_scale, double scale, int64_t activation, int64_t kind, bool add, int64_t samples) {
+  cuda::GatedCall p{};
+  p.activation_type = Kind(h).type(), p.parameter_type = Kind(w_down).type();
+  p.kind = static_cast<Granularity>(kind);
+  p.rows = h.size(0), p.width = h.size(1), p.rank = w_down.size(0), p.gate_rank = p.kind == kLarge ? g->size(0) : 0, p.samples = samples;
+  p.h = in.rows(h, p.h_stride), p.x = in.rows(x, p.x_stride);
+  p.w_down = in.whole(w_down), p.b_down = in.whole(b_down), p.w_up = in.whole(w_up), p.b_up = in.whole(b_up);
+  p.gate_weight = in.whole(g), p.gate_bias = in.whole(g_bias), p.gate_up_weight = in.whole(g_up), p.gate_up_bias = in.whole(g_up_bias);
+  p.input_scale = static_cast<float>(input_scale), p.adapter_scale = static_cast<float>(adapter_scale), p.scale = static_cast<float>(scale);
+  p.activation = static_cast<Activation>(activation), p.add = add;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_bottleneck(const Tensor& h, const optional<Tensor>& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up,
+                                                                            const optional<Tensor>& b_up, const optional<Tensor>& g, const optional<Tensor>& g_bias,
+                                                                            const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale,
+                                                                            double scale, int64_t activation, int64_t kind, bool add, int64_t samples, int64_t save_gate, bool save) {
+  const Kind wide(h), exact(aoti_torch_dtype_float32(), wide);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = h.size(0), width = h.size(1), rank = w_down.size(0), gate_rank = kind == kLarge ? g->size(0) : 0;
+  const bool large = kind == kLarge, row_gate = kind == kMiddleX || kind == kSmall, keep = save && save_gate == 1;
+  Tensor y = empty({rows, width}, wide), z = output(save, {rows, rank}, wide), zg = output(save && large, {rows, gate_rank}, wide), logits = output(save && row_gate, {rows}, exact),
+         total = output(keep, {rows, width}, wide), gate = output(keep && large, {rows, width}, wide);
+  if (rows == 0) return {y, z, zg, logits, total, gate};
+  Arguments in;
+  cuda::GatedCall p = gated_call(in, h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples);
+  p.y = y.mutable_data_ptr(), p.z = pointer(save, z), p.zg = pointer(save && large, zg), p.logits = static_cast<float*>(pointer(save && row_gate, logits));
+  p.total = pointer(keep, total), p.gate = pointer(keep && large, gate);
+  launch(p, cuda::gated_forward_workspace(p), cuda::gated_forward, wide, gate_rank);
+  return {y, z, zg, logits, total, gate};
+}
+
+using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const optional<Tensor>& x, const Tensor& z, const Tensor& zg, const Tensor& logits, const Tensor& total, const Tensor& gate,
+                                     const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& g,
+                                     const optional<Tensor>& g_bias, const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale, double scale,
+                                     int64_t activation, int64_t kind, bool add, int64_t samples, int64_t needs) {
+  const Kind wide(h), parameters(w_down);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = h.size(0);
+  const auto like = [](const optional<Tensor>& t) { return t ? &*t : nullptr; };
+  const std::array<const Tensor*, 10> given{&h, like(x), &w_down, like(b_down), &w_up, like(b_up), like(g), like(g_bias), like(g_up), like(g_up_bias)};
+  const auto need = [&](int i) { return (needs >> i & 1) && given[i]; };
+  const auto gradient = [&](int i) { return need(i) ? empty(given[i]->sizes(), i < 2 ? wide : parameters) : empty({0}, wide); };
+  std::array<Tensor, 10> grads{gradient(0), gradient(1), gradient(2), gradient(3), gradient(4), gradient(5), gradient(6), gradient(7), gradient(8), gradient(9)};
+  if (rows == 0) {
+    for (const Tensor& t : grads) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));
+  } else {
+    Arguments in;
+    cuda::GatedCall p = gated_call(in, h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples);
+    void** pointers[] = {&p.dh, &p.dx, &p.dw_down, &p.db_down, &p.dw_up, &p.db_up, &p.dgate_weight, &p.dgate_bias, &p.dgate_up_weight, &p.dgate_up_bias};
+    for (int i = 0; i < 10; ++i) *pointers[i] = pointer(need(i), grads[i]);
+    p.dy = in.rows(dy, p.dy_stride);
+    p.z = in.saved(z), p.zg = in.saved(zg), p.total = in.saved(total), p.gate = in.saved(gate), p.logits = static_cast<float*>(in.saved(logits));
+    launch(p, cuda::gated_backward_workspace(p), cuda::gated_backward, wide, p.gate_rank);
+  }
+  return std::tuple_cat(grads);
+}
+
+int64_t device_count() { return cuda::device_count(); }
+int64_t driver_version() { return cuda::driver_version(); }
+int64_t runtime_version() { return cuda::runtime_version(); }
+
+std::string why_not(int64_t type, int64_t parameter_type, int64_t width, int64_t rank, int64_t gate_rank) {
+  const char* why = cuda::why_not(static_cast<Type>(type), static_cast<Type>(parameter_type), width, rank, gate_rank);
+  return why ? why : "";
+}
+
+}  // namespace
+
+// One more level, so that the names are expanded before they are pasted.
+#define FASTADAPT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define FASTADAPT_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+FASTADAPT_LIBRARY(FASTADAPT_NAMESPACE, m) {
+  m.def(
+      "bottleneck(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? gate, Tensor? scale_tensor, Tensor? residual, float scale, int activation, bool add_input,"
+      " bool save) -> (Tensor, Tensor)");
+  m.def(
+      "bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor w_down, Tensor w_up, Tensor? b_up, Tensor? gate, Tensor? scale_tensor, float scale, int activation, bool add_input,"
+      " int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#define FASTADAPT_GATED                                                                                                                                        \
+  "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_up_weight, Tensor? gate_up_bias,"            \
+  " float input_scale, float adapter_scale, float scale, int activation, int kind, bool add, int samples, "
+  m.def("gated_bottleneck(Tensor h, Tensor? x, " FASTADAPT_GATED "int save_gate, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gated_bottleneck_backward(Tensor dy, Tensor h, Tensor? x, Tensor z, Tensor zg, Tensor logits, Tensor total, Tensor gate, " FASTADAPT_GATED
+        "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("device_count() -> int");
+  m.def("driver_version() -> int");
+  m.def("runtime_version() -> int");
+  m.def("why_not(int type, int parameter_type, int width, int rank, int gate_rank) -> str");
+}
+
+FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
+  m.impl("bottleneck", TORCH_BOX(&bottleneck));
+  m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
+  m.impl("gated_bottleneck", TORCH_BOX(&gated_bottleneck));
+  m.impl("gated_bottleneck_backward", TORCH_BOX(&gated_bottleneck_backward));
+}
+
+FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("device_count", TORCH_BOX(&device_count));
+  m.impl("driver_version", TORCH_BOX(&driver_version));
+  m.impl("runtime_version", TORCH_BOX(&runtime_version));
+  m.impl("why_not", TORCH_BOX(&why_not));
+}

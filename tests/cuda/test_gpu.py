@@ -1,0 +1,111 @@
+"""What only a device shows: streams, a second device, CUDA graphs, the same bits from run to run. Its numbers are in test_ops.py, whose tests run on it too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadapt import backend, functional
+from tests.ops import checks
+from tests.ops.specs import BF16, GRANULARITIES, MIXED, Bottleneck, Gated, Spec, specs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CALLS: list[Spec] = [
+    Bottleneck(lead=(4096,), width=768, rank=96, dtype=MIXED[0], param_dtype=MIXED[1], gate=True, scale="tensor"),
+    Bottleneck(lead=(1000,), width=1024, rank=7, dtype=BF16[0]),
+    *(Gated(lead=(8, 500), width=768, rank=96, gate_rank=96, dtype=MIXED[0], param_dtype=MIXED[1], granularity=g) for g in GRANULARITIES if g != "large_full"),
+]
+
+
+def results(spec: Spec, device: str = "cuda") -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    return tensors, dy, checks.fused(spec, "cuda", tensors, dy)
+
+
+@specs(CALLS)
+def test_deterministic_beside_other_work(spec: Spec) -> None:
+    """The same bits from run to run, whatever else on the device changes the order of blocks."""
+    tensors, dy, expected = results(spec)
+    other = torch.cuda.Stream()
+    for _ in range(20):
+        with torch.cuda.stream(other):
+            torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
+        checks.assert_same_bits(expected, checks.fused(spec, "cuda", tensors, dy))
+
+
+@specs(CALLS)
+def test_on_another_stream(spec: Spec) -> None:
+    """The kernels run on the current stream, behind what it holds: on the default stream they would read zeros."""
+    tensors, dy, expected = results(spec)
+    stream = torch.cuda.Stream()
+    late = {n: torch.zeros_like(t) for n, t in tensors.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        for name, t in tensors.items():
+            late[name].copy_(t)
+        got = checks.fused(spec, "cuda", late, dy)
+    stream.synchronize()
+    checks.assert_same_bits(expected, got)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@specs(CALLS)
+def test_on_another_device(spec: Spec) -> None:
+    """The tensors' device, whatever the current one is."""
+    _, _, expected = results(spec, "cuda:0")
+    with torch.cuda.device(0):
+        _, _, got = results(spec, "cuda:1")
+    assert {t.device.index for t in got.values()} == {1} and torch.cuda.current_device() == 0
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        checks.assert_same_bits(expected, {n: t.to("cuda:0") for n, t in got.items()})
+
+
+@specs(CALLS)
+def test_in_a_cuda_graph(spec: Spec) -> None:
+    """Forward and backward captured once and replayed over other numbers: nothing waits for the host, and nothing is allocated outside the graph's pool."""
+    tensors, dy, _ = results(spec)
+    static, static_dy = {n: t.clone().requires_grad_() for n, t in tensors.items()}, dy.clone()
+
+    def step() -> tuple[Tensor, ...]:
+        y = spec.call(functional, static)
+        return (y, *torch.autograd.grad(y, list(static.values()), static_dy))
+
+    with backend.use("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    for seed in (1, 2):
+        fresh, fresh_dy = spec.draw(seed, "cuda"), spec.cotangent(seed, "cuda")
+        with torch.no_grad():
+            for name, t in fresh.items():
+                static[name].copy_(t)
+            static_dy.copy_(fresh_dy)
+        graph.replay()
+        got = dict(zip(["y", *(f"d {n}" for n in static)], captured, strict=True))
+        checks.assert_same_bits(checks.fused(spec, "cuda", fresh, fresh_dy), {n: t.detach() for n, t in got.items()})
+
+
+def test_a_thread_of_its_own() -> None:
+    """Backward runs in autograd's threads, each with a current device and stream of its own."""
+    spec = CALLS[0]
+    tensors, dy, expected = results(spec)
+    leaves = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with backend.use("cuda"), torch.cuda.stream(stream):
+        spec.call(functional, leaves).backward(dy)
+    stream.synchronize()
+    checks.assert_same_bits({n: g for n, g in expected.items() if n != "y"}, {f"d {n}": t.grad for n, t in leaves.items() if t.grad is not None})
+
+
+def test_auto_prefers_the_kernels() -> None:
+    """Whatever is chosen, explain says it, and cuda is among what can run."""
+    explanation = backend.explain("bottleneck", rows=4096, width=768, rank=96, dtype=torch.bfloat16, param_dtype=torch.float32, device="cuda")
+    assert explanation.reasons["cuda"] == []

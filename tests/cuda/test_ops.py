@@ -1,0 +1,332 @@
+"""The CUDA kernels through the public functions: numbers, options, shapes, layouts, gradients alone and together, recorded tensors.
+
+Here they run in the emulator, on CPU tensors, where a race, a bank conflict or an access outside the arguments of a launch fails the test. Where there is a CUDA device, the same
+tests run on it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fastadapt import backend, functional
+from fastadapt.ops import _cuda
+from fastadapt.ops.gated_bottleneck.reference import KINDS
+from tests.cuda import emulator
+from tests.golden import load_case
+from tests.ops import checks, test_bottleneck, test_gated_bottleneck
+from tests.ops.checks import CUDA
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, Bottleneck, Gated, Spec, random_specs, specs
+from tests.tolerance import assert_close_to_f64
+
+FP16, FP16_MIXED = DTYPES[3:]
+HALF = DTYPES[1:]
+EMULATED = pytest.param("emulated-cuda", "cpu", id="emulated")
+on_kernels = pytest.mark.parametrize(("name", "device"), [EMULATED, CUDA])
+# Without a down bias, and with a width of 64 or more, no gradient has fewer than 64 elements, and the rule needs one seed instead of eight.
+ONE_SEED: dict[str, Any] = {"biases": "up", "width": 96}
+
+
+@pytest.fixture(autouse=True)
+def emulated_device(poisoned_empty: None, request: pytest.FixtureRequest) -> None:
+    """Tests on CPU tensors run on the emulated device. What torch allocates holds NaN; what the emulated ops allocate does by themselves."""
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("device") == "cpu":
+        request.getfixturevalue("machine")
+
+
+def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck, **options: Any) -> Spec:
+    return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
+
+
+def supported(count: int, kind: type[Bottleneck] | type[Gated], seed: int) -> list[Spec]:
+    """Random calls that the kernels take: half precision, widths that are multiples of 8; some wide ranks and more rows than a tile has."""
+    rng, out = random.Random(seed), []
+    for spec in random_specs(kind, count, seed):
+        dtypes = rng.choice(HALF) if spec.dtype == torch.float32 else (spec.dtype, spec.param_dtype)
+        changes: dict[str, Any] = {"width": max(8, spec.width // 8 * 8), "dtype": dtypes[0], "param_dtype": dtypes[1]}
+        if rng.random() < 0.2:
+            changes["rank"] = spec.heads * rng.randint(1, 256 // spec.heads)
+        if len(spec.lead) == 1 and rng.random() < 0.2:
+            changes["lead"] = (rng.randint(100, 400),)
+        if isinstance(spec, Gated) and rng.random() < 0.1:
+            changes["gate_rank"] = rng.randint(41, 256)
+        out.append(replace(spec, **changes))
+    return out
+
+
+RANDOM = [*supported(100, Bottleneck, 41), *supported(140, Gated, 42)]
+ROWS, RANKS = (1, 63, 64, 65, 129), (1, 7, 8, 16, 24, 33, 64, 96, 100, 128, 192, 256)
+SHAPES = [over(HALF[i % 4], lead=(ROWS[i % 5],), rank=r, **ONE_SEED) for i, r in enumerate(RANKS)]
+SHAPES += [over(HALF[(i + 1) % 4], lead=(t,), rank=96, width=w, biases="up") for i, (t, w) in enumerate(((130, 64), (65, 72), (37, 136), (64, 768), (65, 1024)))]
+ALL_SHAPES = [over(d, lead=(t,), rank=r, width=w, gate=True, scale=0.5, biases="up") for d in HALF for t in ROWS for r in RANKS for w in (64, 200)]
+OPTIONS = [
+    *(over(d, lead=(37,), rank=24, width=64, activation=a, biases="up") for d in (MIXED, FP16) for a in ACTIVATIONS),
+    *(over(MIXED, lead=(37,), rank=24, width=64, biases=b) for b in ("none", "down", "both")),
+    over(BF16, lead=(37,), rank=96, width=96, residual=None),
+    over(MIXED, lead=(37,), rank=96, width=96, residual="other", gate=True, scale=0.3),
+    over(FP16, lead=(37,), rank=40, width=96, residual=None, gate=True, biases="none"),
+    over(MIXED, lead=(37,), rank=96, width=96, heads=2),
+    *(over(d, lead=(9,), rank=6, width=48, scale="tensor", gate=True, residual=r) for d, r in ((MIXED, "input"), (BF16, None), (FP16_MIXED, "other"))),
+    *(over(MIXED, lead=(37,), rank=24, width=64, norm_before=b, norm_after=a, biases="up") for b, a in ((True, False), (False, True))),
+]
+SCALES: dict[str, Any] = {"input_scale": 0.5, "adapter_scale": -1.5, "scale": 0.3}
+WIDE: dict[str, Any] = {"lead": (3, 23), "rank": 96, "gate_rank": 72, "width": 96}
+GATED = [
+    *(over(MIXED, Gated, granularity=g, gate_bias=g == "large", save_gate=False, combine="add", **WIDE, **SCALES) for g in GRANULARITIES),
+    *(over(BF16, Gated, granularity=g, gate_bias=g == "large", save_gate=True, **WIDE, **SCALES) for g in GRANULARITIES),
+    *(over(FP16_MIXED, Gated, granularity=g, gate_bias=g == "large", save_gate=False, **WIDE) for g in GRANULARITIES),
+    *(over(FP16, Gated, lead=(5, 13), width=64, rank=r, gate_rank=rg) for r, rg in ((7, 40), (40, 7), (200, 24), (24, 200), (256, 256))),
+    *(over(MIXED, Gated, lead=(5, 13), width=64, rank=24, gate_rank=12, heads=4, granularity=g) for g in ("large", "small")),
+]
+# Their gate bias is one number, which takes eight seeds.
+GATED_SMALL = [
+    over(d, Gated, lead=(2, 9), rank=7, width=40, granularity=g, activation=a)
+    for d, g, a in ((BF16, "middleX", "silu"), (FP16_MIXED, "small", "gelu_new"), (MIXED, "small", "gelu"))
+]
+REAL = [
+    over(MIXED, lead=(65,), width=768, rank=96, scale=0.3),
+    over(FP16, lead=(130,), width=1024, rank=192),
+    over(MIXED, Gated, lead=(5, 13), width=768, rank=96, gate_rank=96),
+    *(over(BF16, Gated, lead=(5, 13), width=768, rank=96, granularity=g, scale=0.3) for g in ("middleX", "middleY", "small")),
+]
+# Several row tiles of a sample, and samples that end inside a tile.
+LONG = [over(MIXED, Gated, lead=lead, width=64, rank=7, granularity="small", biases="none", gate_bias=False) for lead in ((2, 150), (7, 37))]
+# More than one split of the rows, the last one ragged.
+SPLITS = [over(d, lead=(t,), rank=r, width=64, gate=True, biases=b, scale=0.5) for d, t, r, b in ((MIXED, 600, 7, "up"), (FP16, 1000, 96, "both"))]
+SPLITS += [over(BF16, Gated, lead=(3, 200), rank=24, gate_rank=40, width=64, granularity=g) for g in ("large", "middleX")]
+CALLS = [
+    over(MIXED, lead=(3, 13), residual="other", scale="tensor", gate=True),
+    over(BF16, lead=(70,), width=40, rank=7),
+    # Not large_full, whose gate is a product of torch's own.
+    *(over(d, Gated, lead=(3, 23), granularity=g) for d, g in ((MIXED, "large"), (FP16, "middleX"), (MIXED, "middleY"), (FP16_MIXED, "small"))),
+    over(MIXED, Gated, lead=(3, 13), combine="add", save_gate=False, rank=7, gate_rank=5),
+]
+EMPTY = [
+    *(over(d, lead=lead, scale="tensor", gate=True) for d in (BF16, FP16_MIXED) for lead in ((0,), (5, 0))),
+    *(over(d, Gated, lead=(0, 5), granularity=g, save_gate=s) for d in (MIXED, FP16) for g in GRANULARITIES for s in (True, False)),
+]
+PAIRS = [
+    *(over(d, lead=(70,), gate=True, scale="tensor", width=72, rank=r, activation=a) for d, r, a in ((MIXED, 70, "gelu_new"), (FP16, 24, "silu"))),
+    *(over(d, Gated, lead=(3, 23), granularity=g, save_gate=s, rank=30, gate_rank=20) for d, s in ((MIXED, True), (FP16, False)) for g in GRANULARITIES),
+]
+
+
+@on_kernels
+@specs([*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *RANDOM[:30], *RANDOM[100:140]])
+def test_within_rule(spec: Spec, name: str, device: str) -> None:
+    checks.assert_within_rule(spec, name, device)
+
+
+@pytest.mark.full
+@on_kernels
+@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES])
+def test_more_within_rule(spec: Spec, name: str, device: str) -> None:
+    checks.assert_within_rule(spec, name, device)
+
+
+@on_kernels
+@specs(EMPTY)
+def test_no_rows(spec: Spec, name: str, device: str, request: pytest.FixtureRequest) -> None:
+    """Zero rows: an empty output, gradients of zero, nothing launched."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    got = checks.fused(spec, name, tensors, dy)
+    assert got.pop("y").shape == dy.shape
+    assert all(g.shape == tensors[n[2:]].shape and not g.any() for n, g in got.items())
+    if name == "emulated-cuda":
+        assert request.getfixturevalue("machine").stats() == {}
+
+
+@on_kernels
+@specs(CALLS)
+class TestCall:
+    """What holds for each call, whatever its numbers: all with the same bits."""
+
+    def test_gradients_asked_alone(self, spec: Spec, name: str, device: str) -> None:
+        checks.assert_single_gradients(spec, name, device)
+
+    def test_without_gradients(self, spec: Spec, name: str, device: str) -> None:
+        checks.assert_no_grad_path(spec, name, device)
+
+    def test_arguments_are_untouched(self, spec: Spec, name: str, device: str) -> None:
+        checks.assert_untouched(spec, name, device)
+
+    def test_any_layout(self, spec: Spec, name: str, device: str) -> None:
+        checks.assert_any_layout(spec, name, device)
+
+    def test_deterministic(self, spec: Spec, name: str, device: str) -> None:
+        checks.assert_deterministic(spec, name, device)
+
+
+@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0]])
+def test_schedules_change_no_bit(spec: Spec, emulated: None) -> None:
+    """Warps and blocks in any order: sums are added in an order of their own."""
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    results = []
+    for policy, seed in emulator.schedules():
+        with emulator.device(policy, seed, global_races=True):
+            results.append(checks.fused(spec, "emulated-cuda", tensors, dy))
+    for other in results[1:]:
+        checks.assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "device"),
+    [
+        *(pytest.param(f, b, "cpu", id=f"{f}-{b}") for other in ("reference", "cpu") for f, b in ((other, "emulated-cuda"), ("emulated-cuda", other))),
+        *(pytest.param(f, b, "cuda", id=f"{f}-{b}", marks=CUDA.marks) for other in ("reference", "triton") for f, b in ((other, "cuda"), ("cuda", other))),
+    ],
+)
+@specs(PAIRS)
+def test_any_backward_after_any_forward(spec: Spec, forward: str, backward: str, device: str) -> None:
+    checks.assert_within_rule(spec, forward, device, backward=backward)
+
+
+@on_kernels
+@pytest.mark.parametrize("dtypes", HALF[::2], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_from_zero(activation: str, dtypes: tuple[torch.dtype, torch.dtype], name: str, device: str) -> None:
+    """One number an element, from -90 to 90: nothing overflows, and derivatives keep their accuracy where the activation is nearly the identity."""
+    spec = over(dtypes, lead=(376,), width=8, rank=8, activation=activation, biases="none", residual=None)
+    one = torch.eye(8, device=device, dtype=dtypes[1])
+    for low, high in ((-90, 90), (-6, 6), (3, 6)):
+        tensors = {"x": torch.linspace(low, high, 376 * 8, device=device).view(376, 8).to(dtypes[0]), "w_down": one, "w_up": one}
+        dy = torch.ones_like(tensors["x"])
+        got, same, exact64 = checks.fused(spec, name, tensors, dy, needs=("x",)), checks.in_eager(spec, tensors, dy), checks.exact(spec, tensors, dy)
+        for key in got:
+            assert_close_to_f64(f"{key} in {low} .. {high}", got[key], exact64[key], same[key], gradient=key != "y")
+
+
+@on_kernels
+@specs([over(d, kind, lead=(3,), width=40, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated)])
+def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
+    """Rows 2^30 elements apart: the offset of the third does not fit in 32 bits. The 4 GiB are reserved, not touched."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    expected = checks.fused(spec, name, tensors, dy)
+    torch.use_deterministic_algorithms(False)  # or the whole buffer would be filled with NaN
+
+    def apart(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty(2 * 2**30 + 16 + spec.width, dtype=spec.dtype, device=device).as_strided((3, spec.width), (2**30 + 8, 1)).copy_(t)
+
+    checks.assert_same_bits(expected, checks.fused(spec, name, {n: apart(t) if n in spec.activations else t for n, t in tensors.items()}, apart(dy)))
+
+
+@on_kernels
+def test_zero_up_projection_is_the_identity(name: str, device: str) -> None:
+    spec = over(MIXED)
+    tensors = spec.draw(0, device)
+    tensors["w_up"].zero_(), tensors["b_up"].zero_()
+    assert torch.equal(checks.fused(spec, name, tensors, None)["y"], tensors["x"])
+
+
+@on_kernels
+def test_relu_has_no_gradient_at_zero(name: str, device: str) -> None:
+    spec = over(MIXED, activation="relu", biases="none", residual=None)
+    tensors = spec.draw(0, device)
+    tensors["x"].zero_()
+    assert not checks.fused(spec, name, tensors, spec.cotangent(0, device))["d x"].any()
+
+
+@on_kernels
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_save_gate_says_what_is_kept(granularity: str, name: str, device: str) -> None:
+    """`save_gate` keeps H' and, for large, the gate in the activations' dtype; z, zg and the fp32 logits of a row gate are kept in any case."""
+    for save in (True, False):
+        spec = over(MIXED, Gated, granularity=granularity, save_gate=save)
+        with checks.spied() as calls:
+            checks.fused(spec, name, spec.draw(0, device), spec.cotangent(0, device))
+        kept = [(tuple(t.shape), t.dtype) for t in calls[0][2][1:]]
+        large, none = granularity == "large", ((0,), torch.bfloat16)
+        assert kept[:3] == [((65, 12), torch.bfloat16), ((65, 6), torch.bfloat16) if large else none, ((65 if granularity in ("middleX", "small") else 0,), torch.float32)]
+        assert kept[3:] == [((65, 48), torch.bfloat16) if save else none, ((65, 48), torch.bfloat16) if save and large else none]
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case_id", test_bottleneck.RECORDED)
+def test_recorded_bottleneck(case_id: str, dtype: torch.dtype, name: str, device: str) -> None:
+    checks.assert_recorded(test_bottleneck.build, load_case(case_id), "bottleneck", name, device, dtype)
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case_id", test_gated_bottleneck.RECORDED)
+def test_recorded_gated_bottleneck(case_id: str, dtype: torch.dtype, name: str, device: str) -> None:
+    checks.assert_recorded(test_gated_bottleneck.build, load_case(case_id), "gated_bottleneck", name, device, dtype)
+
+
+@on_kernels
+def test_under_autocast(name: str, device: str) -> None:
+    """fp32 parameters, activations in autocast's dtype: the kernels' own mixture, and the bits of a call without autocast."""
+    spec = over(MIXED)
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    expected = checks.fused(spec, name, tensors, dy)
+    with torch.autocast(device, torch.bfloat16):
+        checks.assert_same_bits(expected, checks.fused(spec, name, tensors, dy))
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"width": 44}, "a width that is a multiple of 8"),
+        ({"width": 4}, "a width that is a multiple of 8"),
+        ({"rank": 257}, "ranks from 1 to 256"),
+        ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+        ({"dtype": torch.float64}, "bfloat16 and float16, not torch.float64"),
+    ],
+    ids=["ragged width", "narrow", "rank", "fp32", "fp64"],
+)
+def test_what_it_cannot_take_is_refused_with_the_reason(changes: Mapping[str, Any], reason: str, name: str, device: str) -> None:
+    spec = replace(over(BF16), **{**changes, **({"param_dtype": changes["dtype"]} if "dtype" in changes else {})})
+    tensors = spec.draw(0, device)
+    with backend.use(name), pytest.raises(backend.BackendError, match=f"'{name}' was demanded but cannot run bottleneck.*{reason}"):
+        spec.call(functional, tensors)
+    with backend.use("auto"):  # another backend takes it
+        before = backend.ran(reset=True)
+        assert spec.call(functional, tensors).shape == (65, spec.width)
+        assert [key for key in backend.ran() if key[2] != name] and not [key for key in backend.ran() if key[2] == name]
+        for key, n in before.items():
+            for _ in range(n):
+                backend.count(*key)
+
+
+@on_kernels
+def test_a_gate_rank_it_cannot_take(name: str, device: str) -> None:
+    spec = over(BF16, Gated, gate_rank=257)
+    with backend.use(name), pytest.raises(backend.BackendError, match="ranks from 1 to 256"):
+        spec.call(functional, spec.draw(0, device))
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "dtype", "reason"),
+    [(44, 8, torch.half, "multiple of 8"), (48, 257, torch.half, "ranks from 1 to 256"), (48, 8, torch.float32, "bfloat16 and float16"), (48, 8, torch.float64, "not dtype")],
+)
+def test_the_raw_op_refuses_it_too(width: int, rank: int, dtype: torch.dtype, reason: str, machine: emulator.Machine) -> None:
+    x, w_down, w_up = torch.zeros(5, width, dtype=dtype), torch.zeros(rank, width, dtype=dtype), torch.zeros(width, rank, dtype=dtype)
+    with pytest.raises(RuntimeError, match=reason):
+        torch.ops.fastadapt_cuda_emulated.bottleneck(x, w_down, None, w_up, None, None, None, None, 1.0, 0, True, True)
+
+
+def test_a_failed_launch_reaches_the_caller(emulated: None) -> None:
+    """A saved tensor of too few rows: the error of the device and the shape of the call."""
+    x, w_down, w_up = (torch.zeros(shape, dtype=torch.half) for shape in ((65, 48), (8, 48), (48, 8)))
+    with pytest.raises(emulator.EmulatorError), emulator.device(), pytest.raises(RuntimeError, match=r"the cuda kernels failed: .*out of bounds.*rows 65, width 48, rank 8"):
+        torch.ops.fastadapt_cuda_emulated.bottleneck_backward(x, x, torch.zeros(64, 8, dtype=torch.half), w_down, w_up, None, None, None, 1.0, 0, True, 1)
+
+
+def test_the_numbers_of_the_granularities() -> None:
+    """`Granularity` of csrc/include/gated_bottleneck.h stands beside KINDS."""
+    text = (emulator.CSRC / "include" / "gated_bottleneck.h").read_text()
+    assert re.search(r"enum Granularity : int \{ (.*) \}", text)[1].replace("k", "").lower().split(", ") == [kind.lower() for kind in KINDS]
+
+
+def test_without_the_emulator_its_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "_emulated", [])
+    with backend.use("emulated-cuda"), pytest.raises(backend.BackendError, match=r"for tests, which build and load them"):
+        backend.explain("bottleneck", rows=1, width=8, rank=77)

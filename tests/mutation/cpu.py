@@ -1,0 +1,207 @@
+"""Mutants of the CPU kernels: `python -m tests.mutation.cpu` writes tests/data/cpu_mutants.json.
+
+They are compiled for AVX2, for fp32 and for bf16 over fp32 parameters, and run in memory that is full of NaN and ends at an unreadable page (guard.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # read when torch is loaded; the mutants are compiled for it, whatever the processor has
+
+import torch
+
+from fastadapt.ops import _cpu
+from tests.mutation import calls, cpp, schemata
+from tests.ops import checks
+from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, Bottleneck, Gated, Spec
+
+SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp")
+FILES = ("csrc/cpu/tile.h", *SOURCES[1:])
+FLAGS = "-O1 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DFASTADAPT_MUTATION".split()
+
+PAD = "what stands in this padding gives only results beyond the width or the rows, which are cleared or not stored"
+ZERO = "these zeros meet zeros on the other side of each product; only a NaN would show, and a number is none"
+LAST = "one more block, of 0 columns or rows: nothing is done"
+TAIL = "the last whole vector is then left to the loop over single numbers: the same numbers"
+MORE = "computes, packs or loads what nobody reads then: slower, the same results"
+WHOLE = "computes whole panels or blocks, whose further columns nobody reads: slower, the same results"
+SAME = "the other path of the two gives the same numbers, slower"
+SHARE = "two pieces of scratch then share memory, but are not in use at the same time"
+# (kind, a part of "before -> after in line") -> why no test can see it.
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("loop", "i + step < n in"): TAIL,
+    ("loop", "i + 4 * v < n in"): TAIL,
+    ("constant", "std::fill(dst + n, dst + to, 0.f)"): PAD,
+    ("deleted", "std::fill(dst + n, dst + to, 0.f)"): PAD,
+    ("constant", "std::fill(panel + cols, panel + kPanel, 0.f)"): PAD,
+    ("deleted", "std::fill(panel + cols, panel + kPanel, 0.f)"): PAD,
+    ("constant", "std::fill(buffer + m * padded_width"): PAD,
+    ("deleted", "std::fill(buffer + m * padded_width"): PAD,
+    ("constant", "std::fill(a + m * ld"): ZERO,
+    ("constant", "std::fill(da + m * ld"): PAD,
+    ("deleted", "std::fill(da + m * ld"): PAD,
+    ("constant", "Vec(0.f).store(panel + i * kPanel + j)"): ZERO,
+    ("constant", "std::fill(tile + m * ld"): PAD,
+    ("deleted", "std::fill(tile + m * ld"): PAD,
+    ("constant", "vector_or<P, A>(p.gate_weight, v.w_x"): PAD,
+    ("constant", "vector_or<P, A>(w, v.w_h"): PAD,
+    ("deleted", "std::memset(block, 0, sizeof(block))"): PAD,
+    ("constant", "-80.f"): "any bound below 88 keeps exp in range, and above 17 its result exact",
+    ("deleted", "if constexpr (!std::is_same_v<A, float>) narrow(row + j0, rounded, n)"): "without the rounding of the pre-activation the result is nearer to the exact one",
+    ("loop", "i <= rows in"): WHOLE,
+    ("loop", "j <= cols in"): WHOLE,
+    ("bound", "std::min(v, "): WHOLE,
+    ("offset", "static_cast<int>(std::min(v, rows - i))"): WHOLE,
+    ("sign", "static_cast<int>(std::min(v, rows - i))"): WHOLE,
+    ("loop", "k0 <= k in"): LAST,
+    ("loop", "j0 <= rank in"): LAST,
+    ("loop", "j0 <= width in"): LAST,
+    ("loop", "r0 <= rank in"): LAST,
+    ("loop", "c <= p.width in"): LAST,
+    ("loop", "row <= chunk_end in"): LAST,
+    ("condition", "if constexpr (std::is_same_v<P, float> && std::is_same_v<A, float>)"): SAME,
+    ("condition", "if constexpr (!std::is_same_v<A, float>) narrow(row + j0"): "without the rounding of the pre-activation the result is nearer to the exact one",
+    ("deleted", "continue;"): MORE,
+    ("bound", "if (cols < kPanel)"): MORE,
+    ("condition", "if (depth == kPanel)"): SAME,
+    ("sign", "round_up(n - j, 8)"): WHOLE,
+    ("offset", "round_up(width - j0, 8)"): WHOLE,
+    ("offset", "round_up(width - j, 8)"): WHOLE,
+    ("deleted", "if (!(dw_up || need_p)) return;"): MORE,
+    ("deleted", "if (begin != 0) return;"): "every range then adds up the same sums in the same order",
+    ("scale", "p.dscale_panels[q]"): "where the scale is a tensor, the number beside it is 1",
+    ("deleted", "break;"): "the next case fills vectors that this granularity does not read",
+    ("loop", "i <= n in for (int64_t i = 0; i < n; i += kPanel)"): LAST,
+    ("sign", "n + i in for (int64_t i = 0; i < n; i += kPanel)"): "rounds numbers of the padding too",
+    ("loop", "i <= k in for (int64_t i = 0; i < k; i += kDepth)"): LAST,
+    ("accumulation", "at = panels[i++]"): "the ranges together still cover each operand once, only cut elsewhere",
+    ("sign", "std::clamp<int64_t>(begin - at"): "every range then also packs panels of other ranges: the same numbers",
+    ("offset", "const int64_t panels[4]"): "the bound of the last operand: the ranges end there by themselves",
+    ("condition", "p.kind == kLarge && !p.gate"): MORE,
+    ("condition", "!p.total && !p.add"): MORE,
+    ("condition", "large && (p.dx || p.dgate_weight || p.dgate_bias)"): MORE,
+    ("condition", "need_gate && !p.add"): MORE,
+    ("condition", "need_total && !p.total"): MORE,
+    ("condition", "large && !p.gate"): MORE,
+    ("condition", "large && p.gate"): "only large has a saved gate: the other condition includes this one",
+    ("condition", "p.add || !need_total"): "need_total is false where the gate is added, and what is not needed is not read",
+    ("condition", "p.kind == kLogits && p.dx"): "for the other granularities dx is written again afterwards, or was written with the same numbers",
+    ("condition", "!large || !need_gate"): MORE,
+    ("offset", "dz = a + kTileRows * largest_rank"): SHARE,
+    ("offset", "work + kTileRows * largest_rank"): SHARE,
+    ("offset", "sums = work + s.width + s.rank + s.gate_rank"): SHARE,
+    ("condition", "p.dw_down, p.dw_up, p.db_up, false, false"): MORE,
+    ("condition", "p.dgate_up_bias, false, false"): MORE,
+}
+
+
+def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck, **options: Any) -> Spec:
+    return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
+
+
+SCALES: dict[str, Any] = {"input_scale": 0.7, "adapter_scale": 1.3, "scale": 0.6}
+BOTH = (FP32, MIXED)
+# Cheap and telling ones first. Rows: whole tiles, one row more, a tile of 8, several chunks; widths and ranks: below a panel, whole panels, several column blocks, beyond a depth
+# block.
+# 64 x 36 floats end at a page, and rows of 36 are no whole vectors: a read beyond the last row is one beyond the page.
+SPECS: list[Spec] = [
+    over(FP32, lead=(65,), width=33, rank=7, residual="other", scale="tensor", gate=True),
+    over(MIXED, lead=(9,), width=160, rank=40, residual="other", scale="tensor", gate=True),
+    *(over(d, lead=(64,), width=64, rank=32, gate=True) for d in BOTH),
+    over(FP32, lead=(64,), width=36, rank=36, gate=True, scale=0.7),
+    over(FP32, lead=(9,), width=40, rank=20, scale="tensor"),
+    *(over(FP32, lead=(65,), width=40, rank=35, activation=a, scale=0.7) for a in ACTIVATIONS),
+    *(over(MIXED, lead=(30,), width=33, rank=7, activation=a, residual=None) for a in ACTIVATIONS),
+    *(over(d, lead=(130,), width=72, rank=20, biases=b, residual=r, gate=g) for d in BOTH for b, r, g in (("none", "input", True), ("up", "other", False), ("down", None, True))),
+    over(FP32, lead=(1,), width=264, rank=8, residual="other"),
+    over(MIXED, lead=(620,), width=72, rank=20, scale="tensor", gate=True),
+    over(FP32, lead=(620,), width=200, rank=200, gate=True),
+    *(
+        over(d, Gated, lead=(2, 33), width=33, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s, **SCALES)
+        for g in GRANULARITIES
+        for d, c, s in ((FP32, "multiply", True), (FP32, "add", False), (MIXED, "multiply", False), (MIXED, "add", True))
+    ),
+    *(over(FP32, Gated, lead=(2, 32), width=w, rank=w, gate_rank=w, granularity=g, save_gate=False) for g in GRANULARITIES for w in (64, 36)),
+    *(over(d, Gated, lead=(1, 9), width=160, rank=40, gate_rank=35, granularity=g, save_gate=s) for g in GRANULARITIES for d, s in ((FP32, False), (MIXED, True))),
+    *(over(d, Gated, lead=(3, 23), width=72, rank=20, gate_rank=36, granularity=g, biases="none", gate_bias=False) for g in GRANULARITIES for d in BOTH),
+    *(
+        over(d, Gated, lead=(2, 310), width=72, rank=20, gate_rank=36, granularity=g, combine=c, save_gate=False)
+        for g in GRANULARITIES
+        for d, c in ((FP32, "multiply"), (MIXED, "add"))
+    ),
+    *(over(FP32, Gated, lead=(2, 65), width=264, rank=200, gate_rank=200, granularity=g, save_gate=False) for g in ("large", "middleX", "small")),
+]
+CALLS: list[Spec] = [
+    over(MIXED, lead=(70,), width=33, rank=7, residual="other", scale="tensor", gate=True),
+    over(FP32, lead=(70,), width=40, rank=7),
+    *(
+        over(d, Gated, lead=(2, 9), width=40, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s)
+        for g in GRANULARITIES
+        for d, c, s in ((FP32, "multiply", False), (MIXED, "add", True))
+    ),
+]
+
+
+def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
+    return mutant is None or mutant.file == FILES[0] or mutant.file.endswith(f"/{op}.cpp")
+
+
+def includes() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    return [f"-isystem{path}" for path in include_paths()]
+
+
+def commands(folder: Path) -> list[list[str]]:
+    guard = str(Path(__file__).with_name("guard.cpp"))
+    return [["g++", *FLAGS, *includes(), "-c", source, "-o", f"{Path(source).stem}.o"] for source in (*SOURCES[:0:-1], SOURCES[0], guard)]
+
+
+def link(folder: Path) -> list[str]:
+    from torch.utils.cpp_extension import library_paths
+
+    (folder / "_cpu_build.json").write_text(json.dumps({"torch": ".".join(torch.__version__.split(".")[:2])}))
+    objects = [f"{Path(source).stem}.o" for source in (*SOURCES, "guard")]
+    return ["g++", "-shared", "-fopenmp", *objects, "-o", "_cpu_avx2.so", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
+
+
+def prepare() -> schemata.Check:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    prepared = [calls.prepare(spec) for spec in SPECS]
+
+    def check(folder: Path, mutant: cpp.Mutant | None) -> str:
+        _cpu._FOLDER = folder
+        assert _cpu.unavailable() is None
+        library = ctypes.CDLL(str(folder / "_cpu_avx2.so"))
+        library.fastadapt_guard()
+        if mutant is not None and not mutant.static:
+            ctypes.c_int.in_dll(library, "fastadapt_mutant").value = mutant.number
+        concerned = [spec for spec in CALLS if concerns(mutant, spec.op)]
+        steps: list[Callable[[], str]] = [
+            partial(calls.first_wrong, [p for p in prepared if concerns(mutant, p.spec.op)], "cpu"),
+            partial(calls.relu_at_zero, "cpu"),
+            partial(calls.first_failing, checks.assert_no_grad_path, concerned, "cpu"),
+            partial(calls.first_failing, checks.assert_single_gradients, concerned, "cpu"),
+            partial(calls.first_failing, checks.assert_deterministic, concerned, "cpu"),  # for two threads too: ranges that do not begin at 0
+            partial(calls.gates_far_from_zero, "cpu") if concerns(mutant, "gated_bottleneck") else str,
+            partial(calls.first_failing, checks.assert_rounds_parameters, [s for s in concerned if s.param_dtype != s.dtype], "cpu"),
+            partial(calls.first_failing, checks.assert_any_layout, [s for s in concerned if "large_full" not in str(s)], "cpu"),  # large_full's gate is torch's own product
+        ]
+        return next(filter(None, (step() for step in steps)), "")
+
+    return check
+
+
+FAMILY = schemata.Family("cpu", FILES, commands, ("cpu_ops.o", "guard.o"), link, prepare, EXPLAINED)
+
+if __name__ == "__main__":
+    sys.exit(schemata.main(FAMILY))

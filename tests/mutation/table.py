@@ -1,0 +1,65 @@
+"""The record of a family's mutants: a JSON file in tests/data, and the exit status."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Row(NamedTuple):
+    """One mutant's fate, with the text of its line."""
+
+    place: str
+    kind: str
+    before: str
+    after: str
+    killed_by: str | None
+    line_text: str
+
+
+def path(family: str) -> Path:
+    return ROOT / "tests" / "data" / f"{family}_mutants.json"
+
+
+def write(family: str, sources: Mapping[str, str], generated: int, rows: Iterable[Row], explained: Mapping[tuple[str, str], str]) -> int:
+    """Writes the table, with hashes of the mutated ``sources`` (file -> text), and names the survivors that have no explanation; 1 if there are any.
+
+    Args:
+        explained: (kind, a part of "before -> after in line") -> why no test can see it.
+    """
+    out = []
+    for row in rows:
+        why = (
+            None
+            if row.killed_by
+            else next((reason for (kind, part), reason in explained.items() if kind == row.kind and part in f"{row.before} -> {row.after} in {row.line_text}"), None)
+        )
+        out.append({"place": row.place, "kind": row.kind, "before": row.before[:200], "after": row.after[:200], "killed_by": row.killed_by, "explanation": why})
+    survivors = [r for r in out if r["killed_by"] is None]
+    unexplained = [r for r in survivors if r["explanation"] is None]
+    counts = {"generated": generated, "tried": len(out), "killed": len(out) - len(survivors), "survived": len(survivors), "unexplained": len(unexplained)}
+    kinds = dict(sorted(Counter(row["kind"] for row in out).items()))
+    digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in sources.items()}
+    head = json.dumps({"sources": digests, **counts, "kinds": kinds}, indent=1).removesuffix("\n}")
+    path(family).write_text(head + ',\n "mutants": [\n' + ",\n".join(map(json.dumps, out)) + "\n]}\n")
+    for row in unexplained:
+        print(f"unexplained: {row['place']} {row['kind']}: {row['before']!r} -> {row['after']!r}")
+    print(f"{family}: {', '.join(f'{n} {what}' for what, n in counts.items())}: {path(family).relative_to(ROOT)}")
+    return int(bool(unexplained))
+
+
+def explain_again(family: str, sources: Mapping[str, str], explained: Mapping[tuple[str, str], str]) -> int:
+    """Writes the table of these very sources again, with other explanations."""
+    old = json.loads(path(family).read_text())
+    assert old["sources"] == {file: hashlib.sha256(text.encode()).hexdigest() for file, text in sources.items()}, f"{path(family).name} is of other sources"
+    rows = []
+    for row in old["mutants"]:
+        file, line = row["place"].split(":")
+        rows.append(Row(row["place"], row["kind"], row["before"], row["after"], row["killed_by"], sources[file].splitlines()[int(line) - 1].strip()))
+    return write(family, sources, old["generated"], rows, explained)

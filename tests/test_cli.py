@@ -1,0 +1,129 @@
+"""``fastadapt explain``: what it prints, in which words, and with which exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastadapt import backend, cli
+from fastadapt.ops import _cost
+
+SHAPE = ("--rows", "8192", "--width", "768", "--rank", "96")
+
+
+@pytest.fixture(autouse=True)
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FASTADAPT_CALIBRATION", "")
+    _cost.calibration.cache_clear()
+    backend._choice.cache_clear()
+    with backend.use("auto"):
+        yield
+    _cost.calibration.cache_clear()
+    backend._choice.cache_clear()
+
+
+def explain(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert cli.main(["explain", *args]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("op", ["bottleneck", "gated_bottleneck"])
+def test_any_architecture_without_a_gpu(capsys: pytest.CaptureFixture[str], op: str, arch: str) -> None:
+    first, *rest = explain(capsys, op, *SHAPE, "--dtype", "bf16", "--param-dtype", "fp32", "--device", arch).splitlines()
+    assert first == f"{op}: rows=8192 width=768 rank=96 torch.bfloat16 (parameters torch.float32) on {arch.rstrip('a')}: cuda"
+    for name, line in zip(("cuda", "triton", "reference"), rest, strict=False):
+        assert line.startswith(f"  {name}: can run it, ") and " us modelled: forward " in line and " backward " in line and "launches, mostly " in line
+    assert rest[3].startswith("  times modelled for ") and rest[3].endswith(", not measured")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_what_this_machine_lacks_is_said_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    out = explain(capsys, "bottleneck", *SHAPE, "--device", "sm_90")
+    here = [line for line in out.splitlines() if line.startswith("  on this machine: ")]
+    assert [line.split(": ")[1] for line in here] == ["cuda", "triton"] and out.splitlines()[0].endswith("on sm_90: cuda")
+    out = explain(capsys, "bottleneck", *SHAPE, "--dtype", "fp32", "--device", "sm_90")
+    assert out.splitlines()[0].endswith("on sm_90: triton") and "  cuda: the cuda kernels take bfloat16 and float16, not torch.float32" in out
+    assert [line.split(": ")[1] for line in out.splitlines() if "on this machine" in line] == ["triton"]
+
+
+def test_devices_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    out = explain(capsys, "bottleneck", *SHAPE, "--device", "cpu", "--dtype", "fp64")
+    assert out.splitlines()[0].endswith("torch.float64 (parameters torch.float64) on cpu: reference") and "  cpu: the cpu kernels take" in out and " us " not in out
+    if not torch.cuda.is_available():
+        out = explain(capsys, "bottleneck", *SHAPE, "--device", "cuda")
+        assert out.splitlines()[0].endswith("on cuda: reference") and "  triton: " in out and "  cuda: " in out
+        assert "on cpu: " in explain(capsys, "bottleneck", *SHAPE)
+
+
+def test_options_reach_the_call(capsys: pytest.CaptureFixture[str]) -> None:
+    def call(*args: str) -> dict[str, Any]:
+        return json.loads(explain(capsys, *args, "--json", "--device", "sm_80"))
+
+    told = call("gated_bottleneck", *SHAPE, "--gate-rank", "48", "--dtype", "fp16", "--param-dtype", "fp16")
+    assert told["call"]["options"] == {"gate_rank": 48, "granularity": "large"} and told["call"]["dtype"] == told["call"]["param_dtype"] == "torch.float16"
+    assert call("gated_bottleneck", *SHAPE)["call"]["options"]["gate_rank"] == 96
+    assert call("gated_bottleneck", *SHAPE, "--granularity", "small")["call"]["options"] == {"gate_rank": 0, "granularity": "small"}
+    assert call("gated_bottleneck", *SHAPE, "--granularity", "large_full")["call"]["options"] == {"gate_rank": 0, "granularity": "logits"}
+    assert call("bottleneck", *SHAPE)["call"] == {
+        "op": "bottleneck", "device": "cuda", "dtype": "torch.bfloat16", "param_dtype": "torch.float32", "rows": 8192, "width": 768, "rank": 96, "options": {}, "arch": 80
+    }  # fmt: skip
+
+
+def test_json_has_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(explain(capsys, "bottleneck", *SHAPE, "--device", "sm_90", "--json"))
+    assert told["chosen"] == "cuda" and told["basis"] == "times modelled for H100-SXM5, not measured" and set(told["backends"]) == {"cuda", "triton", "reference"}
+    backward = told["backends"]["cuda"]["estimate"]["backward"]
+    assert [term[0] for term in backward["terms"]] == ["pack", "rows", "slabs", "reduce"]
+    assert sum(term[1] for term in backward["terms"]) == pytest.approx(backward["gpu"]) and all(
+        term[2] in ("flops", "hbm", "l2", "latency", "launch") for term in backward["terms"]
+    )
+    assert backward["microseconds"] == max(backward["gpu"], backward["host"])
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("bottle", *SHAPE), "argument op: unknown op 'bottle': must be one of bottleneck, gated_bottleneck"),
+        (("bottleneck", *SHAPE, "--device", "gpu"), "argument --device: unknown device 'gpu': must be cpu, cuda or an architecture such as sm_90"),
+        (("bottleneck", *SHAPE, "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+        (("bottleneck", "--rows", "0", "--width", "8", "--rank", "2"), "argument --rows: must be at least 1, not 0"),
+        (("bottleneck", "--rows", "4"), "the following arguments are required: --width, --rank"),
+        (("gated_bottleneck", *SHAPE, "--granularity", "huge"), "argument --granularity: invalid choice: 'huge'"),
+    ],
+)
+def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], args: tuple[str, ...], why: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["explain", *args])
+    assert exit.value.code == 2 and why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("bottleneck", *SHAPE, "--gate-rank", "8"), "--granularity and --gate-rank are options of gated_bottleneck, not of bottleneck"),
+        (("bottleneck", *SHAPE, "--granularity", "small"), "--granularity and --gate-rank are options of gated_bottleneck, not of bottleneck"),
+        (("bottleneck", *SHAPE, "--dtype", "bf16", "--param-dtype", "fp16"), "--param-dtype must be bf16 or fp32, not fp16"),
+        (("gated_bottleneck", *SHAPE, "--granularity", "small", "--gate-rank", "8"), "--gate-rank is an option of granularity large, not of small"),
+    ],
+)
+def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], args: tuple[str, ...], why: str) -> None:
+    assert cli.main(["explain", *args, "--device", "sm_80"]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_demand_that_cannot_be_met() -> None:
+    command = [sys.executable, "-m", "fastadapt.cli", "explain", "bottleneck", *SHAPE, "--dtype", "fp32", "--device", "sm_90"]
+    done = subprocess.run(command, env={**os.environ, "FASTADAPT_BACKEND": "cuda"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "fastadapt explain: backend 'cuda' was demanded but cannot run bottleneck with torch.float32, width 768, rank 96 on sm_90: "
+        "the cuda kernels take bfloat16 and float16, not torch.float32\n"
+    )
