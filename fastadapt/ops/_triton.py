@@ -282,7 +282,7 @@ def reduce_kernel(
         if DBU is not None:
             tl.store(DBU + columns, (full * g * s).to(DBU.dtype.element_ty), mask=exists)
         if BU is not None:
-            b += load_vector(BU, columns, D, DTYPE) * s
+            b = load_vector(BU, columns, D, DTYPE) * s
     for start in tl.static_range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         mask = exists[:, None] & (r < R)[None, :]

@@ -34,17 +34,12 @@ SOURCES = {file: (ROOT / file).read_text() for file in FILES}
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
     ("constant", "other=0.0"): "what fills the padding is masked at the store, or meets a factor that is zero there",
-    ("rounding", ".to(dtype)"): "without the rounding of a parameter to the activations' dtype the result is nearer to the exact one",
     ("mask", "<= R"): "chooses a masked load where an unmasked one would do: the same numbers",
-    ("rounding", "SCALE).to(DTYPE)"): "without the rounding of a parameter to the activations' dtype the result is nearer to the exact one",
-    ("rounding", "x.to(tl.float32) * w_x"): "the product with an fp32 vector is fp32 either way",
-    ("rounding", "load_tile(RESIDUAL"): "the sum with an fp32 tile is fp32 either way",
-    ("rounding", "sums.to(OUT.dtype.element_ty)"): "a store converts to what its pointer points to",
-    ("constant", "tl.where(z > 0.0, 1.0"): "this run's relu call is in bf16, where eager's own error is 5 %; the fp32 relu call of tests/triton/interpret fails on it",
+    ("rounding", "in tl.store("): "a store converts to what its pointer points to",
+    ("rounding", ".to(tl.float32) ->"): "what it is added to or multiplied with is fp32, and so is the result either way",
+    ("rounding", "x.to(tl.float32)"): "the product with an fp32 vector is fp32 either way",
     ("constant", "-80.0"): "any bound below 88 keeps exp in range, and above 17 its result exact",
     ("mask", "tl.sum(d_logit[:, None]"): "the place behind the width gets the sum of dl, or the next sums, right afterwards",
-    ("mask", "i < end"): "the function was called from nowhere, and is gone",
-    ("mask", "z > 0.0"): "the slope of relu at exactly 0, which no drawn pre-activation hits",
 }
 
 

@@ -46,7 +46,7 @@ OPTIONS = [
     over(MIXED, rank=96, lead=(37,), width=96, residual="other", gate=True, scale=0.3),
     over(MIXED, rank=40, lead=(37,), width=96, residual=None, gate=True, biases="none"),
     over(MIXED, rank=96, lead=(37,), width=96, heads=2),
-    over(FP32, lead=(9,), rank=6, scale="tensor", gate=True),
+    over(FP32, lead=(9,), rank=6, width=33, scale="tensor", gate=True),
 ]
 SCALES: dict[str, Any] = {"input_scale": 0.5, "adapter_scale": -1.5, "scale": 0.3}
 WIDE: dict[str, Any] = {"lead": (3, 23), "rank": 96, "gate_rank": 72, "width": 96}
@@ -55,15 +55,17 @@ GATED = [
     *(over(MIXED, Gated, granularity=g, gate_bias=g == "large", save_gate=False, combine="add", **WIDE, **SCALES) for g in GRANULARITIES),
     *(over(BF16, Gated, granularity=g, gate_bias=g == "large", save_gate=True, **WIDE, **SCALES) for g in GRANULARITIES),
 ]
-# Their gate bias is one number, which takes eight seeds.
+# Ragged widths; a gate bias is one number, which takes eight seeds.
 GATED_SMALL = [
     over(FP32, Gated, lead=(2, 9), rank=7, width=33, granularity="middleX", activation="silu"),
     over(FP16_MIXED, Gated, lead=(2, 9), rank=7, width=33, granularity="small"),
+    over(MIXED, Gated, lead=(2, 9), rank=7, width=33, granularity="middleY"),
 ]
 REAL = [over(MIXED, lead=(65,), width=768, rank=96, scale=0.3), over(MIXED, Gated, lead=(5, 13), width=768, rank=96, gate_rank=96)]
 # More rows in a sample than one step of the mean takes.
 LONG = [over(MIXED, Gated, lead=(2, 150), width=64, rank=7, granularity="small", biases="none", gate_bias=False)]
-SPLITS = [over(d, lead=(600,), rank=r, width=64, gate=True, biases=b, scale=0.5) for d, r, b in ((FP32, 7, "up"), (MIXED, 96, "both"))]
+# Three splits, and in fp32 more row tiles than one step of their column sums takes.
+SPLITS = [over(d, lead=(600,), rank=r, width=64, gate=True, scale=0.5) for d, r in ((FP32, 64), (MIXED, 96))]
 CALLS = [
     over(MIXED, lead=(3, 13), residual="other", scale="tensor", gate=True),
     over(FP32, Gated, lead=(3, 5)),
