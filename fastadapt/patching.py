@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastadapt import backend, checkpoint, hosts, methods
 from fastadapt.checkpoint import AdapterFileError
-from fastadapt.hosts.roles import UnknownHostError, is_adapted
+from fastadapt.hosts.roles import UnknownHostError, is_adapted, is_beside
 from fastadapt.methods import MethodConfig
 
 __all__ = ["AdapterFileError", "Handle", "Report", "SiteReport", "UnknownHostError", "load", "patch"]
@@ -54,7 +54,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.method} ({self.name}): {len(self.sites)} sites, {self.trainable:,} of {self.total:,} parameters trained ({self.percent:.4f} %)"]
-        width = max(len(s.id) for s in self.sites)
+        width = max((len(s.id) for s in self.sites), default=0)
         lines += [f"  {s.id:<{width}}  {s.module} {s.parameters:,} parameters, {s.backend}" for s in self.sites]
         passed_over = Counter((name, s.backend, "; ".join(why)) for s in self.sites for name, why in s.reasons.items() if why)
         lines += [f"  {chosen} instead of {name} at {count} sites: {why}" for (name, chosen, why), count in passed_over.items()]
@@ -146,6 +146,10 @@ class Handle:
 
     # What there is.
 
+    def _adapters(self) -> list[nn.Module]:
+        """Every adapter once."""
+        return list({id(site.module): site.module for site in self._sites}.values())
+
     @property
     def sites(self) -> dict[str, nn.Module]:
         """The adapters by site id."""
@@ -175,13 +179,13 @@ class Handle:
 
     def reset_parameters(self) -> None:
         """Draws the adapters' starting values again, for instance after ``to_empty`` on a model built on the meta device."""
-        for site in self._sites:
-            site.module.reset_parameters()  # type: ignore[operator]
+        for module in self._adapters():
+            module.reset_parameters()  # type: ignore[operator]
 
     # Tasks.
 
     def set_task(self, task: str) -> None:
-        """Makes ``task`` the active one. The methods here share one adapter between tasks, so only prompts depend on it (`fastadapt.methods.task_prompt`).
+        """Makes ``task`` the active one: its adapters run, where the method has one per task; the others get no gradient.
 
         Raises:
             ValueError: the task is none of ``tasks``.
@@ -189,17 +193,24 @@ class Handle:
         if task not in self.tasks:
             known = f"must be one of {', '.join(self.tasks)}" if self.tasks else "the model was patched without tasks"
             raise ValueError(f"task: {task!r} is unknown; {known}")
+        self._select(task)
+
+    def _select(self, task: str | None) -> None:
+        for module in self._adapters():
+            for part in module.modules():
+                if (set_task := getattr(part, "set_task", None)) is not None:
+                    set_task(task)
         self.active_task = task
 
     @contextlib.contextmanager
     def task(self, task: str) -> Iterator[Handle]:
-        """`set_task` inside the ``with`` block only."""
+        """`set_task` inside the ``with`` block only. With gradient checkpointing backward runs layers again: keep it inside the block."""
         before = self.active_task
         self.set_task(task)
         try:
             yield self
         finally:
-            self.active_task = before
+            self._select(before)
 
     # Off and on, in and out.
 
@@ -336,8 +347,9 @@ class Handle:
                 target[key].copy_(tensor)
 
     def _tensors(self) -> dict[str, Tensor]:
-        adapters = {f"{site.id}/{name}": parameter for site in self._sites for name, parameter in site.module.named_parameters()}
-        return {**adapters, **{f"base/{trained.id}": trained.parameter for trained in self._trained}}
+        """What a file holds, each tensor once: a shared one under the first of its names."""
+        adapters = {parameter: f"{site.id}/{name}" for site in reversed(self._sites) for name, parameter in reversed(list(site.module.named_parameters()))}
+        return {**{name: p for p, name in reversed(adapters.items())}, **{f"base/{trained.id}": trained.parameter for trained in self._trained}}
 
     def _check_active(self) -> None:
         if self.model.__dict__.get(_ATTRIBUTE) is not self:
@@ -374,8 +386,8 @@ def patch(
 
     Args:
         model: a transformers model with BART or T5 layers anywhere inside (`fastadapt.hosts.families`), on any device, the meta device included.
-        method: "vl_adapter" or "vlpet", or a config of `fastadapt.methods`.
-        tasks: names of the tasks that `Handle.set_task` will accept.
+        method: a name of `fastadapt.methods.available`, or a config of `fastadapt.methods`.
+        tasks: names of the tasks that `Handle.set_task` will accept; needed where the method has an adapter per task.
         name: name of the patch, kept in reports and files.
         init: "repo", the published starting values, or "identity": the model's output stays exactly what it was.
         dtype: of the adapters' parameters; None: the base's, float32 if that is a half precision.
@@ -410,11 +422,12 @@ def patch(
     handle = Handle(model, config, resolved, name, init, tuple(tasks or ()), ())
     labels = _labels(blocks)
     handle.skipped = tuple(refused)
+    shared: dict[str, nn.Module] = {}
     for path, block, host in blocks:
-        _build(handle, path, block, host, labels[path], dtype)
-    if not handle._sites:
-        raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + "; ".join(f"{path}: {why}" for path, why in handle.skipped))
+        _build(handle, path, block, host, labels[path], dtype, shared)
     handle._trained = _trained(model, blocks, labels, resolved)
+    if not handle._sites and (config.roles() or not handle._trained):
+        raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + "; ".join(f"{path}: {why}" for path, why in handle.skipped))
     handle._before = _Before(
         [(module, name, p.requires_grad) for module in model.modules() for name, p in module._parameters.items() if p is not None],
         [(module, module.training) for module in model.modules()],
@@ -435,7 +448,7 @@ def patch(
     return handle
 
 
-def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label: str, dtype: torch.dtype | None) -> None:
+def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label: str, dtype: torch.dtype | None, shared: dict[str, nn.Module]) -> None:
     """Makes the adapters of one block and the class changes that put them in; changes nothing in the model."""
     settings = handle.resolved[host.family]
     swaps: dict[str, _Swap] = {}
@@ -452,8 +465,13 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
         if dtype not in (None, base_dtype, torch.float32):
             raise TypeError(f"dtype: adapters of {dtype} over a base of {base_dtype}; must be that or float32")
         parameter_dtype = dtype or (base_dtype if base_dtype == torch.float64 else torch.float32)
-        width = _width(host.width(block), owner, owner_path, place.role)
-        module = settings.build(place.role, methods.Target(host.family, width, host.init(block)), handle.init, device=reference.device, dtype=parameter_dtype)
+        width = host.width(block)
+        features: Any = (owner.in_features, owner.out_features) if is_beside(place.role) else (width, width)
+        target = methods.Target(host.family, features[0], features[1], host.init(block), owner_path, int(label.rpartition(".")[2]), handle.tasks, shared)
+        module = settings.build(place.role, target, handle.init, device=reference.device, dtype=parameter_dtype)
+        if module is None:
+            handle.skipped += ((site_id, f"{settings.method} leaves out this layer"),)
+            continue
         module.train(owner.training)
         handle._sites.append(_Site(site_id, owner_path, place.slot, owner, module, base_dtype))
         swaps.setdefault(place.owner, _Swap(owner, type(owner), adapted, {})).slots[place.slot] = module
@@ -522,12 +540,6 @@ def _check_owner(owner: nn.Module, path: str, slot: str) -> None:
         raise ValueError(f"model: {path} has a {slot!r} already")
 
 
-def _width(width: int, owner: nn.Module, path: str, role: str) -> int:
-    if role.endswith(".value") and (owner.in_features, owner.out_features) != (width, width):
-        raise ValueError(f"model: {path} maps {owner.in_features} to {owner.out_features}; an adapter beside it needs width {width} on both sides")
-    return width
-
-
 def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
@@ -563,7 +575,12 @@ def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], 
     norms = tuple({norm for _, _, host in blocks for norm in host.norms})
     everywhere = any(config.layer_norms == "all" for config in resolved.values())
     inside = [container for container, host in encoders.items() if resolved[host.family].layer_norms == "encoder"]
-    visual = any(config.visual_embedding for config in resolved.values())
+
+    def wants(option: str) -> bool:
+        return any(getattr(config, option) for config in resolved.values())
+
+    visual = wants("visual_embedding")
+    named = {name for config in resolved.values() for name in config.trained_modules}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -577,8 +594,14 @@ def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], 
         module, name = holders[0]
         path = paths[key][0]
         # A token table that the visual embedding borrows from the host belongs to the host.
-        in_visual = visual and all("visual_embedding" in p.split(".") for p in paths[key])
-        if in_visual or (isinstance(module, norms) and (everywhere or any(_under(path, container) for container in inside))):
+        in_visual = all("visual_embedding" in p.split(".") for p in paths[key])
+        if (
+            (visual if in_visual else wants("language_model"))
+            or (wants("biases") and any("bias" in p for p in paths[key]))
+            or (wants("lm_head") and any("lm_head" in p or "shared" in p for p in paths[key]))
+            or any(part in named for p in paths[key] for part in p.split("."))
+            or (isinstance(module, norms) and (everywhere or any(_under(path, container) for container in inside)))
+        ):
             parameter = module._parameters[name]
             trained.append((path, _Trained(_base_id(path, labels), holders, nn.Parameter(parameter.detach().clone(), requires_grad=False))))  # type: ignore[union-attr]
     ids = [t.id for _, t in trained]

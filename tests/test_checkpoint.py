@@ -191,8 +191,8 @@ def test_other_method_and_options(folder: Path) -> None:
     refused(folder, "rank is 8 in the file and 16 here", rank=16)
     handle = patch(tiny("bart"), "vlpet", save_gate=False, **SMALL["vlpet"])
     handle.load(folder)  # how backward gets the gate is no property of the adapter
-    edit(folder, method="lora")
-    refused_fresh(folder, "'lora' is unknown", error=ValueError)
+    edit(folder, method="vlpat")
+    refused_fresh(folder, "'vlpat' is unknown", error=ValueError)
     edit(folder, method="vlpet", options={"bart": {"rnk": 1}})
     refused_fresh(folder, "unknown option 'rnk'")
     edit(folder, options=None)

@@ -90,12 +90,20 @@ _SOURCES: dict[type[nn.Module], dict[str, str]] = {
     modeling_bart.BartEncoderLayer: {"bcb0301b3fc6f8a4": "5.23", "14b1396be15a2de9": "5.8, 5.16, 5.22"},
     modeling_bart.BartDecoderLayer: {"e7637ffa58da6b8a": "5.8, 5.16, 5.22, 5.23"},
 }
-_ENCODER = (Place("encoder.self_attention", "", "self_attention_adapter"), Place("encoder.feed_forward", "", "feed_forward_adapter"))
+_ENCODER = (
+    Place("encoder.self_attention", "", "self_attention_adapter"),
+    Place("encoder.feed_forward", "", "feed_forward_adapter"),
+    Place("encoder.self_attention.query", "self_attn.q_proj", "parallel_adapter"),
+    Place("encoder.self_attention.value", "self_attn.v_proj", "parallel_adapter"),
+)
 _DECODER = (
     Place("decoder.self_attention", "", "self_attention_adapter"),
     Place("decoder.cross_attention", "", "cross_attention_adapter"),
     Place("decoder.feed_forward", "", "feed_forward_adapter"),
-    Place("decoder.cross_attention.value", "encoder_attn.v_proj", "value_adapter"),
+    Place("decoder.self_attention.query", "self_attn.q_proj", "parallel_adapter"),
+    Place("decoder.self_attention.value", "self_attn.v_proj", "parallel_adapter"),
+    Place("decoder.cross_attention.query", "encoder_attn.q_proj", "parallel_adapter"),
+    Place("decoder.cross_attention.value", "encoder_attn.v_proj", "parallel_adapter"),
 )
 
 

@@ -33,6 +33,11 @@ ROLES: dict[str, str] = {
     "decoder.self_attention": "module(h, x): the same in the decoder",
     "decoder.cross_attention": "module(h, x): the same behind cross-attention",
     "decoder.feed_forward": "module(h, x): the same behind the feed-forward network",
+    "encoder.self_attention.query": "module(x, q): q is the query projection of x; the result is scaled and split into heads",
+    "encoder.self_attention.value": "module(x, v): the same beside the value projection",
+    "decoder.self_attention.query": "module(x, q): the same in the decoder",
+    "decoder.self_attention.value": "module(x, v): the same in the decoder; the result is cached",
+    "decoder.cross_attention.query": "module(x, q): the same in cross-attention",
     "decoder.cross_attention.value": "module(kv, v): v is the value projection of the encoder's output kv; the result is split into heads, and cached",
 }
 
@@ -86,12 +91,17 @@ class Host:
             UnknownHostError: the owner's class, or the source of its forward, is unknown.
         """
         cls = type(owner)
-        if role.endswith(".value"):
+        if is_beside(role):
             return beside(cls)  # type: ignore[arg-type]
         if cls not in self.adapted:
             raise UnknownHostError(f"{cls.__module__}.{cls.__name__} is no layer of {self.family} that is known; known: {', '.join(c.__name__ for c in self.adapted)}")
         check_source(cls, self.sources[cls])
         return self.adapted[cls]
+
+
+def is_beside(role: str) -> bool:
+    """Whether a role is that of a module beside a projection."""
+    return role.endswith((".query", ".key", ".value"))
 
 
 _hosts: dict[type[nn.Module], Host] = {}
@@ -155,7 +165,7 @@ class _Beside:
     """A projection with a parallel adapter: ``adapter(x, projection(x))``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.value_adapter(x, super().forward(x))  # type: ignore[attr-defined, misc]
+        return self.parallel_adapter(x, super().forward(x))  # type: ignore[attr-defined, misc]
 
 
 class Linear(_Beside, nn.Linear):
@@ -167,11 +177,11 @@ _adapted.add(Linear)
 
 @functools.cache
 def beside(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a projection's class (nn.Linear or a quantised one) that runs its child ``value_adapter`` beside it; cached, and found by pickle under its qualified name."""
+    """The subclass of a projection's class (nn.Linear or a quantised one) that runs its child ``parallel_adapter`` beside it; cached, and found by pickle by its qualified name."""
     if cls is nn.Linear:
         return Linear
     if not issubclass(cls, nn.Linear):
-        raise UnknownHostError(f"the value projection is a {cls.__module__}.{cls.__name__}, not an nn.Linear")
+        raise UnknownHostError(f"the projection is a {cls.__module__}.{cls.__name__}, not an nn.Linear")
     name = f"{cls.__module__}_{cls.__qualname__}".replace(".", "_")
     adapted = type(cls.__name__, (_Beside, cls), {"__module__": __name__, "__qualname__": name})
     globals()[name] = adapted

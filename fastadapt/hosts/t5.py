@@ -54,12 +54,20 @@ class T5LayerFF(modeling_t5.T5LayerFF):
         return hidden_states + self.dropout(output)
 
 
-_ENCODER = (Place("encoder.self_attention", "layer.0", "adapter"), Place("encoder.feed_forward", "layer.1", "adapter"))
+_ENCODER = (
+    Place("encoder.self_attention", "layer.0", "adapter"),
+    Place("encoder.feed_forward", "layer.1", "adapter"),
+    Place("encoder.self_attention.query", "layer.0.SelfAttention.q", "parallel_adapter"),
+    Place("encoder.self_attention.value", "layer.0.SelfAttention.v", "parallel_adapter"),
+)
 _DECODER = (
     Place("decoder.self_attention", "layer.0", "adapter"),
     Place("decoder.cross_attention", "layer.1", "adapter"),
     Place("decoder.feed_forward", "layer.2", "adapter"),
-    Place("decoder.cross_attention.value", "layer.1.EncDecAttention.v", "value_adapter"),
+    Place("decoder.self_attention.query", "layer.0.SelfAttention.q", "parallel_adapter"),
+    Place("decoder.self_attention.value", "layer.0.SelfAttention.v", "parallel_adapter"),
+    Place("decoder.cross_attention.query", "layer.1.EncDecAttention.q", "parallel_adapter"),
+    Place("decoder.cross_attention.value", "layer.1.EncDecAttention.v", "parallel_adapter"),
 )
 
 register(

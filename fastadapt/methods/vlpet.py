@@ -76,11 +76,13 @@ class VLPETConfig(MethodConfig):
     def roles(self) -> tuple[str, ...]:
         return "encoder.self_attention", "encoder.feed_forward", "decoder.cross_attention.value"
 
-    def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         # The published T5 runs start from zero up-projections and gate ends, BART's from the host's rule throughout.
         zero = () if init == "repo" and target.family != "t5" else ("up_sampler", *_GATE_ENDS)
         rule = Init(target.init.std, zero)
         if role == "decoder.cross_attention.value":
+            if target.width != target.out_width:
+                raise ValueError(f"model: {target.path} maps {target.width} to {target.out_width}; an adapter beside it needs one width on both sides")
             return ValueParallelAdapter(target.width, self.value_rank, activation=self.activation, scale=self.value_scale, init=rule, device=device, dtype=dtype)  # type: ignore[arg-type]
         return GatedBottleneck(
             target.width,

@@ -3,5 +3,10 @@
 from fastadapt.nn.bottleneck import Bottleneck, ValueParallelAdapter
 from fastadapt.nn.gated_bottleneck import GatedBottleneck
 from fastadapt.nn.init import Init
+from fastadapt.nn.lora import LoRA
+from fastadapt.nn.per_task import PerTask
+from fastadapt.nn.projections import LowRankLinear, PHMLinear, Projection, share
 
-__all__ = ["Bottleneck", "GatedBottleneck", "Init", "ValueParallelAdapter"]
+__all__ = [
+    "Bottleneck", "GatedBottleneck", "Init", "KeyValueAdapter", "LoRA", "LowRankLinear", "PHMLinear", "PerTask", "Projection", "TemporalEmbedding", "UniAdapter", "ValueParallelAdapter", "frame_scores", "frame_weights", "share",
+]  # fmt: skip

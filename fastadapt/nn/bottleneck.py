@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.init import TORCH, Init, linear, positive, weights
+from fastadapt.nn.projections import Projection
 
 
 class Bottleneck(nn.Module):
@@ -29,6 +31,7 @@ class Bottleneck(nn.Module):
         pair: VL-PET's down-up-pair form: ``up_sampler`` is block diagonal, (D, R / heads); head i writes the i-th D / heads outputs.
         norm_before, norm_after: layer norms (eps 1e-5) of the input and of the scaled output.
         bias: biases of the projections.
+        projection: makes ``down_sampler`` and ``up_sampler`` in place of ``nn.Linear``, for instance a `PHMLinear` (Compacter) or a `LowRankLinear`; not with ``pair``.
         init: starting values.
 
     Raises:
@@ -48,6 +51,7 @@ class Bottleneck(nn.Module):
         norm_before: bool = False,
         norm_after: bool = False,
         bias: bool = True,
+        projection: Projection | None = None,
         init: Init = TORCH,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -55,11 +59,14 @@ class Bottleneck(nn.Module):
         super().__init__()
         up_rank = check_projections(width, rank, heads, pair, activation)
         check_scales(scale=scale)
+        if pair and projection is not None:
+            raise ValueError("projection: only Linears can be block diagonal (pair=True)")
         self.activation, self.residual, self.scale, self.heads, self.pair, self.init = activation, residual, float(scale), heads, pair, init
         self._blocks = heads if pair else 1
         self._residual: Literal["input"] | None = "input" if residual else None
-        self.down_sampler = linear(width, rank, bias, device=device, dtype=dtype)
-        self.up_sampler = linear(up_rank, width, bias, device=device, dtype=dtype)
+        make = projection or functools.partial(linear, bias=bias)
+        self.down_sampler = make(width, rank, device=device, dtype=dtype)
+        self.up_sampler = make(up_rank, width, device=device, dtype=dtype)
         self.register_module("pre_layer_norm", nn.LayerNorm(width, device=device, dtype=dtype) if norm_before else None)
         self.register_module("post_layer_norm", nn.LayerNorm(width, device=device, dtype=dtype) if norm_after else None)
         self.reset_parameters()
@@ -84,7 +91,7 @@ class Bottleneck(nn.Module):
 
     def call(self) -> dict[str, Any]:
         """The op that `forward` calls and the sizes that decide its backend, as `fastadapt.backend.explain` takes them."""
-        return {"op": "bottleneck", "width": self.down_sampler.in_features, "rank": self.down_sampler.out_features, "param_dtype": self.down_sampler.weight.dtype}
+        return {"op": "bottleneck", "width": self.down_sampler.in_features, "rank": self.down_sampler.out_features, "param_dtype": next(self.parameters()).dtype}
 
     def extra_repr(self) -> str:
         parts = [f"width={self.down_sampler.in_features}", f"rank={self.down_sampler.out_features}", f"activation={self.activation!r}"]
@@ -114,12 +121,13 @@ class ValueParallelAdapter(Bottleneck):
         norm_before: bool = False,
         norm_after: bool = False,
         bias: bool = True,
+        projection: Projection | None = None,
         init: Init = TORCH,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            width, rank, activation=activation, scale=scale, heads=heads, pair=pair, norm_before=norm_before, norm_after=norm_after, bias=bias, init=init,
+            width, rank, activation=activation, scale=scale, heads=heads, pair=pair, norm_before=norm_before, norm_after=norm_after, bias=bias, projection=projection, init=init,
             device=device, dtype=dtype,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_projections, check_scales
 from fastadapt.nn.init import TORCH, Init, linear, positive, weights
+from fastadapt.nn.projections import Projection
 
 Granularity = Literal["large", "large_full", "middleX", "middleY", "small"]
 GRANULARITIES = ("large", "large_full", "middleX", "middleY", "small")
@@ -32,7 +34,7 @@ class GatedBottleneck(nn.Module):
         granularity: "large", "large_full", "middleX", "middleY" or "small".
         gate_rank: Rg of ``large``; None: as ``rank``.
         combine: "multiply" or "add".
-        activation, heads, pair, bias, init: as in `Bottleneck`; ``bias`` also holds for the gate.
+        activation, heads, pair, bias, projection, init: as in `Bottleneck`; ``bias`` also holds for the gate.
         input_scale, adapter_scale, scale: c, s_a, s.
         save_gate: keep H' and the gate for backward instead of recomputing them; None lets the backend decide.
 
@@ -55,6 +57,7 @@ class GatedBottleneck(nn.Module):
         adapter_scale: float = 1.0,
         scale: float = 1.0,
         bias: bool = True,
+        projection: Projection | None = None,
         save_gate: bool | None = None,
         init: Init = TORCH,
         device: torch.device | str | None = None,
@@ -77,8 +80,11 @@ class GatedBottleneck(nn.Module):
         self.input_scale, self.adapter_scale, self.scale, self.save_gate = float(input_scale), float(adapter_scale), float(scale), save_gate
         self._blocks = heads if pair else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.down_sampler = linear(width, rank, bias, **factory)
-        self.up_sampler = linear(up_rank, width, bias, **factory)
+        if pair and projection is not None:
+            raise ValueError("projection: only Linears can be block diagonal (pair=True)")
+        make = projection or functools.partial(linear, bias=bias)
+        self.down_sampler = make(width, rank, **factory)
+        self.up_sampler = make(up_rank, width, **factory)
         if granularity == "large":
             self.gate_down = linear(width, gate_rank, bias, **factory)
             self.gate_up = linear(gate_rank, width, bias, **factory)
@@ -117,7 +123,7 @@ class GatedBottleneck(nn.Module):
         # The gate of large_full reaches the op as logits.
         kind = "logits" if self.granularity == "large_full" else self.granularity
         sizes = {"width": down.in_features, "rank": down.out_features, "gate_rank": self.gate_down.out_features if large else 0}
-        return {"op": "gated_bottleneck", **sizes, "granularity": kind, "param_dtype": down.weight.dtype}
+        return {"op": "gated_bottleneck", **sizes, "granularity": kind, "param_dtype": next(self.parameters()).dtype}
 
     def extra_repr(self) -> str:
         parts = [f"width={self.down_sampler.in_features}", f"rank={self.down_sampler.out_features}", f"granularity={self.granularity!r}", f"activation={self.activation!r}"]

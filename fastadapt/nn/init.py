@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,12 @@ class Init:
     Args:
         std: weights N(0, std^2) and biases 0; None: torch's default for ``nn.Linear``, weight and bias uniform in +-1/sqrt(fan_in).
         zero: names of children and parameters that start at zero, weight and bias; the others follow ``std``.
+        uniform: names of Linear children whose weight is uniform in +-1/sqrt(fan_in) and whose bias is zero, whatever ``std`` is.
     """
 
     std: float | None = None
     zero: tuple[str, ...] = ()
+    uniform: tuple[str, ...] = ()
 
     @torch.no_grad()
     def apply(self, module: nn.Module) -> None:
@@ -30,10 +33,13 @@ class Init:
             parameter.zero_() if name in self.zero else parameter.normal_(0.0, 0.02 if self.std is None else self.std)
         for name, child in module.named_children():
             if name in self.zero:
-                for parameter in child.parameters():
-                    parameter.zero_()
-            elif isinstance(child, nn.Linear) and self.std is not None:
-                child.weight.normal_(0.0, self.std)
+                if (zero := getattr(child, "zero_", None)) is not None:
+                    zero()
+                else:
+                    for parameter in child.parameters():
+                        parameter.zero_()
+            elif isinstance(child, nn.Linear) and (self.std is not None or name in self.uniform):
+                nn.init.kaiming_uniform_(child.weight, a=math.sqrt(5)) if name in self.uniform else child.weight.normal_(0.0, self.std)  # type: ignore[arg-type]
                 if child.bias is not None:
                     child.bias.zero_()
             else:

@@ -18,7 +18,7 @@ from tests import golden
 
 # Published names of modules, in the order in which they are tried, and the path that they have here. A trailing head number is cut off: heads are stacked by rows.
 _NAMES = [
-    (r"\battn_value_parallel_adapter\.adapters\.\w+\.", {"bart": "v_proj.value_adapter.", "t5": "v.value_adapter."}),
+    (r"\battn_value_parallel_adapter\.adapters\.\w+\.", {"bart": "v_proj.parallel_adapter.", "t5": "v.parallel_adapter."}),
     (r"\b(self_)?attn_adapter\.adapters\.\w+\.", {"bart": "self_attention_adapter.", "t5": "adapter."}),
     (r"\benc_attn_adapter\.adapters\.\w+\.", {"bart": "cross_attention_adapter.", "t5": "adapter."}),
     (r"\bff_adapter\.adapters\.\w+\.", {"bart": "feed_forward_adapter.", "t5": "adapter."}),

@@ -235,7 +235,7 @@ def test_rectangular_value_projection_is_refused() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=4))
-    with pytest.raises(ValueError, match=r"EncDecAttention.v maps 16 to 32; an adapter beside it needs width 16 on both sides"):
+    with pytest.raises(ValueError, match=r"EncDecAttention.v maps 16 to 32; an adapter beside it needs one width on both sides"):
         patch(model, "vlpet")
     assert len(patch(model, "vl_adapter").sites) == 5
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import methods
-from fastadapt.methods import VLPETConfig
+from fastadapt.methods import BaseTuningConfig, VLPETConfig
 from fastadapt.nn import GatedBottleneck
 from fastadapt.patching import patch
 from tests.hosts.tiny import FAMILIES, SMALL, logits, randomize, tiny
@@ -175,7 +175,8 @@ def test_published_values() -> None:
 
 
 def test_registry() -> None:
-    assert methods.available() == ("vl_adapter", "vlpet")
+    assert set(methods.available()) >= {"vl_adapter", "vlpet", "compacter", "low_rank_adapter", "lora", "bitfit", "layer_norm", "visual_projection", "lm_head", "full"}
+    assert methods.config("bitfit", layer_norms="all") == BaseTuningConfig(biases=True, layer_norms="all")
     assert methods.config("vlpet", rank=3) == VLPETConfig(rank=3)
 
 

@@ -200,7 +200,7 @@ def test_relu_has_no_gradient_at_zero(name: str, device: str) -> None:
 
 
 # Recorded cases whose adapter is a plain bottleneck.
-CONTROLLERS = [c for c in golden.case_ids() if c.startswith(("vla_adapter_", "comp_adapter_", "vlpet_parallel_value_adapter_controller"))]
+CONTROLLERS = [c for c in golden.case_ids() if c.startswith(("vla_adapter_", "comp_adapter_", "vlpet_parallel_value_adapter_controller")) and "multiple" not in c]
 SITES = [c for c in golden.case_ids("vlpet_") if "no_gate" in c]
 RECORDED = [*CONTROLLERS, "vla_clipvil_adapter_gated", *SITES]
 

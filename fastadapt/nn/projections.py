@@ -1,0 +1,205 @@
+"""Projections whose weight is a product of smaller tensors. Each has ``weight`` (out, in) and ``bias`` like ``nn.Linear``, so a bottleneck takes either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.nn.init import positive
+
+Projection = Callable[..., nn.Module]
+"""Makes a projection from (in_features, out_features, device=, dtype=)."""
+
+WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal")
+RULE_INITS = ("normal", "uniform")
+
+
+class _Product(nn.Module):
+    """A projection whose ``weight`` is computed from its parameters whenever it is read."""
+
+    in_features: int
+    out_features: int
+    b: nn.Parameter | None
+    scaled: str
+    """The parameter that is zero where the projection is: the other factors keep their values, or nothing would get a gradient."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.b
+
+    def matrix(self) -> Tensor:
+        """The weight as the papers write it, (in, out): y = x @ matrix + b."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix().t()
+
+    @torch.no_grad()
+    def zero_(self) -> None:
+        """Makes the projection zero, after drawing its other factors."""
+        self.reset_parameters()
+        self._parameters[self.scaled].zero_()  # type: ignore[union-attr]
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.b is not None}"
+
+
+class PHMLinear(_Product):
+    r"""Compacter's projection (Compacter, section 3.2; Kronecker products by Zhang et al. 2021): a sum of n Kronecker products.
+
+    .. math:: y = x H + b, \qquad H = \sum_{i<n} A_i \otimes W_i, \qquad H[a\,in/n + k,\ c\,out/n + p] = \sum_i A_i[a, c]\, W_i[k, p]
+
+    Parameters have the published names: ``phm_rule`` A (n, n, n), or ``phm_rule_left`` (n, n, 1) and ``phm_rule_right`` (n, 1, n); ``W`` (n, in/n, out/n), or, of rank k,
+    ``W_left`` (n, in/n, k) and ``W_right`` (n, k, out/n); ``b`` (out,). A shared rule or a shared W is one Parameter that several projections hold (`share`).
+
+    Args:
+        in_features, out_features: widths; n must divide both.
+        division: n.
+        rank: k of each W_i; None: full W_i.
+        factorized_rule: the rule as a product of rank 1.
+        bias: a bias b.
+        weight_init: of each W_i (or of its factors): "glorot-uniform" and "glorot-normal" with gain sqrt(2), or "normal", N(0, init_range^2).
+        rule_init: "normal", N(0, rule_range^2), or "uniform", U(-rule_range, rule_range).
+        init_range: for ``weight_init="normal"``.
+        rule_range: 0.01 in the published runs of VL-Adapter and in Compacter's unshared rules; 1e-4 in Compacter's shared ones.
+
+    Raises:
+        ValueError: n does not divide a width, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        division: int,
+        *,
+        rank: int | None = None,
+        factorized_rule: bool = False,
+        bias: bool = True,
+        weight_init: str = "glorot-uniform",
+        rule_init: str = "normal",
+        init_range: float = 1e-4,
+        rule_range: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive(in_features=in_features, out_features=out_features, division=division, **({} if rank is None else {"rank": rank}))
+        if in_features % division or out_features % division:
+            raise ValueError(f"division: {division} must divide both widths, {in_features} and {out_features}")
+        for name, value, known in (("weight_init", weight_init, WEIGHT_INITS), ("rule_init", rule_init, RULE_INITS)):
+            if value not in known:
+                raise ValueError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
+        self.in_features, self.out_features, self.division, self.rank = in_features, out_features, division, rank
+        self.weight_init, self.rule_init, self.init_range, self.rule_range = weight_init, rule_init, init_range, rule_range
+        n, rows, columns = division, in_features // division, out_features // division
+        rules = {"phm_rule_left": (n, n, 1), "phm_rule_right": (n, 1, n)} if factorized_rule else {"phm_rule": (n, n, n)}
+        weights = {"W": (n, rows, columns)} if rank is None else {"W_left": (n, rows, rank), "W_right": (n, rank, columns)}
+        for name, shape in {**rules, **weights}.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.register_parameter("b", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None)
+        self.scaled = "W" if rank is None else "W_right"
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the starting values again."""
+        for name, parameter in self.named_parameters():
+            if name == "b":
+                parameter.zero_()
+            elif name.startswith("phm_rule"):
+                parameter.normal_(0.0, self.rule_range) if self.rule_init == "normal" else parameter.uniform_(-self.rule_range, self.rule_range)
+            elif self.weight_init == "normal":
+                parameter.normal_(0.0, self.init_range)
+            else:
+                # Xavier's rule with gain sqrt(2), for each of the n slices by itself.
+                std = math.sqrt(2) * math.sqrt(2.0 / (parameter.shape[1] + parameter.shape[2]))
+                parameter.normal_(0.0, std) if self.weight_init == "glorot-normal" else parameter.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
+
+    def matrix(self) -> Tensor:
+        p = self._parameters
+        rule = p["phm_rule"] if "phm_rule" in p else p["phm_rule_left"] * p["phm_rule_right"]  # type: ignore[operator]
+        # Products and sums and no matmul, which autocast would round to half precision.
+        w = p["W"] if self.rank is None else (p["W_left"][..., None] * p["W_right"][:, None]).sum(2)  # type: ignore[index]
+        return (rule[:, :, None, :, None] * w[:, None, :, None, :]).sum(0).reshape(self.in_features, self.out_features)  # type: ignore[index]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, division={self.division}, rank={self.rank}"
+
+
+class LowRankLinear(_Product):
+    r"""A projection of low rank (VL-Adapter, "low-rank adapters"; Compacter, section 4): :math:`y = x\, W_{left} W_{right} + b`.
+
+    Parameters have the published names: ``W_left`` (in, k), ``W_right`` (k, out), ``b`` (out,).
+
+    Args:
+        in_features, out_features: widths.
+        rank: k.
+        bias: a bias b.
+        weight_init: of both factors, "glorot-uniform" or "glorot-normal", with gain sqrt(2).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 1,
+        *,
+        bias: bool = True,
+        weight_init: str = "glorot-uniform",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive(in_features=in_features, out_features=out_features, rank=rank)
+        if weight_init not in WEIGHT_INITS[:2]:
+            raise ValueError(f"weight_init: must be one of {', '.join(WEIGHT_INITS[:2])}, not {weight_init!r}")
+        self.in_features, self.out_features, self.rank, self.weight_init, self.scaled = in_features, out_features, rank, weight_init, "W_right"
+        self.W_left = nn.Parameter(torch.empty(in_features, rank, device=device, dtype=dtype))
+        self.W_right = nn.Parameter(torch.empty(rank, out_features, device=device, dtype=dtype))
+        self.register_parameter("b", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the starting values again."""
+        draw: Any = nn.init.xavier_uniform_ if self.weight_init == "glorot-uniform" else nn.init.xavier_normal_
+        draw(self.W_left, gain=math.sqrt(2))
+        draw(self.W_right, gain=math.sqrt(2))
+        if self.b is not None:
+            self.b.zero_()
+
+    def matrix(self) -> Tensor:
+        with torch.autocast(self.W_left.device.type, enabled=False):
+            return self.W_left @ self.W_right
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+def share(first: nn.Module, other: nn.Module, *names: str) -> None:
+    """Makes ``other`` hold ``first``'s parameters of these dotted names, as one and the same Parameter.
+
+    Raises:
+        ValueError: a parameter is missing, or the shapes differ.
+    """
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        ours, theirs = (m.get_submodule(path)._parameters for m in (first, other))
+        if (a := ours.get(leaf)) is None or (b := theirs.get(leaf)) is None or a.shape != b.shape:
+            raise ValueError(f"{name}: cannot be shared between {type(first).__name__} and {type(other).__name__}: a parameter of one shape in both is needed")
+        theirs[leaf] = a
