@@ -60,6 +60,28 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from fastadapt.interop import convert
+
+    try:
+        said = convert(options.source, options.destination, host=options.host, method=options.method, tasks=options.tasks, layout=options.layout, **dict(options.option))
+    except (ValueError, TypeError) as error:
+        print(f"fastadapt convert: {error}", file=sys.stderr)
+        return 1
+    print(said)
+    return 0
+
+
+def _option(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be name=value, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _op(text: str) -> str:
     from fastadapt import functional
 
@@ -109,6 +131,15 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--gate-rank", type=_positive, help="of granularity large (default: the rank)")
     explain.add_argument("--json", action="store_true", help="with every kernel's modelled time")
     explain.set_defaults(run=_explain)
+    convert = commands.add_parser("convert", help="read a state dict of VL-Adapter, VL-PET or Compacter into an adapter directory, or write one")
+    convert.add_argument("source", help=".pth or .safetensors file, or an adapter directory")
+    convert.add_argument("destination", help="adapter directory, or .pth or .safetensors file")
+    convert.add_argument("--host", choices=("vlbart", "vlt5", "t5"), required=True, help="the base model")
+    convert.add_argument("--method", help="as in fastadapt.patch; for a file only")
+    convert.add_argument("--tasks", type=lambda text: text.split(","), default=[], help="the tasks' names, with commas; for a file only")
+    convert.add_argument("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="an option of the method, a JSON value or a word; for a file only")
+    convert.add_argument("--layout", choices=("vl", "compacter"), default="vl", help="whose keys (default: vl)")
+    convert.set_defaults(run=_convert)
     return top
 
 

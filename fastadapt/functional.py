@@ -357,7 +357,7 @@ def _norm_vectors(name: str, norm: LayerNorm | None) -> dict[str, Tensor]:
 
 def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
     weight, bias, eps = norm
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(x.dtype)  # autocast on CUDA makes it float32
 
 
 def _block_diagonal(w_up: Tensor, heads: int) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fastadapt import backend, checkpoint, hosts, methods
 from fastadapt.checkpoint import AdapterFileError
-from fastadapt.hosts.roles import UnknownHostError, is_adapted, is_beside
+from fastadapt.hosts.roles import UnknownHostError, is_adapted, is_before, is_beside
+from fastadapt.hosts.stages import STAGES, Hook
+from fastadapt.hosts.tensors import SUFFIX, reparametrised
 from fastadapt.methods import MethodConfig
 
 __all__ = ["AdapterFileError", "Handle", "Report", "SiteReport", "UnknownHostError", "load", "patch"]
@@ -46,6 +48,9 @@ class Report:
     trained_base: tuple[str, ...]
     trainable: int
     total: int
+    init: str = "repo"
+    no_identity: str | None = None
+    """Why ``init="identity"``, a start exactly at the base's output, is impossible; None: it is possible."""
 
     @property
     def percent(self) -> float:
@@ -59,6 +64,10 @@ class Report:
         passed_over = Counter((name, s.backend, "; ".join(why)) for s in self.sites for name, why in s.reasons.items() if why)
         lines += [f"  {chosen} instead of {name} at {count} sites: {why}" for (name, chosen, why), count in passed_over.items()]
         lines.append(f"  trained in the base: {len(self.trained_base)} tensors" + (f" ({_some(self.trained_base)})" if self.trained_base else ""))
+        if self.init == "identity":
+            lines.append("  started exactly at the base's output")
+        else:
+            lines.append("  started as published; " + ("init='identity' starts exactly at the base's output" if self.no_identity is None else self.no_identity))
         left = Counter((re.sub(r"\.\d+\.", ".*.", path), why) for path, why in self.skipped)
         lines += [f"  left alone: {path} ({count} places): {why}" for (path, why), count in left.items()]
         return "\n".join(lines)
@@ -90,16 +99,30 @@ class _Trained:
 
     id: str
     owners: list[tuple[nn.Module, str]]
-    base: nn.Parameter
+    base: nn.Parameter | None
 
     @property
     def parameter(self) -> nn.Parameter:
         module, name = self.owners[0]
         return module._parameters[name]  # type: ignore[return-value]
 
-    def put(self, parameter: nn.Parameter) -> None:
+    def put(self, parameter: nn.Parameter | None) -> None:
         for module, name in self.owners:
             module._parameters[name] = parameter
+
+
+@dataclass
+class _Added(_Trained):
+    """A trained tensor that the base does not have: ``base`` is None. A module that ``declares`` the name holds None there."""
+
+    start: nn.Parameter
+    declared: bool
+
+    def put(self, parameter: nn.Parameter | None) -> None:
+        super().put(parameter)
+        if parameter is None and not self.declared:
+            for module, name in self.owners:
+                del module._parameters[name]
 
 
 @dataclass
@@ -129,6 +152,7 @@ class Handle:
     _sites: list[_Site] = field(default_factory=list, repr=False)
     _swaps: list[_Swap] = field(default_factory=list, repr=False)
     _trained: list[_Trained] = field(default_factory=list, repr=False)
+    _hooks: list[Hook] = field(default_factory=list, repr=False)
     _before: _Before | None = field(default=None, repr=False)
     _disabled: int = field(default=0, repr=False)
     _kept: list[nn.Parameter] = field(default_factory=list, repr=False)
@@ -161,7 +185,17 @@ class Handle:
         self._check_active()
         trainable, total = self.parameter_counts()
         sites = tuple(_site_report(site) for site in self._sites)
-        return Report(self.config.method, self.name, sites, self.skipped, tuple(t.id for t in self._trained), trainable, total)
+        return Report(self.config.method, self.name, sites, self.skipped, tuple(t.id for t in self._trained), trainable, total, self.init, self._no_identity())
+
+    def _no_identity(self) -> str | None:
+        try:
+            for family, config in self.resolved.items():
+                # What is as published may give way, whether it was given or not.
+                published: dict[str, Any] = {name: None for name, value in config.published[family].items() if getattr(config, name) == value}
+                dataclasses.replace(config, **published).resolved(family, "identity")
+        except ValueError as error:
+            return str(error)
+        return None
 
     def parameter_counts(self) -> tuple[int, int]:
         """Trainable and all parameters of the model, each tensor counted once."""
@@ -181,6 +215,10 @@ class Handle:
         """Draws the adapters' starting values again, for instance after ``to_empty`` on a model built on the meta device."""
         for module in self._adapters():
             module.reset_parameters()  # type: ignore[operator]
+        with torch.no_grad():
+            for trained in self._trained:
+                if trained.base is None:
+                    trained.parameter.zero_()
 
     # Tasks.
 
@@ -228,11 +266,13 @@ class Handle:
             self._check_base_known()
             self._kept = [trained.parameter for trained in self._trained]
             for trained, now in zip(self._trained, self._kept, strict=True):
-                if trained.base.device != now.device or trained.base.dtype != now.dtype:
+                if trained.base is not None and (trained.base.device != now.device or trained.base.dtype != now.dtype):
                     trained.base = nn.Parameter(trained.base.detach().to(now.device, now.dtype), requires_grad=False)
                 trained.put(trained.base)
             for swap in self._swaps:
                 swap.owner.__class__ = swap.base
+            for hook in self._hooks:
+                hook.enabled = False
         self._disabled += 1
         try:
             yield
@@ -241,6 +281,8 @@ class Handle:
             if self._disabled == 0:
                 for swap in self._swaps:
                     swap.owner.__class__ = swap.adapted
+                for hook in self._hooks:
+                    hook.enabled = True
                 for trained, now in zip(self._trained, self._kept, strict=True):
                     trained.put(now)
                 self._kept = []
@@ -250,7 +292,8 @@ class Handle:
         self._check_active()
         self._check_enabled("remember_base")
         for trained in self._trained:
-            trained.base = nn.Parameter(trained.parameter.detach().clone(), requires_grad=False)
+            if trained.base is not None:
+                trained.base = nn.Parameter(trained.parameter.detach().clone(), requires_grad=False)
 
     def unpatch(self, restore_base: bool = False) -> None:
         """Puts the model back: classes, keys, ``requires_grad`` and train / eval flags as before `patch`.
@@ -268,7 +311,8 @@ class Handle:
             self._check_base_known()
             with torch.no_grad():
                 for trained in self._trained:
-                    trained.parameter.copy_(trained.base)
+                    if trained.base is not None:
+                        trained.parameter.copy_(trained.base)
         self._undo()
 
     def _undo(self) -> None:
@@ -276,6 +320,11 @@ class Handle:
             swap.owner.__class__ = swap.base
             for slot in swap.slots:
                 swap.owner._modules.pop(slot, None)
+        for hook in self._hooks:
+            hook.remove()
+        for trained in self._trained:
+            if trained.base is None:
+                trained.put(None)
         if self._before is not None:
             for module, name, flag in self._before.requires_grad:
                 if (parameter := module._parameters.get(name)) is not None:
@@ -330,8 +379,12 @@ class Handle:
         if config.get("method") != self.config.method:
             raise AdapterFileError(f"{where}: holds an adapter of {config.get('method')!r}; the model is patched with {self.config.method!r}")
         here = {family: resolved.stored() for family, resolved in self.resolved.items()}
-        if config.get("options") != here:
-            raise AdapterFileError(f"{where}: saved with other options: {_difference(config.get('options'), here)}")
+        saved = config.get("options")
+        if isinstance(saved, dict) and all(isinstance(values, dict) for values in saved.values()):
+            # A file of an earlier version lacks the options that came later: it was written with what they default to.
+            saved = {family: {**type(self.config)().stored(), **values} for family, values in saved.items()}
+        if saved != here:
+            raise AdapterFileError(f"{where}: saved with other options: {_difference(saved, here)}")
         target = self._tensors()
         if missing := sorted(target.keys() - tensors.keys()):
             raise AdapterFileError(f"{where}: lacks {len(missing)} tensors of the model: {_some(missing)}")
@@ -365,7 +418,7 @@ class Handle:
                 raise RuntimeError(f"a patched {swap.base.__name__} has become a {type(swap.owner).__module__}.{type(swap.owner).__qualname__}; undo that first")
 
     def _check_base_known(self) -> None:
-        if unknown := [t.id for t in self._trained if t.base.is_meta and not t.parameter.is_meta]:
+        if unknown := [t.id for t in self._trained if t.base is not None and t.base.is_meta and not t.parameter.is_meta]:
             raise RuntimeError(f"the model was patched on the meta device, so the base values of {_some(unknown)} are unknown; call remember_base() once the base's weights are in")
 
 
@@ -385,7 +438,7 @@ def patch(
     untouched.
 
     Args:
-        model: a transformers model with BART or T5 layers anywhere inside (`fastadapt.hosts.families`), on any device, the meta device included.
+        model: a transformers model with BART, T5 or BLIP layers anywhere inside (`fastadapt.hosts.families`), on any device, the meta device included.
         method: a name of `fastadapt.methods.available`, or a config of `fastadapt.methods`.
         tasks: names of the tasks that `Handle.set_task` will accept; needed where the method has an adapter per task.
         name: name of the patch, kept in reports and files.
@@ -425,7 +478,11 @@ def patch(
     shared: dict[str, nn.Module] = {}
     for path, block, host in blocks:
         _build(handle, path, block, host, labels[path], dtype, shared)
+    _build_stages(handle, model, blocks, labels, dtype, shared)
+    _build_reparametrisation(handle, model, dtype)
     handle._trained = _trained(model, blocks, labels, resolved)
+    if any(config.add_biases for config in resolved.values()):
+        _add_biases(handle, model, blocks, labels)
     if not handle._sites and (config.roles() or not handle._trained):
         raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + "; ".join(f"{path}: {why}" for path, why in handle.skipped))
     handle._before = _Before(
@@ -436,11 +493,15 @@ def patch(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for trained in handle._trained:
+            if isinstance(trained, _Added):
+                trained.put(trained.start)
             trained.parameter.requires_grad_(True)
         for swap in handle._swaps:
             for slot, adapter in swap.slots.items():
                 swap.owner.register_module(slot, adapter)
             swap.owner.__class__ = swap.adapted
+        for hook in handle._hooks:
+            hook.install()
         model.__dict__[_ATTRIBUTE] = handle
     except BaseException:
         handle._undo()
@@ -460,15 +521,11 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
             continue
         adapted = host.adapted_class(owner, place.role)
         _check_owner(owner, owner_path, place.slot)
-        reference = next(owner.parameters())
-        base_dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
-        if dtype not in (None, base_dtype, torch.float32):
-            raise TypeError(f"dtype: adapters of {dtype} over a base of {base_dtype}; must be that or float32")
-        parameter_dtype = dtype or (base_dtype if base_dtype == torch.float64 else torch.float32)
+        device, base_dtype, parameter_dtype = _factory(owner, dtype)
         width = host.width(block)
-        features: Any = (owner.in_features, owner.out_features) if is_beside(place.role) else (width, width)
+        features: Any = (owner.in_features, owner.out_features) if is_beside(place.role) else (owner.in_features,) * 2 if is_before(place.role) else (width, width)
         target = methods.Target(host.family, features[0], features[1], host.init(block), owner_path, int(label.rpartition(".")[2]), handle.tasks, shared)
-        module = settings.build(place.role, target, handle.init, device=reference.device, dtype=parameter_dtype)
+        module = settings.build(place.role, target, handle.init, device=device, dtype=parameter_dtype)
         if module is None:
             handle.skipped += ((site_id, f"{settings.method} leaves out this layer"),)
             continue
@@ -480,6 +537,74 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
         if place.owner in swaps:
             swaps[place.owner].slots.setdefault(place.slot, None)
     handle._swaps += swaps.values()
+
+
+def _factory(owner: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype, torch.dtype]:
+    """Device and dtype of a part of the base, and the dtype of adapters in it."""
+    reference = next(owner.parameters())
+    base = reference.dtype if reference.dtype.is_floating_point else torch.float32
+    if dtype not in (None, base, torch.float32):
+        raise TypeError(f"dtype: adapters of {dtype} over a base of {base}; must be that or float32")
+    return reference.device, base, dtype or (base if base == torch.float64 else torch.float32)
+
+
+def _build_stages(
+    handle: Handle, model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], labels: dict[str, str], dtype: torch.dtype | None, shared: dict[str, nn.Module]
+) -> None:
+    """Makes the modules that belong to whole stacks, and their hooks; changes nothing in the model."""
+    stacks: dict[str, tuple[str, nn.Module, hosts.Host]] = {}
+    for path, block, host in blocks:
+        stacks.setdefault(_container(path), (labels[path].rpartition(".")[0], block, host))
+    for container, (label, block, host) in stacks.items():
+        settings, stack, side = handle.resolved[host.family], model.get_submodule(container), label.partition("@")[0]
+        for role in (role for role in settings.stages() if role.startswith(f"{side}.")):
+            slot, hooks = STAGES[role]
+            if not container or not (hasattr(stack, "embed_tokens") or hasattr(stack, "layer")):
+                raise ValueError(f"model: {container or 'the model'} is no whole {side}, so {role} has no place")
+            _check_owner(stack, container, slot)
+            device, base, parameter_dtype = _factory(stack, dtype)
+            width, inside = host.width(block), [s for s in handle._sites if s.id.startswith(f"{label}.")]
+            target = methods.Target(host.family, width, width, host.init(block), container, 0, handle.tasks, shared, getattr(stack, "embed_tokens", None))
+            sites = [methods.StageSite(f"{side}.{s.id.split('.', 2)[2]}", int(s.id.split(".")[1]), s.module) for s in inside if s.id.count(".") >= 2]
+            module = settings.build_stage(role, target, handle.init, sites, device=device, dtype=parameter_dtype)
+            module.train(stack.training)
+            others = [path for path, (name, _, _) in stacks.items() if name != label and _parent(path) == _parent(container)]
+            handle._sites.append(_Site(f"{label}.{role.partition('.')[2]}", container, slot, stack, module, base))
+            handle._swaps.append(_Swap(stack, type(stack), type(stack), {slot: module}))
+            handle._hooks += hooks(stack, model.get_submodule(others[0]) if others else None, module)
+
+
+def _build_reparametrisation(handle: Handle, model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Makes the module through which layers read the base's tensors, and the class changes of the layers; changes nothing in the model."""
+    settings = next(iter(handle.resolved.values()))
+    device, base, parameter_dtype = _factory(model, dtype)
+    tensors = [methods.BaseTensor(owners[0][0]._parameters[owners[0][1]], tuple(owners)) for _, owners in _holders(model)]  # type: ignore[arg-type]
+    built = settings.reparametrise(tensors, device=device, dtype=parameter_dtype)
+    if built is None:
+        return
+    _check_owner(model, "the model", settings.method)
+    handle._sites.append(_Site(settings.method, "", settings.method, model, built.module, base))
+    handle._swaps.append(_Swap(model, type(model), type(model), {settings.method: built.module}))
+    paths, swaps = {module: path for path, module in model.named_modules()}, dict[nn.Module, _Swap]()
+    for layer, name, read in built.reads:
+        _check_owner(layer, paths[layer], slot := name + SUFFIX)
+        swaps.setdefault(layer, _Swap(layer, type(layer), reparametrised(type(layer)), {})).slots[slot] = read  # type: ignore[arg-type]
+    handle._swaps += swaps.values()
+
+
+def _add_biases(handle: Handle, model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], labels: dict[str, str]) -> None:
+    """Makes biases for the Linears and the layers' norms that have none, and the class changes of the norms; changes nothing in the model."""
+    norms = {module: host.biased[type(module)] for _, block, host in blocks for module in block.modules() if type(module) in host.biased}
+    for path, module in model.named_modules():
+        if module in norms:
+            _check_owner(module, path, "bias")
+            handle._swaps.append(_Swap(module, type(module), norms[module], {}))
+        elif not isinstance(module, nn.Linear) or module.bias is not None:
+            continue
+        weight: Any = module.weight
+        size, dtype = weight.shape[0] if module in norms else module.out_features, weight.dtype if weight.dtype.is_floating_point else torch.float32
+        bias = nn.Parameter(torch.zeros(size, device=weight.device, dtype=dtype))  # type: ignore[arg-type]
+        handle._trained.append(_Added(_base_id(_join(path, "bias"), labels), [(module, "bias")], None, bias, "bias" in module._parameters))
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None, dtype: torch.dtype | None = None) -> Handle:
@@ -549,6 +674,10 @@ def _container(path: str) -> str:
     return path.rsplit(".", 2)[0] if path.count(".") >= 2 else ""
 
 
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
 def _labels(blocks: list[tuple[str, nn.Module, hosts.Host]]) -> dict[str, str]:
     """A name for each block that does not depend on module paths: "encoder.0", and "encoder@1.0" in a second encoder."""
     labels: dict[str, str] = {}
@@ -569,6 +698,19 @@ def _under(path: str, prefix: str) -> bool:
     return not prefix or path == prefix or path.startswith(prefix + ".")
 
 
+def _holders(model: nn.Module) -> list[tuple[list[str], list[tuple[nn.Module, str]]]]:
+    """For each tensor of the model, in order: all its paths, and every (module, name) that holds it."""
+    found: dict[int, tuple[list[str], list[tuple[nn.Module, str]]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                paths, owners = found.setdefault(id(parameter), ([], []))
+                paths.append(_join(path, name))
+                if (module, name) not in owners:
+                    owners.append((module, name))
+    return list(found.values())
+
+
 def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], labels: dict[str, str], resolved: dict[str, MethodConfig]) -> list[_Trained]:
     """The tensors of the base that the method trains, each once, with a name that survives moves of modules."""
     encoders = {_container(path): host for path, _, host in blocks if labels[path].startswith("encoder")}
@@ -581,25 +723,17 @@ def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], 
 
     visual = wants("visual_embedding")
     named = {name for config in resolved.values() for name in config.trained_modules}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if (module, name) not in owners.setdefault(id(parameter), []):
-                    owners[id(parameter)].append((module, name))
-                paths.setdefault(id(parameter), []).append(_join(path, name))
     trained = []
-    for key, holders in owners.items():
+    for paths, holders in _holders(model):
         module, name = holders[0]
-        path = paths[key][0]
+        path = paths[0]
         # A token table that the visual embedding borrows from the host belongs to the host.
-        in_visual = all("visual_embedding" in p.split(".") for p in paths[key])
+        in_visual = all("visual_embedding" in p.split(".") for p in paths)
         if (
             (visual if in_visual else wants("language_model"))
-            or (wants("biases") and any("bias" in p for p in paths[key]))
-            or (wants("lm_head") and any("lm_head" in p or "shared" in p for p in paths[key]))
-            or any(part in named for p in paths[key] for part in p.split("."))
+            or (wants("biases") and any("bias" in p for p in paths))
+            or (wants("lm_head") and any("lm_head" in p or "shared" in p for p in paths))
+            or any(part in named for p in paths for part in p.split("."))
             or (isinstance(module, norms) and (everywhere or any(_under(path, container) for container in inside)))
         ):
             parameter = module._parameters[name]
@@ -623,9 +757,12 @@ def _base_id(path: str, labels: dict[str, str]) -> str:
 
 def _site_report(site: _Site) -> SiteReport:
     parameters = sum(p.numel() for p in site.module.parameters())
-    device = next(site.module.parameters()).device
+    device = next(site.owner.parameters()).device
+    call = site.module.call() if hasattr(site.module, "call") else None  # type: ignore[operator]
+    if call is None:
+        return SiteReport(site.id, _join(site.owner_path, site.slot), type(site.module).__name__, parameters, "torch", {})
     try:
-        explanation = backend.explain(rows=4096, dtype=site.dtype, device=device, **site.module.call())  # type: ignore[operator]
+        explanation = backend.explain(rows=4096, dtype=site.dtype, device=device, **call)
         chosen, reasons = explanation.chosen, explanation.reasons
     except backend.BackendError as error:
         chosen, reasons = "none", {"demanded": [str(error)]}

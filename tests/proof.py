@@ -38,7 +38,11 @@ def triton() -> set[Path]:
     return {ROOT / "fastadapt" / "ops" / "_triton.py", *(ROOT / "fastadapt" / "ops").glob("*/triton.py")}
 
 
-FAMILIES = {"cpu": cpu, "triton": triton}
+def cuda() -> set[Path]:
+    return with_includes([ROOT / "csrc" / "cuda_ops.cpp", *(path for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file())])
+
+
+FAMILIES = {"cpu": cpu, "triton": triton, "cuda": cuda}
 
 
 def hashes(family: str) -> dict[str, str]:

@@ -184,6 +184,19 @@ def test_unknown_version(folder: Path, version: object) -> None:
     refused(folder, f"format_version {version!r} is unknown; this fastadapt reads 1")
 
 
+def test_a_file_of_an_earlier_version(folder: Path) -> None:
+    """Options that came later are missing in it: it was written with their defaults."""
+    config = json.loads((folder / CONFIG).read_text())
+    config["options"]["bart"] = {name: value for name, value in config["options"]["bart"].items() if name not in ("biases", "encoder_prompt", "trained_modules")}
+    edit(folder, options=config["options"])
+    model = tiny("bart")
+    patching.load(model, folder)
+    other = tiny("bart")
+    patch(other, "vlpet", **SMALL["vlpet"]).load(folder)
+    assert torch.equal(logits(model), logits(other))
+    refused(folder, "biases is False in the file and True here", biases=True)
+
+
 def test_other_method_and_options(folder: Path) -> None:
     refused(folder, "holds an adapter of 'vlpet'; the model is patched with 'vl_adapter'", "vl_adapter")
     refused(folder, "saved with other options: .*granularity is 'large' in the file and 'small' here", granularity="small", gate_rank=None)

@@ -133,3 +133,21 @@ def test_survivors_without_an_explanation_fail(tmp_path: Path, monkeypatch: pyte
     assert table.explain_again("x", {"a.h": "while (i < n) ++i;\n"}, {}) == 1
     with pytest.raises(AssertionError, match="other sources"):
         table.explain_again("x", {"a.h": "another"}, explained)
+
+
+def test_what_a_later_run_takes_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    (tmp_path / "tests" / "data").mkdir(parents=True)
+    sources = {"a.h": "while (i < n) ++i;\n"}
+    rows = [table.Row("a.h:1", "bound", before, "n", killed, "") for before, killed in (("i", "a test"), ("n" * 300, None))]
+    table.write("x", sources, 2, rows, {})
+    assert table.fates("x", sources, rows) == ["a test", None]
+    with pytest.raises(AssertionError):
+        table.fates("x", sources, rows[::-1])
+    with pytest.raises(AssertionError, match="other sources"):
+        table.fates("x", {"a.h": "another"}, rows)
+
+
+def test_a_short_line_is_told_from_others_like_it() -> None:
+    lines = ["  f();", "  a_longer_line_than_that();", "  }"]
+    assert [table.text_of(lines, n) for n in (1, 2, 3)] == ["f(); a_longer_line_than_that();", "a_longer_line_than_that();", "}"]

@@ -184,7 +184,7 @@ def test_report(family: str, method: str, capsys: pytest.CaptureFixture[str]) ->
     assert len(report.sites) == (10 if method == "vl_adapter" else 6)
     assert {s.id for s in report.sites} == handle.sites.keys()
     assert all(model.get_submodule(s.path) is handle.sites[s.id] for s in report.sites)
-    assert len(report.skipped) + len(report.sites) == 2 * (4 + 7) and all("puts nothing there" in why for _, why in report.skipped)
+    assert len(report.skipped) + len(report.sites) == 2 * (4 + 9) and all("puts nothing there" in why for _, why in report.skipped)
     assert {s.backend for s in report.sites} <= {"reference", "cpu"}
     with fastadapt.backend.use("reference"):
         assert {s.backend for s in handle.report.sites} == {"reference"}
@@ -351,7 +351,7 @@ def test_bad_options() -> None:
 
 
 def test_unknown_hosts() -> None:
-    refuses(Odd(), UnknownHostError, r"Odd has no layers of a supported host \(bart, t5\)")
+    refuses(Odd(), UnknownHostError, r"Odd has no layers of a supported host \(bart, t5, blip\)")
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     refuses(gpt, UnknownHostError, "GPT2LMHeadModel")
     model = tiny("bart")

@@ -5,7 +5,10 @@ import json
 import pytest
 
 from tests import proof
+from tests.mutation import cpu as cpu_mutants
+from tests.mutation import cuda as cuda_mutants
 from tests.mutation import table
+from tests.triton import mutants as triton_mutants
 
 families = pytest.mark.parametrize("family", proof.FAMILIES)
 
@@ -33,4 +36,14 @@ def test_a_familys_sources_are_what_its_kernels_are_made_of() -> None:
     cpu = set(proof.hashes("cpu"))
     assert cpu >= {"csrc/cpu_ops.cpp", "csrc/cpu/tile.h", "csrc/cpu/bottleneck.cpp", "csrc/include/plan.h", "csrc/include/gated_bottleneck.h"}
     assert not any("cuda" in name or name.startswith("csrc/common") for name in cpu)
-    assert set(proof.hashes("triton")) == {f"fastadapt/ops/{name}" for name in ("_triton.py", "bottleneck/triton.py", "gated_bottleneck/triton.py")}
+    cuda = set(proof.hashes("cuda"))
+    assert cuda >= {
+        "csrc/cuda_ops.cpp",
+        "csrc/include/bottleneck.h",
+        "csrc/include/gated_bottleneck.h",
+        *(f"csrc/include/{name}.h" for name in ("cuda", "cuda_kernels", "cuda_plan")),
+    }
+    assert cuda >= {str(path.relative_to(proof.ROOT)) for folder in ("cuda", "common") for path in (proof.ROOT / "csrc" / folder).rglob("*") if path.is_file()}
+    assert not any(name.startswith("csrc/cpu") for name in cuda)
+    assert cpu >= set(cpu_mutants.FILES) and cuda >= set(cuda_mutants.FILES)
+    assert set(proof.hashes("triton")) == set(triton_mutants.FILES) == {f"fastadapt/ops/{name}" for name in ("_triton.py", "bottleneck/triton.py", "gated_bottleneck/triton.py")}

@@ -1,5 +1,4 @@
-// The kernels of a bottleneck, forward and backward; VL-PET's gated bottleneck launches them too. Bytes are those of 2-byte activations, a row at a time, each tensor counted once; second
-// readings of a row hit L2. tests/cuda compares them with the emulator's counters.
+// The kernels of a bottleneck, forward and backward; VL-PET's gated bottleneck launches them too. Here the bytes of a row, each tensor counted once: second readings of a row hit L2.
 //
 //   kernel            reads                  writes                      weights from L2, a row tile or slab
 //   forward           2 D (+ 2 D residual)   2 D + 2 R                   4 D R
@@ -8,7 +7,10 @@
 //   reduce            the partials           the gradients
 // R' is R rounded up to a multiple of 8.
 //
-// The tables above the kernels are the compiler's numbers for sm_80 / 90 / 100 / 120: registers a thread, and with them and the shared memory blocks a multiprocessor. Tiles by rank are in
+// The tables "bytes" above the kernels have everything that a launch asks of global memory, second readings and all; tests/cuda/test_traffic.py holds the emulator's counters to them. A line
+// counts where all that it names is given or asked for. N rows, D columns, rank R, S = R', P bytes a parameter; `tiles` row tiles of `threads` threads, of which every 4 read each vector.
+//
+// The tables "resources" are the compiler's numbers for sm_80 / 90 / 100 / 120: registers a thread, and with them and the shared memory blocks a multiprocessor. Tiles by rank are in
 // csrc/include/cuda_plan.h. Kernels over rows are bound to one block at least: without a bound the compiler spills a few bytes on some architecture to make room for one block more.
 #pragma once
 #include "../common/tiles.cuh"
@@ -179,6 +181,17 @@ struct PlainEpilogue {
   }
 };
 
+// forward_kernel's bytes:
+//   reads    -                      2*N*D + tiles*2*D*(R + S)
+//   reads    b_down                 tiles*threads//4*P*R
+//   reads    b_up                   tiles*threads//4*P*D
+//   reads    gate                   tiles*threads//4*P*D
+//   reads    scale                  tiles*threads*P
+//   reads    added                  2*N*D
+//   reads    other                  2*N*D
+//   writes   -                      2*N*D
+//   writes   z                      2*N*S
+//
 // forward_kernel's resources:
 //   rank        threads   shared   registers             blocks
 //   32              128    27648   93 / 93 / 99 / 89     5 / 5 / 4 / 3
@@ -195,6 +208,15 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) forward_kernel(const __grid_constant__ Forward
 // dz = s ((dy (.) g) Wu) (.) phi'(z) and a = phi(z) for one tile of rows of one problem, and the tile's column sums of dz before rounding.
 //
 // a is stored because each of the D / 64 blocks of the slab kernel would have to evaluate it again.
+//
+// rows_kernel's bytes, of a problem (d_z: where dx, dWd or dbd is asked for):
+//   reads    -                      2*N*S
+//   reads    scale                  tiles*threads*P
+//   reads    d_z                    2*N*D + tiles*2*D*S
+//   reads    d_z gate               tiles*threads//4*P*D
+//   writes   a                      2*N*S
+//   writes   dz                     2*N*S
+//   writes   d_b_down               tiles*4*R
 //
 // rows_kernel's resources:
 //   rank        threads   shared   registers             blocks
@@ -288,6 +310,17 @@ struct SlabTraits {
 // For one slab of 64 columns of D and one split of the rows: dx = dz Wd + add dy, and the split's partials of dy' a, dz' x and the column sums of dy.
 //
 // Warps 0 to 3 own 16 columns each of dy' a, warps 4 to 7 of x' dz, in registers from the first row to the last: x and dy are read once for everything, and nothing is added atomically.
+//
+// slab_kernel's bytes, of a problem:
+//   reads    dy                     2*N*D
+//   reads    q                      2*N*D
+//   reads    p                      slabs*2*N*S
+//   reads    dz                     slabs*2*N*S
+//   reads    dx                     splits*2*D*R
+//   writes   dx                     2*N*D
+//   writes   p                      splits*4*D*S
+//   writes   q                      splits*4*D*R
+//   writes   s                      splits*4*D
 //
 // slab_kernel's resources:
 //   rank        threads   shared   registers             blocks
@@ -384,6 +417,21 @@ FASTADAPT_KERNEL(Tr::kThreads) slab_kernel(const __grid_constant__ BackwardParam
 // Adds the partials of the splits in order. With P = dy' a, S the column sums of dy and b = rowsum(Wu (.) P) + bu (.) S: dWu = s g (.) P, dbu = s g (.) S, dg = s b, and g b a column, whose
 // sum is the gradient of the scale: gates and scales need no up-projection.
 //
+// reduce_kernel's bytes, of a problem (up: where anything but dWd is asked for), and of one of the column sums:
+//   reads    up scale               32*D*P
+//   reads    up gate                32*D*P
+//   reads    up p                   splits*4*D*R + 2*D*R
+//   reads    up s                   splits*4*D
+//   reads    up s b_up              D*P
+//   reads    q                      splits*4*D*R
+//   writes   d_w_down               D*R*P
+//   writes   d_w_up                 D*R*P
+//   writes   d_b_up                 D*P
+//   writes   d_gate                 D*P
+//   writes   d_scale                4*D
+//   reads    sums                   4*count*columns
+//   writes   sums                   stored*P
+//
 // reduce_kernel's resources:
 //   rank        threads   shared   registers             blocks
 //   any             256     1024   40 / 36 / 32 / 44     6 / 6 / 8 / 5
@@ -456,6 +504,13 @@ FASTADAPT_KERNEL(kReduceThreads) reduce_kernel(const __grid_constant__ ReducePar
 
 // Copies matrices, rounded to T, to rows of another length, zero behind the columns: every block of the other kernels streams the weights from L2, so rounding there would read twice the bytes
 // once a row tile. And the fold.
+//
+// prologue_kernel's bytes, of a copy (B bytes a number that is read) and of the fold:
+//   reads    copy                   B*rows*columns
+//   writes   copy                   2*rows*to_stride
+//   reads    fold                   2*D*R*P
+//   reads    fold b_up              2*D*P
+//   writes   fold                   4*(R + 1)
 //
 // prologue_kernel's resources:
 //   rank        threads   shared   registers             blocks

@@ -1,11 +1,14 @@
 // VL-PET's gated bottleneck: its forward is the bottleneck's with another epilogue, and one kernel turns dy into the gradients of H' and of the gate's logits, from where the backward is that
-// of one or two bottlenecks (`large`), launched together.
+// of one or two bottlenecks (`large`), launched together. Bytes of a row, each tensor counted once:
 //
 //   kernel    reads                                          writes                                        weights from L2, a row tile
 //   forward   2 D (h), 2 D (x: large, middleX, small; or     2 D + 2 R (+ 2 Rg; + 4: a row's logit)        4 D (R + Rg)
 //             its logits), small: h and z again
 //   gates     2 D (dy), 2 D (h), 2 D (x: middleX, small,     2 D (dH'), 2 D (large, logits: dlogits;       2 D (R + Rg), middleX twice
 //             logits), 2 R + 2 Rg                            middleX, small: dx)
+//
+// In the tables above the kernels G and H are R and S of the gate's bottleneck, `row` is a gate a row (middleX, small), and `shares` adds, for every 16 rows, the rows of the samples that they
+// touch.
 //
 // Keeping dH' and the logits' gradient costs 8 of about 22 D bytes a row (eager: 97 D counted) and leaves every kernel at most one pair of rank-wide tiles in registers.
 #pragma once
@@ -143,6 +146,26 @@ struct GatedEpilogue {
   }
 };
 
+// gated_forward_kernel's bytes. `projects`: not in the second launch of small, which is `again`. `expands`: not in its first.
+//   reads    projects               passes*2*N*D + tiles*2*D*R
+//   reads    projects b_down        tiles*threads//4*P*R
+//   reads    dual                   passes*2*N*D + tiles*2*D*(G + H)
+//   reads    dual gate_b_down       tiles*threads//4*P*G
+//   reads    dual gate_b_up         tiles*threads//4*P*D
+//   reads    row projects           4*N*D + tiles*(threads//4*(2*D*P + 4*R) + 4*threads)
+//   reads    row projects gate_b    tiles*threads*P
+//   reads    again                  2*N*S + 4*shares
+//   reads    expands                2*N*D + tiles*2*D*S
+//   reads    expands b_up           tiles*threads//4*P*D
+//   reads    logits                 2*N*D
+//   reads    middleY                tiles*threads//4*P*D
+//   writes   projects z             2*N*S
+//   writes   dual zg                2*N*H
+//   writes   row projects kept      4*N
+//   writes   expands                2*N*D
+//   writes   expands total          2*N*D
+//   writes   dual total             2*N*D
+//
 // gated_forward_kernel's resources:
 //   rank        threads   shared   registers             blocks
 //   32              128    27648   89 / 94 / 94 / 91     5 / 5 / 5 / 3
@@ -163,6 +186,26 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) gated_forward_kernel(const __grid_constant__ G
 //   middleY: sums, the tile's column sums of dG;
 //   middleX, small: dl = rowsum(dG) G (1 - G) a row (small: the mean of the sample's row sums), dH' += dl w_h, dx = dl w_x, and sums of dl (x + H'), or dl x and dl H', and of dl.
 // H' is read where it was saved, else computed again from z; so is the gate of `large`.
+//
+// gates_kernel's bytes. `expands`: H' is needed and was not saved; `total`: it was. `first` and `second`: the launches of small. middleX has two sweeps.
+//   reads    -                      sweeps*2*N*D
+//   reads    expands                sweeps*(2*N*D + tiles*2*D*S) + 2*N*S
+//   reads    expands b_up           sweeps*tiles*threads//4*P*D
+//   reads    total                  sweeps*2*N*D
+//   reads    dual unsaved           2*N*H + tiles*2*D*H
+//   reads    dual unsaved gate_b_up tiles*threads//4*P*D
+//   reads    dual saved             2*N*D
+//   reads    logits                 2*N*D
+//   reads    row                    16*N + sweeps*tiles*threads//4*P*D
+//   reads    row sums               2*N*D
+//   reads    small                  tiles*threads//4*P*D
+//   reads    second                 8*shares
+//   reads    middleY                tiles*threads//4*P*D
+//   writes   first                  4*N
+//   writes   d_total                2*N*D
+//   writes   d_logits               2*N*D
+//   writes   dx                     2*N*D
+//   writes   sums                   tiles*4*columns
 //
 // gates_kernel's resources:
 //   rank        threads   shared   registers             blocks

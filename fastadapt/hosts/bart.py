@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.bart import modeling_bart
 
-from fastadapt.hosts.roles import Host, Place, register
+from fastadapt.hosts.roles import Host, Place, knows_keys, register
 from fastadapt.nn import Init
 
 
@@ -45,7 +45,7 @@ class BartEncoderLayer(modeling_bart.BartEncoderLayer):
 
 
 class BartDecoderLayer(modeling_bart.BartDecoderLayer):
-    """A BartDecoderLayer with adapters ``self_attention_adapter``, ``cross_attention_adapter`` and ``feed_forward_adapter``."""
+    """A BartDecoderLayer with adapters ``self_attention_adapter``, ``key_value_adapter``, ``cross_attention_adapter`` and ``feed_forward_adapter``."""
 
     def forward(
         self: Any,
@@ -66,6 +66,8 @@ class BartDecoderLayer(modeling_bart.BartDecoderLayer):
 
         if encoder_hidden_states is not None:
             residual = hidden_states
+            if (adapter := self.key_value_adapter) is not None and not knows_keys(past_key_values, self.encoder_attn.layer_idx):
+                encoder_hidden_states = adapter(encoder_hidden_states)
             hidden_states, _ = self.encoder_attn(
                 hidden_states, key_value_states=encoder_hidden_states, attention_mask=encoder_attention_mask, past_key_values=past_key_values, **kwargs
             )
@@ -104,6 +106,8 @@ _DECODER = (
     Place("decoder.self_attention.value", "self_attn.v_proj", "parallel_adapter"),
     Place("decoder.cross_attention.query", "encoder_attn.q_proj", "parallel_adapter"),
     Place("decoder.cross_attention.value", "encoder_attn.v_proj", "parallel_adapter"),
+    Place("decoder.cross_attention.key_value", "", "key_value_adapter"),
+    Place("decoder.feed_forward.inner", "fc2", "inner_adapter"),
 )
 
 

@@ -19,7 +19,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -38,13 +38,26 @@ ROLES: dict[str, str] = {
     "decoder.self_attention.query": "module(x, q): the same in the decoder",
     "decoder.self_attention.value": "module(x, v): the same in the decoder; the result is cached",
     "decoder.cross_attention.query": "module(x, q): the same in cross-attention",
+    "encoder.prompt": "module() -> (length, D): vectors before the encoder's embedded text, without positions; a stage, see `fastadapt.hosts.stages`",
+    "decoder.prompt": "module() -> (length, D): vectors whose keys and values stand in the decoder's cache before the first token; a stage",
+    "encoder.hypernetwork": "module.hand_out(): generates the weights of the stack's adapters, before every forward of the stack; a stage",
+    "decoder.hypernetwork": "module.hand_out(): the same in the decoder; a stage",
     "decoder.cross_attention.value": "module(kv, v): v is the value projection of the encoder's output kv; the result is split into heads, and cached",
+    "decoder.cross_attention.key_value": "module(kv): the encoder's output kv as this layer's key and value projections shall see it; not called where both are cached",
+    "decoder.feed_forward.inner": "module(a): a is what the feed-forward network's last projection reads, the activations behind their dropout",
+    "vision.block": "module(x, y, 'visual'): x is the residual stream behind self-attention, y the block's output; the result is the block's output",
+    "text.self_attention": "module(x, y, 'text'): x is the output of the self-attention sub-layer, its layer norm included, y the layer's; the result is the layer's output",
+    "text.cross_attention": "module(x, y, 'multimodal'): the same behind cross-attention, where there are encoder states; y holds what 'text.self_attention' added",
+    "text.cross_attention.key": "module(kv, k): k is the key projection of the encoder states kv; the result is split into heads, and cached",
+    "text.cross_attention.value": "module(kv, v): the same beside the value projection",
+    "text.temporal_embedding": "module(kv): the encoder states as all layers of a text encoder shall see them; a stage",
 }
 
 # Where each family's stock layers live, and the file here that adapts them.
 _FAMILIES = {
     "bart": ("transformers.models.bart.modeling_bart", "fastadapt.hosts.bart"),
     "t5": ("transformers.models.t5.modeling_t5", "fastadapt.hosts.t5"),
+    "blip": ("transformers.models.blip.modeling_blip_text", "fastadapt.hosts.blip"),
 }
 
 
@@ -73,6 +86,7 @@ class Host:
         sources: known hashes of each stock class's ``forward`` and the transformers version they are of.
         norms: classes of the host's layer norms.
         init: the starting values that the host's own ``_init_weights`` gives to foreign Linears, from a block.
+        biased: for layer norms without a bias, the subclass that adds its parameter ``bias`` to the result.
     """
 
     family: str
@@ -83,6 +97,7 @@ class Host:
     sources: Mapping[type[nn.Module], Mapping[str, str]]
     norms: tuple[type[nn.Module], ...]
     init: Callable[[Any], Init]
+    biased: Mapping[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
 
     def adapted_class(self, owner: nn.Module, role: str) -> type[nn.Module]:
         """The class that ``owner`` takes to hold a module of ``role``.
@@ -93,6 +108,8 @@ class Host:
         cls = type(owner)
         if is_beside(role):
             return beside(cls)  # type: ignore[arg-type]
+        if is_before(role):
+            return before(cls)  # type: ignore[arg-type]
         if cls not in self.adapted:
             raise UnknownHostError(f"{cls.__module__}.{cls.__name__} is no layer of {self.family} that is known; known: {', '.join(c.__name__ for c in self.adapted)}")
         check_source(cls, self.sources[cls])
@@ -104,6 +121,11 @@ def is_beside(role: str) -> bool:
     return role.endswith((".query", ".key", ".value"))
 
 
+def is_before(role: str) -> bool:
+    """Whether a role is that of a module before a projection."""
+    return role.endswith(".inner")
+
+
 _hosts: dict[type[nn.Module], Host] = {}
 _adapted: set[type[nn.Module]] = set()
 
@@ -111,7 +133,7 @@ _adapted: set[type[nn.Module]] = set()
 def register(*hosts: Host) -> None:
     for host in hosts:
         _hosts[host.block] = host
-        _adapted.update(host.adapted.values())
+        _adapted.update((*host.adapted.values(), *host.biased.values()))
 
 
 def families() -> tuple[str, ...]:
@@ -137,6 +159,12 @@ def find(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Host]], list[tupl
 def is_adapted(module: nn.Module) -> bool:
     """Whether a patch has changed this module's class."""
     return type(module) in _adapted
+
+
+def mark_adapted(cls: type[nn.Module]) -> type[nn.Module]:
+    """Lets `is_adapted` know a class that a patch gives to layers."""
+    _adapted.add(cls)
+    return cls
 
 
 def source_hash(cls: type) -> str:
@@ -178,12 +206,36 @@ _adapted.add(Linear)
 @functools.cache
 def beside(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a projection's class (nn.Linear or a quantised one) that runs its child ``parallel_adapter`` beside it; cached, and found by pickle by its qualified name."""
-    if cls is nn.Linear:
-        return Linear
+    return Linear if cls is nn.Linear else _subclass(cls, _Beside, "")
+
+
+class _Before:
+    """A projection with an adapter of its input: ``projection(adapter(x))``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner_adapter(x))  # type: ignore[attr-defined, misc]
+
+
+@functools.cache
+def before(cls: type[nn.Module]) -> type[nn.Module]:
+    """As `beside`, with the child ``inner_adapter`` before the projection."""
+    return _subclass(cls, _Before, "_inner")
+
+
+def _subclass(cls: type[nn.Module], mixin: type, suffix: str) -> type[nn.Module]:
     if not issubclass(cls, nn.Linear):
         raise UnknownHostError(f"the projection is a {cls.__module__}.{cls.__name__}, not an nn.Linear")
-    name = f"{cls.__module__}_{cls.__qualname__}".replace(".", "_")
-    adapted = type(cls.__name__, (_Beside, cls), {"__module__": __name__, "__qualname__": name})
+    name = f"{cls.__module__}_{cls.__qualname__}{suffix}".replace(".", "_")
+    adapted = type(cls.__name__, (mixin, cls), {"__module__": __name__, "__qualname__": name})
     globals()[name] = adapted
     _adapted.add(adapted)
     return adapted
+
+
+# A model that is unpickled in a new process looks for it here.
+before(nn.Linear)
+
+
+def knows_keys(past_key_values: Any, layer: int | None) -> bool:
+    """Whether a cache holds a layer's cross-attention keys and values, so that stock attention does not look at the encoder's output."""
+    return bool(getattr(past_key_values, "is_updated", {}).get(layer))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.t5 import modeling_t5
 
-from fastadapt.hosts.roles import Host, Place, register
+from fastadapt.hosts.roles import Host, Place, knows_keys, register
 from fastadapt.nn import Init
 
 
@@ -27,7 +27,7 @@ class T5LayerSelfAttention(modeling_t5.T5LayerSelfAttention):
 
 
 class T5LayerCrossAttention(modeling_t5.T5LayerCrossAttention):
-    """A T5LayerCrossAttention with an adapter."""
+    """A T5LayerCrossAttention with an adapter, and one of the encoder's output, ``key_value_adapter``."""
 
     def forward(
         self: Any,
@@ -38,10 +38,13 @@ class T5LayerCrossAttention(modeling_t5.T5LayerCrossAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
+        if (adapter := self.key_value_adapter) is not None and not knows_keys(past_key_values, self.EncDecAttention.layer_idx):
+            key_value_states = adapter(key_value_states)
         output, position_bias, weights = self.EncDecAttention(
             self.layer_norm(hidden_states), mask=attention_mask, key_value_states=key_value_states, position_bias=position_bias, past_key_values=past_key_values, **kwargs
         )
-        output = self.adapter(output, hidden_states.to(output.dtype))
+        if (adapter := self.adapter) is not None:
+            output = adapter(output, hidden_states.to(output.dtype))
         return hidden_states + self.dropout(output), position_bias, weights
 
 
@@ -52,6 +55,13 @@ class T5LayerFF(modeling_t5.T5LayerFF):
         output = self.DenseReluDense(self.layer_norm(hidden_states))
         output = self.adapter(output, hidden_states.to(output.dtype))
         return hidden_states + self.dropout(output)
+
+
+class T5LayerNorm(modeling_t5.T5LayerNorm):
+    """A T5LayerNorm with a bias, as Compacter's repository has it for BitFit: ``weight * x / rms(x) + bias``."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) + self.bias
 
 
 _ENCODER = (
@@ -68,6 +78,8 @@ _DECODER = (
     Place("decoder.self_attention.value", "layer.0.SelfAttention.v", "parallel_adapter"),
     Place("decoder.cross_attention.query", "layer.1.EncDecAttention.q", "parallel_adapter"),
     Place("decoder.cross_attention.value", "layer.1.EncDecAttention.v", "parallel_adapter"),
+    Place("decoder.cross_attention.key_value", "layer.1", "key_value_adapter"),
+    Place("decoder.feed_forward.inner", "layer.2.DenseReluDense.wo", "inner_adapter"),
 )
 
 register(
@@ -89,5 +101,6 @@ register(
         norms=(modeling_t5.T5LayerNorm, nn.LayerNorm),
         # T5PreTrainedModel._init_weights leaves foreign Linears alone: torch's default.
         init=lambda block: Init(),
+        biased={modeling_t5.T5LayerNorm: T5LayerNorm},
     )
 )

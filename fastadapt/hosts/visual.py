@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastadapt.nn.init import positive
 
 
 class VisualEmbedding(nn.Module):
@@ -44,10 +47,17 @@ class VisualEmbedding(nn.Module):
         super().__init__()
         self.feat_dim, self.pos_dim = feat_dim, pos_dim
         each = use_vis_layer_norm and individual_vis_layer_norm
-        self.feat_embedding = nn.Sequential(nn.Linear(feat_dim, d_model), *([norm(d_model)] if each else []))
+        self._embed_features(feat_dim, d_model, norm if each else None)
         self.absolute_vis_pos_embedding = nn.Sequential(nn.Linear(pos_dim + 1, d_model), *([norm(d_model)] if each else []))
         self.img_order_embedding = nn.Embedding(n_images, d_model) if use_vis_order_embedding else None
         self.layer_norm = norm(d_model) if use_vis_layer_norm and not individual_vis_layer_norm else None
+
+    def _embed_features(self, feat_dim: int, d_model: int, norm: Callable[[int], nn.Module] | None) -> None:
+        """Makes what `_features` needs."""
+        self.feat_embedding = nn.Sequential(nn.Linear(feat_dim, d_model), *([norm(d_model)] if norm else []))
+
+    def _features(self, feats: Tensor) -> Tensor:
+        return self.feat_embedding(feats)
 
     def forward(self, feats: Tensor, boxes: Tensor, table: Tensor, img_order_ids: Tensor | None = None, obj_order_ids: Tensor | None = None) -> Tensor:
         """Visual tokens (B, N, D).
@@ -68,7 +78,7 @@ class VisualEmbedding(nn.Module):
             raise ValueError(f"boxes: shape {tuple(boxes.shape)} must be {(*feats.shape[:2], self.pos_dim)}")
         boxes = boxes.to(feats.dtype)
         area = (boxes[..., 3] - boxes[..., 2]) * (boxes[..., 1] - boxes[..., 0])
-        tokens = self.feat_embedding(feats) + self.absolute_vis_pos_embedding(torch.cat([boxes, area[..., None]], -1))
+        tokens = self._features(feats) + self.absolute_vis_pos_embedding(torch.cat([boxes, area[..., None]], -1))
         if self.img_order_embedding is not None:
             n = feats.shape[1]
             img = feats.new_zeros(1, n, dtype=torch.long) if img_order_ids is None else img_order_ids
@@ -78,6 +88,57 @@ class VisualEmbedding(nn.Module):
                     raise ValueError(f"{name}: shape {tuple(ids.shape)} must be {(feats.shape[0], n)} or {(1, n)}")
             tokens = tokens + self.img_order_embedding(img) + F.embedding(table.shape[0] - 1 - obj, table)
         return tokens if self.layer_norm is None else self.layer_norm(tokens)
+
+
+class LowRankVisualEmbedding(VisualEmbedding):
+    r"""VL-PET's low-rank visual projector: a `VisualEmbedding` whose features pass a multi-head bottleneck, with a gate or without.
+
+    .. math:: F = \phi(feats\, W_d^\top + b_d) W_u^\top + b_u, \qquad G = \sigma(\phi(feats\, W_1^\top + b_1) W_2^\top + b_2)
+
+    :math:`LN_f(F)`, :math:`LN_f(F \odot G)` or, with ``residual``, :math:`LN_f(F + F \odot G)` takes the place of :math:`LN_f(W_f\, feats + b_f)`. Parameter names are the
+    published ones: ``visual_projector_multihead_down.{i}`` (R / heads, F), ``visual_projector_multihead_up`` (D, R), ``visual_projector_gating_large_x_down`` (Rg, F),
+    ``visual_projector_gating_large_x_up`` (D, Rg), ``visual_projector_layer_norm``. The published code has it in VL-BART only.
+
+    Args:
+        feat_dim, d_model, norm, options: see `VisualEmbedding`.
+        rank: R; published: 96.
+        heads: number of down-projections; it must divide ``rank``.
+        gate_rank: Rg; None: no gate. Published: 96.
+        residual: the last of the three forms; it needs a gate.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self, feat_dim: int, d_model: int, norm: Callable[[int], nn.Module] = nn.LayerNorm, *, rank: int = 96, heads: int = 1, gate_rank: int | None = None, residual: bool = False,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        positive(rank=rank, heads=heads, **({} if gate_rank is None else {"gate_rank": gate_rank}))
+        if rank % heads:
+            raise ValueError(f"heads: {heads} must divide rank {rank}")
+        if residual and gate_rank is None:
+            raise ValueError("residual: there is no gate to add (gate_rank=None)")
+        self._sizes = rank, heads, gate_rank
+        super().__init__(feat_dim, d_model, norm, **options)
+        self.residual = residual
+
+    def _embed_features(self, feat_dim: int, d_model: int, norm: Callable[[int], nn.Module] | None) -> None:
+        rank, heads, gate_rank = self._sizes
+        self.visual_projector_multihead_down = nn.ModuleList(nn.Linear(feat_dim, rank // heads) for _ in range(heads))
+        self.visual_projector_multihead_up = nn.Linear(rank, d_model)
+        self.visual_projector_layer_norm = norm(d_model) if norm else None
+        self.visual_projector_gating_large_x_down = None if gate_rank is None else nn.Linear(feat_dim, gate_rank)
+        self.visual_projector_gating_large_x_up = None if gate_rank is None else nn.Linear(gate_rank, d_model)
+
+    def _features(self, feats: Tensor) -> Tensor:
+        inner = torch.cat([head(feats) for head in self.visual_projector_multihead_down], -1)
+        out = self.visual_projector_multihead_up(F.gelu(inner, approximate="tanh"))
+        if self.visual_projector_gating_large_x_down is not None:
+            gate = self.visual_projector_gating_large_x_up(F.gelu(self.visual_projector_gating_large_x_down(feats), approximate="tanh"))  # type: ignore[misc]
+            gated = out * torch.sigmoid(gate)
+            out = out + gated if self.residual else gated
+        return out if self.visual_projector_layer_norm is None else self.visual_projector_layer_norm(out)
 
 
 def downsample(feats: Tensor, n_boxes: int, n_images: int = 1) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.models.bart.modeling_bart import BartEncoder
 from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
 from transformers.utils.output_capturing import capture_outputs
 
-from fastadapt.hosts.visual import VisualEmbedding, downsample, shorten
+from fastadapt.hosts.visual import LowRankVisualEmbedding, VisualEmbedding, downsample, shorten
 
 VisualInputs = tuple[Tensor, ...]
 """``(feats, boxes)`` or ``(feats, boxes, img_order_ids, obj_order_ids)``, see `VisualEmbedding`."""
@@ -30,7 +30,7 @@ VisualInputs = tuple[Tensor, ...]
 
 class VLBartConfig(BartConfig):
     """`BartConfig` and the visual options of `VisualEmbedding`. ``n_boxes``: pool each image's grid to that many tokens; ``share_vis_lang_layer_norm``: visual tokens pass BART's
-    ``layernorm_embedding`` too."""
+    ``layernorm_embedding`` too. ``visual_projector_rank`` and the options after it are those of `LowRankVisualEmbedding` (VL-PET); None: the full-rank projection."""
 
     feat_dim: int = 2048
     pos_dim: int = 4
@@ -40,10 +40,14 @@ class VLBartConfig(BartConfig):
     use_vis_layer_norm: bool = True
     individual_vis_layer_norm: bool = True
     share_vis_lang_layer_norm: bool = False
+    visual_projector_rank: int | None = None
+    visual_projector_heads: int = 1
+    visual_projector_gate_rank: int | None = None
+    visual_projector_residual: bool = False
 
 
 class VLT5Config(T5Config):
-    """`T5Config` and the visual options of `VisualEmbedding`. ``n_boxes``: pool each image's grid to that many tokens."""
+    """`T5Config` and the visual options of `VisualEmbedding`. ``n_boxes``: pool each image's grid to that many tokens. ``visual_projector_rank``: as in `VLBartConfig`."""
 
     feat_dim: int = 2048
     pos_dim: int = 4
@@ -52,11 +56,21 @@ class VLT5Config(T5Config):
     use_vis_order_embedding: bool = True
     use_vis_layer_norm: bool = True
     individual_vis_layer_norm: bool = True
+    visual_projector_rank: int | None = None
+    visual_projector_heads: int = 1
+    visual_projector_gate_rank: int | None = None
+    visual_projector_residual: bool = False
 
 
 def _visual_embedding(config: Any, norm: Any) -> VisualEmbedding:
     options = ("pos_dim", "n_images", "use_vis_order_embedding", "use_vis_layer_norm", "individual_vis_layer_norm")
-    return VisualEmbedding(config.feat_dim, config.d_model, norm, **{name: getattr(config, name) for name in options})
+    values = {name: getattr(config, name) for name in options}
+    projector = {name: getattr(config, f"visual_projector_{name}") for name in ("rank", "heads", "gate_rank", "residual")}
+    if projector["rank"] is not None:
+        return LowRankVisualEmbedding(config.feat_dim, config.d_model, norm, **projector, **values)
+    if projector != {"rank": None, "heads": 1, "gate_rank": None, "residual": False}:
+        raise ValueError(f"visual_projector_rank: None leaves no low-rank projector for {projector}")
+    return VisualEmbedding(config.feat_dim, config.d_model, norm, **values)
 
 
 def _visual_tokens(encoder: JointBartEncoder | JointT5Encoder, vis_inputs: VisualInputs) -> Tensor:
@@ -115,15 +129,17 @@ class JointT5Encoder(T5Stack):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, VisualEmbedding):
+        # Not from the visual embedding down: transformers passes over modules of foreign classes that hold no parameters themselves.
+        if not any(module is part for part in getattr(self, "visual_embedding", nn.Module()).modules()):
+            super()._init_weights(module)
+        elif isinstance(module, nn.Linear):
             # The published T5 host leaves torch's own initialisation: U(+-1/sqrt(fan in)) for projections, N(0, 1) for the order embedding.
-            linear: Any
-            for linear in (module.feat_embedding[0], module.absolute_vis_pos_embedding[0]):
-                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-                init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
-            if module.img_order_embedding is not None:
-                init.normal_(module.img_order_embedding.weight)
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, T5LayerNorm):
+            init.ones_(module.weight)
 
     @capture_outputs
     def _joint(self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None, vis_inputs: VisualInputs, **kwargs: Any) -> BaseModelOutput:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastadapt.nn import Init, PerTask, share
+from fastadapt.nn import Init, PerTask, Prompt, share
 
 INITS = ("repo", "identity")
 LAYER_NORMS = ("all", "encoder", "none")
@@ -32,6 +32,7 @@ class Target:
         layer: number of the layer in its stack, from 0.
         tasks: names of the tasks.
         shared: modules of this patch that others share parameters with, see `share`.
+        table: the token table of the stack that a stage is built for.
     """
 
     family: str
@@ -42,6 +43,7 @@ class Target:
     layer: int = 0
     tasks: tuple[str, ...] = ()
     shared: dict[str, nn.Module] = field(default_factory=dict)
+    table: nn.Embedding | None = None
 
     def share(self, key: str, module: nn.Module, *names: str) -> None:
         """Gives ``module`` the parameters ``names`` of the first module of this patch that was shared under ``key``; the first one keeps its own."""
@@ -57,9 +59,15 @@ class MethodConfig:
         layer_norms: which of the host's layer norms are trained: "all", those of the "encoder", or "none".
         visual_embedding: train the module called ``visual_embedding``, where the model has one.
         biases: train every tensor of the base whose name contains "bias", as the published rule goes; on T5 these are the two tables of relative position biases.
+        add_biases: give every Linear of the base that has no bias, and every layer norm of its layers that has none, a trained one that starts at zero (BitFit on T5; as in
+            Compacter's repository, a norm behind the last layer stays without).
         lm_head: train the token table and the output layer (tied in BART and T5).
         language_model: train the whole base.
         trained_modules: names of further modules of the base that are trained, wherever they are ("itm_head").
+        encoder_prompt, decoder_prompt: number of trained prompt vectors before the encoder's text (VL-Adapter, section 4.2) and before the decoder's tokens; 0: none.
+        prompt_mid: width of the prompts' MLP; None: no MLP.
+        prompt_start: "random", see `fastadapt.nn.Prompt`, or "tokens", the first rows of the token table; the latter without MLP.
+        prompt_sharing: "single", one prompt for all tasks, or "multiple", one per task.
     """
 
     method: ClassVar[str]
@@ -69,9 +77,15 @@ class MethodConfig:
     layer_norms: Literal["all", "encoder", "none"] | None = None
     visual_embedding: bool = True
     biases: bool = False
+    add_biases: bool = False
     lm_head: bool = False
     language_model: bool = False
     trained_modules: tuple[str, ...] = ()
+    encoder_prompt: int = 0
+    decoder_prompt: int = 0
+    prompt_mid: int | None = 800
+    prompt_start: Literal["random", "tokens"] = "random"
+    prompt_sharing: Literal["single", "multiple"] = "single"
 
     def resolved(self, family: str, init: str) -> Self:
         """The config with every None replaced by what is published for ``family``; checked.
@@ -85,9 +99,18 @@ class MethodConfig:
         config = dataclasses.replace(self, **fill)
         if config.layer_norms not in LAYER_NORMS:
             raise ValueError(f"layer_norms: must be one of {', '.join(LAYER_NORMS)}, not {config.layer_norms!r}")
-        for name in ("visual_embedding", "biases", "lm_head", "language_model"):
+        for name in ("visual_embedding", "biases", "add_biases", "lm_head", "language_model"):
             if not isinstance(value := getattr(config, name), bool):
                 raise ValueError(f"{name}: must be True or False, not {value!r}")
+        for name in ("encoder_prompt", "decoder_prompt"):
+            if isinstance(value := getattr(config, name), bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: must be a number of prompt vectors, 0 for none, not {value!r}")
+            if value and init == "identity":
+                raise ValueError(f"init: 'identity' is impossible with {name}={value}: the vectors are attended to whatever they are")
+        if config.prompt_start not in ("random", "tokens") or (config.prompt_start == "tokens" and config.prompt_mid is not None):
+            raise ValueError(f"prompt_start: must be 'random', or 'tokens' with prompt_mid=None, not {config.prompt_start!r} with prompt_mid={config.prompt_mid}")
+        if config.prompt_sharing not in ("single", "multiple"):
+            raise ValueError(f"prompt_sharing: must be one of single, multiple, not {config.prompt_sharing!r}")
         if isinstance(config.trained_modules, str) or not all(isinstance(name, str) and name for name in config.trained_modules):
             raise ValueError(f"trained_modules: must be a list of names, not {config.trained_modules!r}")
         config = dataclasses.replace(config, trained_modules=tuple(config.trained_modules))
@@ -105,6 +128,47 @@ class MethodConfig:
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         """The module for one place, or None to leave it; the config is a resolved one."""
         raise NotImplementedError
+
+    def stages(self) -> tuple[str, ...]:
+        """The roles of modules that belong to a whole stack."""
+        lengths = {"encoder.prompt": self.encoder_prompt, "decoder.prompt": self.decoder_prompt}
+        return tuple(role for role, length in lengths.items() if length)
+
+    def build_stage(self, role: str, target: Target, init: str, sites: Sequence[StageSite], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The module of one stack, whose layers have ``sites``; the config is a resolved one."""
+        length = self.encoder_prompt if role == "encoder.prompt" else self.decoder_prompt
+        start = {"init": target.init, "table": target.table if self.prompt_start == "tokens" else None}
+        return per_task(self.prompt_sharing, target, lambda: Prompt(length, target.width, self.prompt_mid, **start, device=device, dtype=dtype))  # type: ignore[arg-type]
+
+    def reparametrise(self, tensors: Sequence[BaseTensor], *, device: torch.device, dtype: torch.dtype) -> Reparametrisation | None:
+        """A module of the whole model, and what layers read instead of their own tensors; None: nothing. The config is a resolved one.
+
+        Args:
+            tensors: all tensors of the base, in the model's order.
+        """
+        return None
+
+
+class BaseTensor(NamedTuple):
+    """A tensor of the base, and every layer that holds it with the name under which it does."""
+
+    tensor: Tensor
+    owners: tuple[tuple[nn.Module, str], ...]
+
+
+class Reparametrisation(NamedTuple):
+    """A module with parameters, and (layer, name, module without parameters) for each tensor that a layer reads as ``module(tensor)``."""
+
+    module: nn.Module
+    reads: list[tuple[nn.Module, str, nn.Module]]
+
+
+class StageSite(NamedTuple):
+    """A site inside the stack that a stage is built for."""
+
+    role: str
+    layer: int
+    module: nn.Module
 
 
 def per_task(sharing: str, target: Target, make: Callable[[], nn.Module], shared: Sequence[str] = ()) -> nn.Module:

@@ -14,7 +14,7 @@ class BaseTuningConfig(MethodConfig):
 
     Args:
         layer_norms: published: "none".
-        visual_embedding, biases, lm_head, language_model: see `MethodConfig`.
+        visual_embedding, biases, add_biases, lm_head, language_model: see `MethodConfig`.
     """
 
     method: ClassVar[str] = "base_tuning"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
@@ -12,6 +15,7 @@ from fastadapt.methods.base import MethodConfig, Target, per_task
 from fastadapt.nn import Bottleneck, Init, Projection
 
 SHARING = ("single", "multiple", "up", "down")
+_SUBLAYERS = ("self_attention", "cross_attention", "feed_forward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,10 @@ class VLAdapterConfig(MethodConfig):
         rank: the rank itself, instead of a reduction factor.
         activation: see `fastadapt.nn.Bottleneck`.
         layer_norm_before, layer_norm_after: layer norms around the adapter.
-        cross_attention: adapters behind cross-attention too.
+        self_attention, cross_attention, feed_forward: behind which sub-layers.
+        decoder: adapters in the decoder too.
+        layers: the numbers of the layers of each stack, from 0, that get adapters ("AdapterDrop", Rückle et al. 2021: 5 to 11); None: all.
+        std: the Linears start with weights N(0, std^2) and zero biases; None: by the host's rule.
         layer_norms: published: "all" on BART; "none" on T5, where the published code looks for another class of layer norm and leaves them frozen (as its
             counts, 4.49 % and 7.98 %, say).
         visual_embedding, biases, lm_head, language_model: see `MethodConfig`.
@@ -41,16 +48,39 @@ class VLAdapterConfig(MethodConfig):
     layer_norm_before: bool = False
     layer_norm_after: bool = False
     cross_attention: bool = True
+    self_attention: bool = True
+    feed_forward: bool = True
+    decoder: bool = True
+    layers: tuple[int, ...] | None = None
+    std: float | None = None
+
+    def resolved(self, family: str, init: str) -> Self:
+        config = super().resolved(family, init)
+        for name in (*_SUBLAYERS, "decoder"):
+            if not isinstance(value := getattr(config, name), bool):
+                raise ValueError(f"{name}: must be True or False, not {value!r}")
+        if not config.roles():
+            raise ValueError("self_attention: must be True where cross_attention (of a decoder) and feed_forward are not, or there is no adapter")
+        if (std := config.std) is not None and (isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 < std < math.inf):
+            raise ValueError(f"std: must be a positive number or None, not {std!r}")
+        if (layers := config.layers) is None:
+            return config
+        if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
+            raise ValueError(f"layers: must be numbers of layers, from 0, or None for all, not {layers!r}")
+        return dataclasses.replace(config, layers=tuple(layers))
 
     def roles(self) -> tuple[str, ...]:
-        cross = ("decoder.cross_attention",) if self.cross_attention else ()
-        return "encoder.self_attention", "encoder.feed_forward", "decoder.self_attention", *cross, "decoder.feed_forward"
+        names = [name for name in _SUBLAYERS if getattr(self, name)]
+        stacks = ("encoder", "decoder") if self.decoder else ("encoder",)
+        return tuple(f"{stack}.{name}" for stack in stacks for name in names if (stack, name) != ("encoder", "cross_attention"))
 
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         if self.sharing not in SHARING:
             raise ValueError(f"sharing: must be one of {', '.join(SHARING)}, not {self.sharing!r}")
         if self.rank is None and (isinstance(self.reduction_factor, bool) or not isinstance(self.reduction_factor, int) or not 1 <= self.reduction_factor <= target.width):
             raise ValueError(f"reduction_factor: must be an integer from 1 to the width {target.width}, not {self.reduction_factor!r}")
+        if self.layers is not None and target.layer not in self.layers:
+            return None
         rule = self.rule(target)
 
         def make() -> Bottleneck:
@@ -73,7 +103,7 @@ class VLAdapterConfig(MethodConfig):
 
     def rule(self, target: Target) -> Init:
         """How the projections start with ``init="repo"``."""
-        return target.init
+        return target.init if self.std is None else dataclasses.replace(target.init, std=float(self.std))
 
     def projection(self) -> Projection | None:
         """What makes the projections; None: ``nn.Linear``."""

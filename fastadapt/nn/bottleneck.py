@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, Literal
@@ -17,9 +18,9 @@ from fastadapt.nn.projections import Projection
 class Bottleneck(nn.Module):
     r"""The sequential adapter of VL-Adapter (section 3.2; Houlsby, Pfeiffer): one fused operation.
 
-    .. math:: y = LN_{after}\bigl(s\,(\phi(LN_{before}(h) W_d^\top + b_d) W_u^\top + b_u)\bigr) + h
+    .. math:: y = LN_{after}\bigl(s\,g\,(\phi(LN_{before}(h) W_d^\top + b_d) W_u^\top + b_u)\bigr) + c\,h
 
-    Parameters have the papers' names: ``down_sampler`` (R, D), ``up_sampler`` (D, R), ``pre_layer_norm``, ``post_layer_norm``.
+    Parameters have the papers' names: ``down_sampler`` (R, D), ``up_sampler`` (D, R), ``pre_layer_norm``, ``post_layer_norm``, ``gate`` (1,).
 
     Args:
         width: D.
@@ -32,6 +33,8 @@ class Bottleneck(nn.Module):
         norm_before, norm_after: layer norms (eps 1e-5) of the input and of the scaled output.
         bias: biases of the projections.
         projection: makes ``down_sampler`` and ``up_sampler`` in place of ``nn.Linear``, for instance a `PHMLinear` (Compacter) or a `LowRankLinear`; not with ``pair``.
+        scalar_gate: a trained factor g, one number that starts at zero (VL-Adapter's CLIP-ViL runs); without it g = 1.
+        input_scale: c (VL-PET on T5).
         init: starting values.
 
     Raises:
@@ -52,16 +55,23 @@ class Bottleneck(nn.Module):
         norm_after: bool = False,
         bias: bool = True,
         projection: Projection | None = None,
+        scalar_gate: bool = False,
+        input_scale: float = 1.0,
         init: Init = TORCH,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         up_rank = check_projections(width, rank, heads, pair, activation)
-        check_scales(scale=scale)
+        check_scales(scale=scale, input_scale=input_scale)
         if pair and projection is not None:
             raise ValueError("projection: only Linears can be block diagonal (pair=True)")
+        if input_scale != 1.0 and not residual:
+            raise ValueError("input_scale: there is no residual to scale (residual=False)")
+        if scalar_gate:
+            init = dataclasses.replace(init, zero=(*init.zero, "gate"))
         self.activation, self.residual, self.scale, self.heads, self.pair, self.init = activation, residual, float(scale), heads, pair, init
+        self.input_scale = float(input_scale)
         self._blocks = heads if pair else 1
         self._residual: Literal["input"] | None = "input" if residual else None
         make = projection or functools.partial(linear, bias=bias)
@@ -69,6 +79,7 @@ class Bottleneck(nn.Module):
         self.up_sampler = make(up_rank, width, device=device, dtype=dtype)
         self.register_module("pre_layer_norm", nn.LayerNorm(width, device=device, dtype=dtype) if norm_before else None)
         self.register_module("post_layer_norm", nn.LayerNorm(width, device=device, dtype=dtype) if norm_after else None)
+        self.register_parameter("gate", nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if scalar_gate else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -77,15 +88,16 @@ class Bottleneck(nn.Module):
 
     def forward(self, h: Tensor, x: Tensor | None = None) -> Tensor:
         """y of h's shape (..., D) and dtype. ``x``, the residual stream that hosts hand to every module behind a sub-layer, has no part in it."""
-        return self._run(h, self._residual)
+        return self._run(h, self._residual if self.input_scale == 1.0 else self.input_scale * h)
 
     def _run(self, h: Tensor, residual: Tensor | Literal["input"] | None) -> Tensor:
         children = self._modules
         (w_down, b_down), (w_up, b_up) = weights(children["down_sampler"]), weights(children["up_sampler"])  # type: ignore[arg-type]
         before: Any = children["pre_layer_norm"]
         after: Any = children["post_layer_norm"]
+        gate = self._parameters["gate"]
         return functional.bottleneck(
-            h, w_down, w_up, b_down, b_up, activation=self.activation, residual=residual, scale=self.scale, heads=self._blocks,
+            h, w_down, w_up, b_down, b_up, activation=self.activation, residual=residual, scale=self.scale if gate is None else self.scale * gate, heads=self._blocks,
             norm_before=None if before is None else (before.weight, before.bias, before.eps), norm_after=None if after is None else (after.weight, after.bias, after.eps),
         )  # fmt: skip
 
@@ -96,7 +108,8 @@ class Bottleneck(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"width={self.down_sampler.in_features}", f"rank={self.down_sampler.out_features}", f"activation={self.activation!r}"]
         parts += [] if self.residual else ["residual=False"]
-        parts += [f"scale={self.scale}"] if self.scale != 1.0 else []
+        parts += [f"{name}={value}" for name in ("scale", "input_scale") if (value := getattr(self, name)) != 1.0]
+        parts += ["scalar_gate=True"] if self.gate is not None else []
         parts += [f"heads={self.heads}" + (", pair=True" if self.pair else "")] if self.heads > 1 else []
         return ", ".join(parts)
 

@@ -42,6 +42,11 @@ class GatedBottleneck(nn.Module):
         ValueError: an argument is unknown or out of range.
     """
 
+    gate_down: nn.Linear
+    gate_up: nn.Linear
+    gate: nn.Linear
+    gate_vector: nn.Parameter
+
     def __init__(
         self,
         width: int,
@@ -85,13 +90,7 @@ class GatedBottleneck(nn.Module):
         make = projection or functools.partial(linear, bias=bias)
         self.down_sampler = make(width, rank, **factory)
         self.up_sampler = make(up_rank, width, **factory)
-        if granularity == "large":
-            self.gate_down = linear(width, gate_rank, bias, **factory)
-            self.gate_up = linear(gate_rank, width, bias, **factory)
-        elif granularity == "middleY":
-            self.gate_vector = nn.Parameter(torch.empty(width, **factory))
-        else:
-            self.gate = linear(2 * width if granularity == "small" else width, width if granularity == "large_full" else 1, bias, **factory)
+        register_gate(self, granularity, width, gate_rank, bias, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,3 +130,14 @@ class GatedBottleneck(nn.Module):
         parts += [f"heads={self.heads}" + (", pair=True" if self.pair else "")] if self.heads > 1 else []
         parts += [f"{name}={value}" for name in ("input_scale", "adapter_scale", "scale") if (value := getattr(self, name)) != 1.0]
         return ", ".join(parts)
+
+
+def register_gate(module: nn.Module, granularity: str, width: int, gate_rank: int, bias: bool, **factory: Any) -> None:
+    """Gives ``module`` the gate parameters of a granularity."""
+    if granularity == "large":
+        module.gate_down = linear(width, gate_rank, bias, **factory)
+        module.gate_up = linear(gate_rank, width, bias, **factory)
+    elif granularity == "middleY":
+        module.gate_vector = nn.Parameter(torch.empty(width, **factory))
+    else:
+        module.gate = linear(2 * width if granularity == "small" else width, width if granularity == "large_full" else 1, bias, **factory)

@@ -20,17 +20,22 @@ class Init:
         std: weights N(0, std^2) and biases 0; None: torch's default for ``nn.Linear``, weight and bias uniform in +-1/sqrt(fan_in).
         zero: names of children and parameters that start at zero, weight and bias; the others follow ``std``.
         uniform: names of Linear children whose weight is uniform in +-1/sqrt(fan_in) and whose bias is zero, whatever ``std`` is.
+        one: names of vectors that start at one.
     """
 
     std: float | None = None
     zero: tuple[str, ...] = ()
     uniform: tuple[str, ...] = ()
+    one: tuple[str, ...] = ()
 
     @torch.no_grad()
     def apply(self, module: nn.Module) -> None:
         """Sets the parameters of ``module`` and of its direct children, in the order in which they were registered."""
         for name, parameter in module.named_parameters(recurse=False):
-            parameter.zero_() if name in self.zero else parameter.normal_(0.0, 0.02 if self.std is None else self.std)
+            if name in self.zero or name in self.one:
+                parameter.fill_(float(name in self.one))
+            else:
+                parameter.normal_(0.0, 0.02 if self.std is None else self.std)
         for name, child in module.named_children():
             if name in self.zero:
                 if (zero := getattr(child, "zero_", None)) is not None:

@@ -23,6 +23,9 @@ class PerTask(nn.Module):
         ValueError: no task, a name that a module cannot have, or a parameter that cannot be shared.
     """
 
+    # transformers' ``save_pretrained`` writes a shared tensor once, under a name that is not declared like this; here any name may be another's.
+    _tied_weights_keys = {"": ""}
+
     def __init__(self, adapters: Mapping[str, nn.Module], shared: Sequence[str] = ()) -> None:
         super().__init__()
         if not adapters:
@@ -61,6 +64,7 @@ class PerTask(nn.Module):
             raise RuntimeError(f"no task is selected: use `handle.set_task(...)` or `with handle.task(...)`; tasks: {', '.join(self.adapters)}")
         return self.adapters[self.task](*inputs)
 
-    def call(self) -> dict[str, Any]:
-        """The call of one task's adapter, see `Bottleneck.call`."""
-        return next(iter(self.adapters.values())).call()  # type: ignore[operator]
+    def call(self) -> dict[str, Any] | None:
+        """The call of one task's adapter, see `Bottleneck.call`; None where that is plain torch."""
+        call = getattr(next(iter(self.adapters.values())), "call", None)
+        return None if call is None else call()

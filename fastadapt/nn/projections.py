@@ -24,6 +24,7 @@ class _Product(nn.Module):
     in_features: int
     out_features: int
     b: nn.Parameter | None
+    _tied_weights_keys = {"": ""}  # as in `PerTask`
     scaled: str
     """The parameter that is zero where the projection is: the other factors keep their values, or nothing would get a gradient."""
 

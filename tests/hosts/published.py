@@ -13,11 +13,15 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoder
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from fastadapt.hosts.vlbart import VLT5, VLBart, VLBartConfig, VLT5Config
+from fastadapt.interop import load_published
 from fastadapt.patching import Handle, patch
 from tests import golden
 
 # Published names of modules, in the order in which they are tried, and the path that they have here. A trailing head number is cut off: heads are stacked by rows.
 _NAMES = [
+    (r"\bencoder\.prompt_modules\.prompts\.\w+\.", {"bart": "encoder.prompt.", "t5": "encoder.prompt."}),
+    (r"\bmodel\.prompt_modules\.prompts\.\w+\.", {"bart": "model.decoder.prompt.", "t5": "decoder.prompt."}),
+    (r"\.lora_([AB])s\.\w+$", dict.fromkeys(("bart", "t5"), r".parallel_adapter.lora_\1.weight")),
     (r"\battn_value_parallel_adapter\.adapters\.\w+\.", {"bart": "v_proj.parallel_adapter.", "t5": "v.parallel_adapter."}),
     (r"\b(self_)?attn_adapter\.adapters\.\w+\.", {"bart": "self_attention_adapter.", "t5": "adapter."}),
     (r"\benc_attn_adapter\.adapters\.\w+\.", {"bart": "cross_attention_adapter.", "t5": "adapter."}),
@@ -51,8 +55,15 @@ def converted(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
 def method_of(case: golden.Case) -> tuple[str, dict[str, object]]:
     """The method and its options from the published flags."""
     o = case.options
+    prompts: dict[str, object] = {f"{side}_prompt": o[f"{side}_prompt_len"] for side in ("encoder", "decoder") if f"{side}_prompt_len" in o}
+    if prompts:
+        prompts["prompt_mid"] = o["mid_dim"]
+    if "--use_lora" in case.flags or "lora" in case.id:
+        return "lora", {"rank": o["lora_dim"], "biases": False}
+    if "--use_adapter" not in case.flags:
+        return "base_tuning", prompts
     if "adapter_down_dim" not in case.flags:
-        return "vl_adapter", {"reduction_factor": o["reduction_factor"]}
+        return "vl_adapter", {"reduction_factor": o["reduction_factor"], **prompts}
     flags = dict(re.findall(r"--(\w+)\s+([\d.]+)", case.flags))
     options = {
         "rank": int(flags["adapter_down_dim"]),
@@ -106,10 +117,7 @@ def patched_model(case: golden.Case, dtype: torch.dtype) -> tuple[VLBart | VLT5,
     model = model.to(dtype).eval()
     method, options = method_of(case)
     handle = patch(model, method, tasks=o["tasks"].split(","), **options)
-    params = converted(golden.to(case.params, dtype), family_of(case))
-    own = model.state_dict()
-    assert {k for k in params if k not in own} <= {k for k in params if k.endswith("obj_order_embedding.weight")}
-    model.load_state_dict({name: params[name].reshape(own[name].shape) for name in own}, strict=True)
+    load_published(handle, golden.to(case.params, dtype))
     return model, handle
 
 

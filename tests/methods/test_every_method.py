@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from fastadapt import patching
+from fastadapt.nn import GeneratedBottleneck, HyperNetwork, PerTask
 from fastadapt.patching import Handle, patch
 from tests.hosts.tiny import FAMILIES, assert_same, batch, logits, randomize, snapshot, tiny
 
 hosts = pytest.mark.parametrize("family", FAMILIES)
 R4: dict[str, Any] = {"reduction_factor": 4}
+PET: dict[str, Any] = {"rank": 8, "heads": 4, "value_rank": 5}
+NO_IDENTITY = ("vl-pet, norm and value residual", "vl-pet on lora")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "multiple": ("vl_adapter", {"sharing": "multiple", "layer_norm_before": True, **R4}),
     "half-shared": ("vl_adapter", {"sharing": "up", **R4}),
@@ -25,6 +28,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "low-rank": ("low_rank_adapter", R4),
     "lora": ("lora", {"rank": 4}),
     "lora, multiple": ("lora", {"rank": 4, "sharing": "multiple"}),
+    "hyperformer": ("hyperformer", {"task_dim": 12, "hidden_dim": 10, "layer_norm_before": True, **R4}),
+    "hyperformer, one": ("hyperformer", {"task_dim": 12, "hidden_dim": 10, "one_hypernet": True, **R4}),
+    "prompt": ("prompt", {"encoder_prompt": 3, "prompt_mid": 5}),
+    "prompts of both sides, multiple": ("prompt", {"encoder_prompt": 3, "decoder_prompt": 2, "prompt_mid": None, "prompt_sharing": "multiple"}),
+    "adapters and prompts": ("vl_adapter", {"sharing": "multiple", "encoder_prompt": 2, "decoder_prompt": 1, **R4}),
+    "adapters of an encoder's layer": ("houlsby", {"layers": [1], "decoder": False, **R4}),
+    "prompt of tokens": ("prompt_tuning_tokens", {"encoder_prompt": 3}),
+    "said": ("said", {"dimension": 200}),
+    "new biases": ("bitfit_t5", {}),
+    "vl-pet, ungated": ("vlpet", {"granularity": "none", "adapter_scale": (0.5, 2.0), "decoder": ["key_value", "multihead"], **PET}),
+    "vl-pet, norm and value residual": ("vlpet", {"granularity": "l2norm", "adapter": "low_rank", "value_residual": True, "value_gate_rank": 3, **PET}),
+    "vl-pet, gates and vectors alone": ("vlpet", {"granularity": "middleX", "adapter": "none", "gating_rank": 3, "decoder": ["value_ia3", "feed_forward_ia3"]}),
+    "vl-pet, vectors added": (
+        "vlpet",
+        {"granularity": "middleY", "gating_rank": 3, "gating_add_first": True, "decoder": ["value_ia3", "feed_forward_ia3"], "ia3_add": True, "rank": 8},
+    ),
+    "vl-pet, own ranks": (
+        "vlpet",
+        {"gate_rank": 3, "adapter": "none", "decoder": ["self_attention", "cross_attention", "feed_forward"], "decoder_ranks": [3, 4, 5], "cross_gate_rank": 6},
+    ),
+    "vl-pet, multiple": (
+        "vlpet",
+        {"granularity": "small", "sharing": "multiple", "decoder": ["value_parallel", "cross_attention"], "decoder_ranks": 3, "cross_gate_rank": 6, **PET},
+    ),
+    "vl-pet on compacter": ("vlpet", {"adapter": "compacter", "adapter_options": {"division": 4, "phm_rank": 1, "shared_rule": True}, "rank": 8, "value_rank": 8, "gate_rank": 3}),
+    "vl-pet on lora": ("vlpet", {"granularity": "layernorm", "adapter": "lora", "adapter_options": {"rank": 3}, "decoder": "value_sequential", "value_rank": 5}),
     "bitfit": ("bitfit", {}),
     "lm_head": ("lm_head", {}),
     "full": ("full", {}),
@@ -45,7 +74,8 @@ def patched(family: str, variant: str) -> tuple[nn.Module, Handle]:
 
 
 def per_task(variant: str) -> bool:
-    return VARIANTS[variant][1].get("sharing", "single") != "single"
+    options = VARIANTS[variant][1]
+    return "multiple" in (options.get("sharing"), options.get("prompt_sharing")) or options.get("sharing") == "up"
 
 
 @hosts
@@ -63,8 +93,10 @@ def test_trains_and_comes_out_again(family: str, variant: str) -> None:
         model(**batch()).loss.backward()
         optimizer.step()
     for site in handle.report.sites:
-        parameters = [(n, p) for n, p in handle.sites[site.id].named_parameters() if not per_task(variant) or p.grad is not None]
-        assert parameters and all(p.grad is not None and p.grad.any() for _, p in parameters), site.id
+        module = handle.sites[site.id]
+        parameters = [p for p in module.parameters() if not (per_task(variant) or isinstance(module, HyperNetwork)) or p.grad is not None]
+        assert isinstance(module, GeneratedBottleneck) or parameters
+        assert all(p.grad is not None and p.grad.any() for p in parameters), site.id
     handle.unpatch(restore_base=True)
     assert_same(before, snapshot(model))
 
@@ -80,7 +112,7 @@ def test_only_the_selected_task_learns(family: str, variant: str) -> None:
         outputs[task] = logits(model)
     assert not torch.equal(outputs["vqa"], outputs["gqa"])
     model(**batch()).loss.backward()
-    for site in handle.sites.values():
+    for site in (s for s in handle.sites.values() if isinstance(s, PerTask)):
         own = {id(p) for p in site.adapters["gqa"].parameters()}  # type: ignore[union-attr, operator, index]
         assert all((p.grad is not None) == (id(p) in own) for p in site.parameters())
     handle._select(None)
@@ -107,6 +139,18 @@ def test_saved_and_loaded(family: str, variant: str, tmp_path: Path) -> None:
 
 @hosts
 @every
+def test_save_pretrained_stays_loadable(family: str, variant: str, tmp_path: Path) -> None:
+    """The stock class loads what `save_pretrained` of a patched model writes, shared adapters or not, with the trained values of the base."""
+    model, handle = patched(family, variant)
+    randomize(handle)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = type(model).from_pretrained(tmp_path).eval()  # type: ignore[attr-defined]
+    state = model.state_dict()
+    assert all(torch.equal(t, state[key]) for key, t in again.state_dict().items())
+
+
+@hosts
+@every
 def test_generates_with_a_cache(family: str, variant: str) -> None:
     model, handle = patched(family, variant)
     randomize(handle, std=0.1)
@@ -116,12 +160,22 @@ def test_generates_with_a_cache(family: str, variant: str) -> None:
 
 
 @hosts
-@every
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "prompt" not in v and v not in NO_IDENTITY])
 def test_identity_start(family: str, variant: str) -> None:
     model = tiny(family)
     out = logits(model)
-    put(model, variant, init="identity")
+    handle = put(model, variant, init="identity")
     assert torch.equal(logits(model), out)
+    assert handle.report.no_identity is None and "started exactly at the base's output" in str(handle.report)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "prompt" in v])
+def test_no_identity_start(variant: str) -> None:
+    _, handle = patched("bart", variant)
+    why = handle.report.no_identity
+    assert why is not None and "impossible with encoder_prompt" in why and why in str(handle.report)
+    with pytest.raises(ValueError, match="impossible with encoder_prompt"):
+        put(tiny("bart"), variant, init="identity")
 
 
 def test_tasks_are_needed() -> None:

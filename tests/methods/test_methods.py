@@ -180,6 +180,17 @@ def test_registry() -> None:
     assert methods.config("vlpet", rank=3) == VLPETConfig(rank=3)
 
 
+def test_recipes() -> None:
+    vlpet = methods.recipe("vlpet", "t5")
+    assert (vlpet.learning_rate, vlpet.epochs, vlpet.batch_size, vlpet.task_prompts) == (3e-4, 20, 300, True)
+    assert methods.recipe("vl_adapter", "bart").learning_rate == 1e-3 and methods.recipe("full", "bart", "video").epochs == 7
+    assert not methods.recipe("hyperformer", "bart").task_prompts and methods.recipe("vlpet", "bart", "video").learning_rate == 7e-4
+    with pytest.raises(ValueError, match="method: no run of 'compacter' on t5 with video tasks was published; known: full"):
+        methods.recipe("compacter", "t5", "video")
+    with pytest.raises(ValueError, match="host, kind: nothing is published for 'blip' and 'image'"):
+        methods.recipe("vlpet", "blip")
+
+
 def test_prompts() -> None:
     assert methods.task_prompt("vqa") == "vqa: " and methods.task_prompt("nlvr") == "nlvr: " and methods.task_prompt("caption") == "caption: "
     assert methods.task_prompt("gqa") == "gpa: ", "the published spelling"

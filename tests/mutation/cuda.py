@@ -1,14 +1,14 @@
 """Mutants of the CUDA kernels and their launch sequences: `python -m tests.mutation.cuda` writes tests/data/cuda_mutants.json.
 
 They run on the emulator, in bf16 over bf16 and fp32 parameters and in fp16, for a few ranks (csrc/cuda/launch.h), with races watched in shared and global memory, copies that
-arrive at the last legal moment, and every launch held to the ranges of its arguments. Constants of csrc/include/cuda_plan.h are sizes that all of it is built from: they are not
-mutated.
+arrive at the last legal moment, every launch held to the ranges of its arguments and to the bytes of its kernel's table, and every local array to its bounds. Constants of
+csrc/include/cuda_plan.h are sizes that all of it is built from: they are not mutated.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from fastadapt.ops import _cuda
-from tests.cuda import emulator
-from tests.mutation import calls, cpp, schemata
+from tests.cuda import emulator, test_traffic
+from tests.mutation import calls, cpp, forks, schemata
 from tests.ops import checks
 from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, Bottleneck, Gated, Spec
 
@@ -32,38 +32,70 @@ SOURCES = {
     "guard": "tests/mutation/guard.cpp",
 }
 
-MORE = "computes, loads or stores what nobody reads then: slower, the same results"
-WORKSPACE = "falls into the workspace, which the emulator knows as one range, where nothing is read that a later launch does not write"
+MORE = "computes what nobody reads then: slower, the same results, and the same bytes of global memory"
 NO_ROW = "of a row that does not exist, whose results are not stored"
-BEYOND = "one element more than a local array has: undefined in C++, and the host's compiler stops at the array's end"
+ONE_DUAL = "the dual kernels have no kind but large, and no other has a second projection to keep"
+BEYOND_LAST = "of fragments beyond the last, which the other condition leaves out"
+EARLIER = "written before it is read"
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
-    ("bound", "operator()(float z) const { return z > 0.f"): "at 0 both branches give 0",
-    ("condition", "own < kTiles && at.valid(i) -> static_cast<bool>(at.valid(i)) in if (own < kTiles && at.valid(i) && c < columns) q = "): MORE,
-    ("condition", "k < 4 && j + k < kTiles"): "what it writes too much the next group of fragments writes again",
-    ("condition", "Tr::kDual && loads_second"): MORE,
-    ("loop", "i <= 4 in for (int i = 0; i < 4; ++i)"): BEYOND,
-    ("loop", "k <= 4 in for (int k = 0; k < 4; ++k) packed"): BEYOND,
-    ("condition", "owns_p && problem.s -> static_cast<bool>(owns_p)"): MORE,
-    ("condition", "i >= all || column >= copy.columns"): "reads on " + WORKSPACE + ", and the number is not stored",
-    ("condition", "static_cast<bool>(threadIdx.x < 32) in if (threadIdx.x < 32 && first"): "zeros behind the fold, within the 256 bytes that its place is rounded up to",
-    ("constant", "means[0] = means[1] = 0.f"): NO_ROW,
-    ("constant", "float slopes[2] = {0.f, 0.f}"): NO_ROW,
-    ("condition", "(p.d_logits && !g.add)"): MORE,
-    ("condition", "sweeps_twice = by_row && !small"): MORE,
-    ("condition", "expands_gate = Tr::kDual && !g.gate"): MORE,
-    ("condition", "(by_row && !g.add && (sweeps_twice"): MORE,
-    ("condition", "by_row && p.sums && !summing"): MORE,
-    ("constant", "0.f -> 0.5f in float2 of_x{0.f, 0.f}"): "written before it is read, wherever it is read",
-    ("constant", "0.f -> 0.5f in float2 total{0.f, 0.f}"): "written before it is read, wherever it is read",
-    ("constant", "0.f -> 0.5f in Logistic gate_x"): "the rest of a gate a row or of a given one is not read, or written first",
+    ("bound", "z > 0.f -> z >= 0.f in FASTADAPT_DEVICE float operator()(float z) const { return z > 0.f"): "at 0 both branches give 0",
+    ("constant", "-80.f -> -88.0f"): "any bound up to 88 keeps e finite; a sigma of exp(-80) or less is nothing beside a tensor's other numbers",
+    ("condition", "kAll % kThreads != 0 && i >= kAll -> static_cast<bool>(i >= kAll)"): "i does not get to kAll where kThreads divides it",
+    ("loop", "j < kTiles -> j <= kTiles in for (int j = 0; j < kTiles; j += 4)"): BEYOND_LAST,
+    ("bound", "k < 4 -> k <= 4 in for (int k = 0; k < 4 && j + k < kTiles; ++k)"): "no call has more than 4 fragments, so the other bound ends the loop",
+    ("condition", "k < 4 && j + k < kTiles -> static_cast<bool>(j + k < kTiles)"): "no call has more than 4 fragments, so the other bound ends the loop",
     (
-        "condition",
-        "(lane() & 3) == 0 && at.valid(i) -> static_cast<bool>((lane() & 3) == 0) in if ((lane() & 3) == 0 && at.valid(i)) ptx::store_global(p.row_sums",
-    ): "the sums of rows that do not exist: what is stored " + WORKSPACE,
-    ("condition", "rank < 1 || rank > plan::kMaxRank"): "which shapes are refused is asked before any launch; tests/cuda/test_ops.py asks it",
-    ("condition", "bracket && weights.b_up"): MORE,
-    ("bound", "p.samples >= 0 in"): "there are no rows without samples",
+        "offset",
+        "j + k -> j - k in for (int k = 0; k < 4; ++k) v[k] = j + k < kTiles",
+    ): "one of two equal conditions: the other keeps the index in bounds",
+    ("bound", "j + k < kTiles -> j + k <= kTiles in for (int k = 0; k < 4; ++k) v[k] = j + k < kTiles"): "one of two equal conditions: the other keeps the index in bounds",
+    ("constant", "0.f -> 0.5f in if (c + 1 >= count) return {c < count ?"): "behind the last parameter it meets a factor that is zero there, or is not stored",
+    (
+        "loop",
+        "j0 < Tr::kTiles -> j0 <= Tr::kTiles",
+    ): "a turn too many stores no column; the numbers it changes lie beyond a local array, by an address that no check watches",
+    ("bound", "first + p.rows_per_split < p.rows -> first + p.rows_per_split <= p.rows"): "where the two are equal, either is the smaller one",
+    ("bound", "first < last -> first <= last in const int steps"): "every split has a row",
+    ("sign", "last - first -> last + first in const int steps"): "turns over rows behind the split, which are read as zero and not stored: slower, the same results",
+    ("condition", "owns_p && problem.s -> static_cast<bool>(owns_p)"): MORE,
+    ("condition", "owns_p && problem.s -> static_cast<bool>(problem.s)"): MORE,
+    ("loop", "j < Tr::kTiles -> j <= Tr::kTiles in for (int j = 0; j < Tr::kTiles; ++j)"): "columns from the rank on are left out in the loop",
+    ("bound", "d >= p.width -> d > p.width in if (d >= p.width) return;"): "8 divides the width, so each warp of a block has a row of dWu",
+    ("deleted", "return; -> ; in if (d >= p.width) return;"): "8 divides the width, so each warp of a block has a row of dWu",
+    ("scale", "problem.scale -> 1.f in if (problem.dscale)"): "a scale is a number or a tensor: beside a trained one the number is 1",
+    ("loop", "n < p.sum_count -> n <= p.sum_count"): "each block has found its part before",
+    ("loop", "n < p.count -> n <= p.count"): "a copy that is not there has no blocks",
+    ("constant", "0.f -> 0.5f in return first + column < columns ?"): "sums of columns that do not exist are not stored",
+    ("constant", "0.f -> 0.5f in float mean = 0.f"): EARLIER,
+    ("constant", "0.f -> 0.5f in means[0] = means[1] = 0.f"): NO_ROW,
+    ("deleted", "means[0] = means[1] = 0.f; -> ;"): NO_ROW,
+    ("bound", "r < 16 -> r <= 16"): "no lane has a seventeenth row; the sample's mean is at hand, or the loop ends with the rows of a tile",
+    ("condition", "!Tr::kDual && g.kind == kLogits -> static_cast<bool>(g.kind == kLogits)"): ONE_DUAL,
+    ("condition", "!Tr::kDual && g.kind == kMiddleY -> static_cast<bool>(g.kind == kMiddleY)"): ONE_DUAL,
+    ("condition", "!Tr::kDual && g.kind == kSmall -> static_cast<bool>(g.kind == kSmall)"): ONE_DUAL,
+    ("condition", "!Tr::kDual && row_gate(g.kind) -> static_cast<bool>(row_gate(g.kind))"): ONE_DUAL,
+    ("condition", "Tr::kDual && g.gate -> static_cast<bool>(g.gate)"): ONE_DUAL,
+    ("constant", "0.f -> 0.5f in float2 own{0.f, 0.f}"): EARLIER,
+    ("condition", "by_row && !g.add -> static_cast<bool>(!g.add)"): "what follows is said of a gate a row alone",
+    ("constant", "0.f -> 0.5f in float slopes[2] = {0.f, 0.f}, gates[2]"): "read for a gate a row alone, which writes them first for all rows that exist",
+    ("condition", "step == (sweeps_twice ? ups : 0) && by_row -> static_cast<bool>(step == (sweeps_twice ? ups : 0))"): MORE,
+    ("condition", "step == (sweeps_twice ? ups : 0) && by_row && !p.row_sums_only -> static_cast<bool>(step == (sweeps_twice ? ups : 0) && by_row)"): MORE,
+    ("constant", "0.f -> 0.5f in float2 of_x{0.f, 0.f}"): EARLIER,
+    ("constant", "0.f -> 0.5f in float2 total{0.f, 0.f}"): "written first wherever what comes of it is kept",
+    ("deleted", "continue; -> ; in continue; }"): MORE,
+    ("constant", "0.f -> 0.5f in Logistic gate_x"): "the rest of a gate a row or of a given one is not read, or written first",
+    ("condition", "p.sums && !summing -> static_cast<bool>(p.sums) in if (p.sums && !summing) {"): MORE,
+    ("condition", "p.sums && !summing -> static_cast<bool>(!summing) in if (p.sums && !summing) {"): MORE,
+    ("constant", "0.f -> 0.5f in const float sums[4]"): "stored for small alone, which has other numbers there",
+    ("bound", "k < 2 -> k <= 2 in if (k < 2 || small)"): MORE,
+    ("barrier", "ptx::sync_block(); -> ; in ptx::sync_block(); if (lane() == 0)"): "parts a read and a write of places that lie apart; the barrier before it parts the others",
+    ("condition", "!z || !ragged(rank) -> static_cast<bool>(!ragged(rank))"): "z is missing where its rank is 0, which is not ragged",
+    ("bound", "p.samples > 0 -> p.samples >= 0"): "there are no rows without samples",
+    ("bound", "p.gate_rank > p.rank -> p.gate_rank >= p.rank"): "where the two are equal, either is the larger one",
+    ("condition", "large && p.gate_rank > p.rank -> static_cast<bool>(p.gate_rank > p.rank)"): "without a second bottleneck its rank is 0",
+    ("deleted", "first.sums = nullptr -> static_cast<void>(first.sums = nullptr)"): "no step of the first launch gets to these stores",
+    ("offset", "sizeof(V) + 255) / 256 -> (static_cast<size_t>(count) * sizeof(V) + 255)"): "a workspace of more bytes than it needs, its parts aligned as well",
 }
 
 
@@ -83,13 +115,14 @@ SPECS: list[Spec] = [
     over(BF16, lead=(600,), width=64, rank=16, gate=True, scale="tensor"),
     over(MIXED, lead=(130,), width=72, rank=170, gate=True),
     over(BF16, lead=(70,), width=72, rank=256),
+    over(BF16, lead=(3,), width=40, rank=255),  # z without padding ends where the workspace does
     *(
         over(d, Gated, lead=(2, 33), width=72, rank=r, gate_rank=q, granularity=g, combine=c, save_gate=s, **SCALES)
         for g in GRANULARITIES
         for d, r, q, c, s in ((BF16, 16, 24, "multiply", True), (MIXED, 7, 9, "add", False), (FP16, 32, 8, "multiply", False), (BF16, 8, 32, "add", True))
     ),
     *(over(BF16, Gated, lead=(3, 23), width=40, rank=8, gate_rank=8, granularity=g, biases="none", gate_bias=False) for g in GRANULARITIES),
-    *(over(BF16, Gated, lead=(2, 70), width=72, rank=192, gate_rank=130, granularity=g, save_gate=False) for g in GRANULARITIES),
+    *(over(BF16, Gated, lead=(2, 70), width=72, rank=200, gate_rank=130, granularity=g, save_gate=False) for g in GRANULARITIES),
     *(over(BF16, Gated, lead=(2, 300), width=64, rank=8, gate_rank=8, granularity=g, save_gate=False) for g in ("large", "middleX", "middleY", "small")),
 ]
 CALLS: list[Spec] = [
@@ -100,6 +133,32 @@ CALLS: list[Spec] = [
         for d, c, s in ((BF16, "multiply", False), (MIXED, "add", True))
     ),
 ]
+NOTHING, EVERYTHING = (), None
+# And what is trained.
+TRAFFIC: list[tuple[Spec, tuple[str, ...] | None]] = [
+    *(
+        (over(MIXED, lead=(37,), width=72, rank=7, residual="other", scale="tensor", gate=True), needs)
+        for needs in (EVERYTHING, NOTHING, ("x",), ("b_up",), ("w_up",), ("b_down",), ("gate",))
+    ),
+    *((over(BF16, lead=(20,), width=40, rank=16), needs) for needs in (EVERYTHING, NOTHING, ("x",), ("w_down",))),
+    (over(BF16, lead=(20,), width=40, rank=16, residual=None), ("x",)),
+    (over(BF16, lead=(600,), width=72, rank=200, biases="none", gate=True), EVERYTHING),
+    *(
+        (over(d, Gated, lead=(2, 9), width=40, rank=8, gate_rank=7, granularity=g, combine=c, save_gate=s), needs)
+        for g in GRANULARITIES
+        for d, c, s in ((BF16, "multiply", False), (MIXED, "add", True), (FP16, "multiply", True))
+        for needs in (EVERYTHING, NOTHING, ("h",), ("gate_weight",))
+    ),
+    *((over(BF16, Gated, lead=(2, 9), width=40, rank=7, gate_rank=8, granularity=g, save_gate=False), needs) for g in GRANULARITIES for needs in (EVERYTHING, NOTHING)),
+    *((over(BF16, Gated, lead=(2, 70), width=40, rank=200, gate_rank=8, granularity=g, save_gate=False), EVERYTHING) for g in ("large", "small")),
+]
+# Types (activations, parameters), width, rank, rank of a gate; whether the kernels take them.
+SHAPES = [
+    *(((1, 1, width, 8, 0), taken) for width, taken in ((0, False), (4, False), (8, True), (12, False), (16, True))),
+    *(((2, 0, 8, rank, 0), taken) for rank, taken in ((0, False), (1, True), (256, True), (257, False))),
+    *(((1, 0, 8, 8, rank), taken) for rank, taken in ((-1, False), (0, True), (256, True), (257, False))),
+    *(((*types, 8, 8, 0), taken) for types, taken in (((0, 0), False), ((1, 2), False), ((2, 1), False), ((2, 2), True))),
+]
 SCHEDULES = (("in_order", 0), ("priority", 1), ("random", 2))
 
 
@@ -107,12 +166,16 @@ def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
     return mutant is None or mutant.file not in GATED_ONLY or op == "gated_bottleneck"
 
 
+BOUNDS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
+"""An index outside a local array, which C++ leaves open, ends the process."""
+
+
 def commands(folder: Path) -> list[list[str]]:
     out = []
     for name, source in SOURCES.items():
         path = emulator.ROOT / source if name == "guard" else Path(source)
         language = "-std=c++20" if name == "guard" else emulator._language(emulator.ROOT / source)
-        flags = f"{language} {emulator.FLAGS} -DFASTADAPT_MUTATION -Icsrc -O1" + (" " + " ".join(f"-isystem{p}" for p in _torch_includes()) if name == "guard" else "")
+        flags = f"{language} {emulator.FLAGS} -DFASTADAPT_MUTATION -Icsrc -O1 {BOUNDS}" + (" " + " ".join(f"-isystem{p}" for p in _torch_includes()) if name == "guard" else "")
         out.append(["g++", *flags.split(), "-c", str(path), "-o", f"{name}.o"])
     return sorted(out, key=lambda command: "inst/gated" not in str(command))  # the longest first
 
@@ -156,10 +219,27 @@ def prepare() -> schemata.Check:
             on(1, partial(calls.relu_at_zero, "emulated-cuda", torch.bfloat16)),
             on(0, partial(calls.first_wrong, few, "emulated-cuda")),
             on(2, partial(calls.first_wrong, few, "emulated-cuda")),
+            on(1, partial(first_traffic, [(spec, needs) for spec, needs in TRAFFIC if concerns(mutant, spec.op)])),
+            refusals,
         ]
         return next(filter(None, (step() for step in steps)), "")
 
     return check
+
+
+def refusals() -> str:
+    wrong = [shape for shape, taken in SHAPES if (torch.ops.fastadapt_cuda_emulated.why_not(*shape) == "") != taken]
+    return f"what the kernels take: {wrong[0]}" if wrong else ""
+
+
+def first_traffic(cases: Sequence[tuple[Spec, tuple[str, ...] | None]]) -> str:
+    """The first call whose bytes are not those of the kernels' tables."""
+    for spec, needs in cases:
+        try:
+            test_traffic.assert_bytes(spec, frozenset(spec.shapes() if needs is None else needs), emulator.Machine())
+        except Exception as error:
+            return f"bytes of {spec.op}[{spec}] for {'everything' if needs is None else ', '.join(needs) or 'nothing'}: {type(error).__name__}: {forks.last_line(error)}"
+    return ""
 
 
 def _on_device(policy: str, seed: int, step: Callable[[], str]) -> str:

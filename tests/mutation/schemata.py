@@ -84,6 +84,9 @@ def main(family: Family) -> int:
     parser.add_argument("--sample", type=int, help="try this many mutants, evenly spread")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default 2)")
     parser.add_argument("--only", default="", help="only mutants whose place and line have this in them; prints, and writes nothing")
+    parser.add_argument(
+        "--again", action="store_true", help="of these very sources: tries only what survived the last run, or of that what --only chooses; the rest keep their fate"
+    )
     parser.add_argument("--explain", action="store_true", help="try nothing; give the survivors of the last run the present explanations")
     options = parser.parse_args()
     began = time.time()
@@ -92,6 +95,10 @@ def main(family: Family) -> int:
     if options.explain:
         return table.explain_again(family.name, sources, family.explained)
     lines = {file: text.splitlines() for file, text in sources.items()}
+
+    def row_of(m: cpp.Mutant) -> table.Row:
+        return table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, None, table.text_of(lines[m.file], m.line))
+
     with tempfile.TemporaryDirectory() as name:
         every, broken, base = instrumented(family, sources, options.jobs)
         print(f"{len(every)} mutants compiled in {time.time() - began:.0f} s; {len(broken)} of them are no C++", flush=True)
@@ -105,9 +112,13 @@ def main(family: Family) -> int:
         chosen = [m for m in every if options.only in f"{m.file}:{m.line} {m.kind} {lines[m.file][m.line - 1]}"]
         chosen = chosen if options.sample is None else chosen[:: max(1, len(chosen) // options.sample)]
         fate = {m: "compiler" for m in chosen if m.number in broken}
-        running = [m for m in chosen if m.number not in broken and not m.static]
+        if options.again:
+            before = dict(zip(every, table.fates(family.name, sources, list(map(row_of, every))), strict=True))
+            survivors = {m for m in chosen if before[m] is None}
+            fate, chosen = {m: verdict or "" for m, verdict in before.items() if m not in survivors}, every
+        running = [m for m in chosen if m not in fate and not m.static]
         tasks: list[Callable[[], str]] = [partial(check, base, m) for m in running]
-        for i, m in enumerate(m for m in chosen if m.static):  # each is a library of its own
+        for i, m in enumerate(m for m in chosen if m not in fate and m.static):  # each is a library of its own
             folder = Path(name) / str(i)
             folder.mkdir()
             if build(family, folder, {m.file: m.apply(sources[m.file])}, options.jobs, base):
@@ -120,5 +131,5 @@ def main(family: Family) -> int:
             m = running[i]
             print(f"{done}/{len(tasks)} {m.file}:{m.line} {m.kind}: {m.before[:60]!r} -> {m.after[:60]!r}: {verdict or 'SURVIVES'}", flush=True)
     print(f"{time.time() - began:.0f} s, {time.process_time() + forks.children_time():.0f} s of CPU time")
-    rows = [table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, fate[m] or None, lines[m.file][m.line - 1].strip()) for m in chosen]
-    return 0 if options.only else table.write(family.name, sources, len(every), rows, family.explained)
+    rows = [row_of(m)._replace(killed_by=fate[m] or None) for m in chosen]
+    return 0 if options.only and not options.again else table.write(family.name, sources, len(every), rows, family.explained)

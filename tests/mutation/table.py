@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +25,12 @@ class Row(NamedTuple):
 
 def path(family: str) -> Path:
     return ROOT / "tests" / "data" / f"{family}_mutants.json"
+
+
+def text_of(lines: Sequence[str], number: int) -> str:
+    """A line, and behind a short one, which has many like it, the next."""
+    text = lines[number - 1].strip()
+    return text if len(text) > 20 or number == len(lines) else f"{text} {lines[number].strip()}"
 
 
 def write(family: str, sources: Mapping[str, str], generated: int, rows: Iterable[Row], explained: Mapping[tuple[str, str], str]) -> int:
@@ -54,12 +60,25 @@ def write(family: str, sources: Mapping[str, str], generated: int, rows: Iterabl
     return int(bool(unexplained))
 
 
-def explain_again(family: str, sources: Mapping[str, str], explained: Mapping[tuple[str, str], str]) -> int:
-    """Writes the table of these very sources again, with other explanations."""
+def last(family: str, sources: Mapping[str, str]) -> Any:
+    """The table, which must be of these very sources."""
     old = json.loads(path(family).read_text())
     assert old["sources"] == {file: hashlib.sha256(text.encode()).hexdigest() for file, text in sources.items()}, f"{path(family).name} is of other sources"
+    return old
+
+
+def fates(family: str, sources: Mapping[str, str], rows: Sequence[Row]) -> list[str | None]:
+    """What killed each of ``rows``, which are all mutants of these very sources, in the last run."""
+    old = last(family, sources)["mutants"]
+    assert [(row["place"], row["kind"], row["before"], row["after"]) for row in old] == [(row.place, row.kind, row.before[:200], row.after[:200]) for row in rows]
+    return [row["killed_by"] for row in old]
+
+
+def explain_again(family: str, sources: Mapping[str, str], explained: Mapping[tuple[str, str], str]) -> int:
+    """Writes the table of these very sources again, with other explanations."""
+    old = last(family, sources)
     rows = []
     for row in old["mutants"]:
         file, line = row["place"].split(":")
-        rows.append(Row(row["place"], row["kind"], row["before"], row["after"], row["killed_by"], sources[file].splitlines()[int(line) - 1].strip()))
+        rows.append(Row(row["place"], row["kind"], row["before"], row["after"], row["killed_by"], text_of(sources[file].splitlines(), int(line))))
     return write(family, sources, old["generated"], rows, explained)

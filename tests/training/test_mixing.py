@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -56,10 +60,90 @@ def test_tells_loaders_and_samplers_the_epoch() -> None:
     assert list(mixed) == [("a", 1)] and loader.seen == [7, 17]
 
 
+SIZES = {"vqa": range(60), "gqa": range(30), "nlvr": range(10), "empty": range(0)}
+
+
+@pytest.mark.parametrize(
+    "options, weights",
+    [
+        ({"sampling": "proportional"}, [60, 30, 10, 0]),
+        ({"sampling": "proportional", "cap": 20}, [20, 20, 10, 0]),
+        ({"sampling": "temperature", "temperature": 2.0}, [60**0.5, 30**0.5, 10**0.5, 0]),
+        ({"sampling": "temperature", "temperature": 2.0, "cap": 20}, [20**0.5, 20**0.5, 10**0.5, 0]),
+        ({"sampling": "temperature", "temperature": 1.0}, [60, 30, 10, 0]),
+        ({"sampling": "temperature", "temperature": math.inf}, [1, 1, 1, 0]),
+        ({"sampling": "roundrobin"}, [60, 30, 10, 0]),
+        ({"sampling": "balanced"}, [1, 1, 1, 1]),
+    ],
+)
+def test_probabilities(options: dict[str, Any], weights: list[float]) -> None:
+    mixed = MultiTaskLoader(SIZES, **options)
+    assert list(mixed.probabilities().values()) == pytest.approx([w / sum(weights) for w in weights], rel=1e-14)
+
+
+@pytest.mark.parametrize("options", [{"sampling": "proportional"}, {"sampling": "temperature", "temperature": 2.0}, {"sampling": "proportional", "cap": 15}])
+def test_drawn_tasks_follow_the_probabilities(options: dict[str, Any]) -> None:
+    n = 20_000
+    mixed = MultiTaskLoader(SIZES, n_batches=n, **options)
+    drawn = Counter(mixed.order(epoch=3))
+    for task, p in mixed.probabilities().items():
+        assert abs(drawn[task] - n * p) <= 4 * (n * p * (1 - p)) ** 0.5, task
+
+
+def test_draws_depend_on_the_epoch_alone() -> None:
+    def mixed() -> MultiTaskLoader:
+        return MultiTaskLoader(SIZES, sampling="temperature", temperature=2.0)
+
+    one, other = mixed(), mixed()
+    epochs = [list(one), list(one)]
+    assert epochs[0] != epochs[1] and len(epochs[0]) == len(other) == 100
+    random.seed(1)
+    other.set_epoch(1)
+    assert list(other) == epochs[1]
+
+
+def test_a_drawn_task_that_runs_out_begins_again() -> None:
+    mixed = list(MultiTaskLoader({"a": ["x", "y"], "b": ["z"]}, sampling="temperature", temperature=math.inf, n_batches=40))
+    assert len(mixed) == 40
+    given = [batch for task, batch in mixed if task == "a"]
+    assert len(given) > 4 and given == ["x", "y"] * (len(given) // 2) + ["x"] * (len(given) % 2)
+    assert {batch for task, batch in mixed if task == "b"} == {"z"}
+
+
+@pytest.mark.parametrize("options", [{}, {"sampling": "balanced"}, {"sampling": "proportional"}, {"sampling": "temperature", "temperature": 3.0}])
+def test_one_task_and_no_batches(options: dict[str, Any]) -> None:
+    assert list(MultiTaskLoader({"a": "xyz"}, **options)) == [("a", "x"), ("a", "y"), ("a", "z")]
+    assert list(MultiTaskLoader({"a": "", "b": ""}, **options)) == []
+
+
+def test_a_loader_that_breaks_its_word() -> None:
+    class Empty:
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    with pytest.raises(ValueError, match=r"loaders\['a'\]: has the length 2 but gave no batch"):
+        list(MultiTaskLoader({"a": Empty()}, sampling="proportional"))
+
+
 @pytest.mark.parametrize(
     "call, message",
-    [({"loaders": {}}, "loaders"), ({"loaders": {"a": [1]}, "sampling": "fair"}, "sampling.*'fair'"), ({"loaders": {"a": [1]}, "n_batches": 3}, "n_batches")],
+    [
+        ({"loaders": {}}, "loaders"),
+        ({"sampling": "fair"}, "sampling.*'fair'"),
+        ({"n_batches": 3}, "n_batches: is 3"),
+        ({"n_batches": 0, "sampling": "balanced"}, "n_batches: must be positive, not 0"),
+        ({"cap": 3}, "cap: is 3.*'roundrobin'"),
+        ({"cap": -1, "sampling": "proportional"}, "cap: must be positive, not -1"),
+        ({"sampling": "temperature"}, "temperature: is None"),
+        ({"sampling": "proportional", "temperature": 2.0}, "temperature: is 2.0.*'proportional'"),
+        ({"sampling": "temperature", "temperature": 0.0}, "temperature: must be positive, not 0.0"),
+        ({"sampling": "temperature", "temperature": math.nan}, "temperature: must be positive, not nan"),
+        ({"sampling": "proportional", "shuffle": False}, "shuffle: is False"),
+    ],
 )
 def test_errors(call: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MultiTaskLoader(**call)
+        MultiTaskLoader(**{"loaders": {"a": [1]}, **call})

@@ -287,7 +287,7 @@ def main() -> int:
     left = [m for m in chosen if m not in fate]
     fate |= {m: f"64-bit check: {verdict}" for m, verdict in zip(left, stage("static", [None, *left], options.jobs)) if verdict}
     print(f"{time.time() - began:.0f} s, {forks.children_time():.0f} s of CPU time")
-    rows = [table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, fate.get(m), SOURCES[m.file].splitlines()[m.line - 1].strip()) for m in chosen]
+    rows = [table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, fate.get(m), table.text_of(SOURCES[m.file].splitlines(), m.line)) for m in chosen]
     return table.write("triton", SOURCES, len(every), rows, EXPLAINED)
 
 

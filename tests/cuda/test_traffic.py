@@ -1,0 +1,255 @@
+"""What every launch asks of global memory is what the tables "bytes" above the kernels say, to the byte: the emulator's counters against the formulas in csrc/cuda/*.cuh."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.cuda import emulator
+from tests.ops import checks
+from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, Bottleneck, Gated, Spec
+
+FP16, FP16_MIXED = DTYPES[3:]
+KERNELS = ("prologue_kernel", "forward_kernel", "gated_forward_kernel", "gates_kernel", "rows_kernel", "slab_kernel", "reduce_kernel")
+
+
+class Line(NamedTuple):
+    """A line of a kernel's table."""
+
+    kernel: str
+    direction: str
+    named: frozenset[str]
+    formula: str
+
+
+@cache
+def lines() -> tuple[Line, ...]:
+    out = []
+    for path in sorted((emulator.CSRC / "cuda").glob("*.cuh")):
+        for kernel, table in re.findall(r"// (\w+)'s bytes[^\n]*\n((?://   [^\n]*\n)+)", path.read_text()):
+            out += [Line(kernel, row[5:14].strip(), frozenset(row[14:37].split()) - {"-"}, row[37:].strip()) for row in table.splitlines()]
+    return tuple(out)
+
+
+class Launch(NamedTuple):
+    """Part of a launch: a kernel, what of its table's names is given or asked for, and the values of the formulas' names. Of several in one launch, one counts."""
+
+    kernel: str
+    named: frozenset[str]
+    values: dict[str, int]
+    counts: bool = True
+
+    def lines(self) -> Iterator[Line]:
+        return (line for line in lines() if line.kernel == self.kernel and line.named <= self.named)
+
+    def bytes(self, direction: str) -> int:
+        return sum(eval(line.formula, {}, self.values) for line in self.lines() if line.direction == direction)
+
+
+# ---- csrc/include/cuda_plan.h once more
+
+
+def bucket(rank: int, gated: bool = False) -> int:
+    return next(r for r in ((32, 96, 192, 256) if gated else (32, 64, 96, 128, 192, 256)) if rank <= r)
+
+
+def up_to(multiple: int, n: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def row_tiles(rows: int, bucket: int) -> dict[str, int]:
+    threads = 128 if bucket <= 96 else 256
+    return {"threads": threads, "tiles": -(-rows // (threads // 2))}
+
+
+def splits(rows: int, width: int) -> int:
+    most = max(1, min(-(-192 // -(-width // 64)), -(-rows // 256)))
+    return -(-rows // max(64, up_to(64, -(-rows // most))))
+
+
+def shares(rows: int, length: int) -> int:
+    return sum(length * len({row // length for row in range(first, min(rows, first + 16))}) for first in range(0, rows, 16))
+
+
+# ---- The launches of a call
+
+
+def launches(spec: Spec, needs: frozenset[str]) -> Iterator[Launch]:
+    """Of a call that trains ``needs``."""
+    gated = spec if isinstance(spec, Gated) else None
+    shapes = spec.shapes()
+    given = {name for name in shapes}
+    rows, width, rank = torch.Size(spec.lead).numel(), spec.width, spec.rank
+    large = gated is not None and gated.granularity == "large"
+    ranks = {"": rank, **({"gate_": gated.gate_rank} if large else {})}
+    widest, cast, save = max(ranks.values()), spec.param_dtype not in (None, spec.dtype), bool(needs)
+    base = {"N": rows, "D": width, "R": rank, "S": up_to(8, rank), "P": 4 if spec.param_dtype == torch.float32 else 2}
+    if large:
+        base |= {"G": gated.gate_rank, "H": up_to(8, gated.gate_rank)}
+
+    def launch(kernel: str, named: dict[str, Any], counts: bool = True, **values: int) -> Launch:
+        return Launch(kernel, frozenset(name for name, there in named.items() if there), {**base, **values}, counts)
+
+    def prologue(copies: list[tuple[int, int, int, int]], fold: bool = False) -> Iterator[Launch]:
+        """Copies: (rows, columns, to_stride, bytes a number)."""
+        for i, (n, columns, to_stride, size) in enumerate(copies):
+            yield launch("prologue_kernel", {"copy": True}, i == 0, rows=n, columns=columns, to_stride=to_stride, B=size)
+        if fold:
+            yield launch("prologue_kernel", {"fold": True, "b_up": "b_up" in given}, not copies)
+
+    def weights(down: Callable[[str], bool]) -> list[tuple[int, int, int, int]]:
+        out = []
+        for part, r in ranks.items():
+            if cast and down(part):
+                out.append((r, width, width, base["P"]))
+            if cast or r % 8:
+                out.append((width, r, up_to(8, r), base["P"]))
+        return out
+
+    padded = [r for r in ranks.values() if r % 8]
+    kind = gated.granularity if gated else ""
+    row, small = kind in ("middleX", "small"), kind == "small"
+    biases = {name: name in given for name in ("b_down", "b_up", "gate")}
+    yield from prologue(weights(lambda part: True), row)
+    if gated is None:
+        named = {**biases, "scale": "scale" in given, "added": spec.options().get("residual") == "input", "other": "residual" in given, "z": save}
+        yield launch("forward_kernel", named, **row_tiles(rows, bucket(rank)))
+    else:
+        own = bucket(widest, gated=True)
+        tiles = {**row_tiles(rows, own), "passes": 2 if large and own >= 192 else 1, "shares": shares(rows, spec.lead[-1]), "sweeps": 2 if kind == "middleX" else 1}
+        kept = bool(gated.save_gate and save)
+        named = {**biases, "dual": large, "row": row, "gate_b": "gate_bias" in given, "gate_b_down": "gate_bias" in given, "gate_b_up": "gate_up_bias" in given}
+        named |= {"logits": kind == "large_full", "middleY": kind == "middleY", "z": save or small, "zg": save, "total": kept, "kept": save or small}
+        for again in (False, True) if small else (False,):
+            expands = again or not small
+            of_expands = {name: named[name] and expands for name in ("logits", "middleY")}
+            yield launch("gated_forward_kernel", {**named, **of_expands, "projects": not again, "again": again, "expands": expands}, **tiles)
+    if save:
+        yield from prologue([(rows, r, r, 2) for r in padded])
+
+    # Backward. The gate's bottleneck, whose input is x; then what is asked of each.
+    if not needs - {"residual"}:
+        return
+    wanted = {"": {"dx": "x" in needs if gated is None else "h" in needs, "scale": "scale" in needs, "gate": gated is None and "gate" in needs}, "gate_": {"dx": "x" in needs}}
+    for part, names in (("", ("w_down", "b_down", "w_up", "b_up")), ("gate_", ("gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias"))):
+        wanted[part] |= {name: there in needs for name, there in zip(("w_down", "b_down", "w_up", "b_up"), names, strict=True)}
+    yield from prologue(weights(lambda part: wanted[part]["dx"]) + [(rows, r, up_to(8, r), 2) for r in padded])
+    problems = [part for part in ranks if any(wanted[part].values())]
+    tails: list[Launch] = []
+    if gated is not None:
+        weight, bias = (not large and kind != "large_full" and name in needs for name in ("gate_weight", "gate_bias"))
+        columns = (2 if small else 1) * width
+        d_logits = "gate_" in problems if large else kind == "large_full" and bool(needs & {"x", "gate_weight", "gate_bias"})
+        inner = "" in problems
+        for first in (True, False) if small else (False,):
+            sums = (weight or bias) and not first
+            total = (sums and (row or gated.combine != "add")) or (gated.combine != "add" and (d_logits or kind == "middleX" or first))
+            named = {**biases, "gate_b_up": "gate_up_bias" in given, "dual": large, "row": row, "small": small, "logits": kind == "large_full", "middleY": kind == "middleY"}
+            named |= {"expands": total and not kept, "total": total and kept, "saved": kept, "unsaved": not kept, "first": first, "second": small and not first, "sums": sums}
+            named |= {"d_total": inner and not first, "d_logits": d_logits, "dx": row and "x" in needs and not first}
+            yield launch("gates_kernel", named, **tiles, columns=columns + row)
+        if weight or bias:
+            tails.append(launch("reduce_kernel", {"sums": True}, False, count=tiles["tiles"], columns=columns + bias, stored=columns * weight + bias))
+
+    parts = {"slabs": -(-width // 64), "splits": splits(rows, width), **row_tiles(rows, bucket(widest))}
+    rows_launches, slab_launches, reduce_launches = [], [], []
+    for part in problems:
+        w, r = wanted[part], ranks[part]
+        own = {**parts, "R": r, "S": up_to(8, r)}
+        b_up = "gate_up_bias" in given if part else biases["b_up"]
+        gate, scale = (gated is None and name in given for name in ("gate", "scale"))
+        bracket = bool(w.get("gate") or w.get("scale"))
+        p, s = w["w_up"] or bracket, w["b_up"] or (bracket and b_up)
+        add = w["dx"] and not part and (gated is not None or spec.options().get("residual") == "input")
+        d_z, dz = w["dx"] or w["w_down"] or w["b_down"], w["dx"] or w["w_down"]
+        rows_launches.append(({"scale": scale, "d_z": d_z, "gate": gate, "a": p, "dz": dz, "d_b_down": w["b_down"]}, own, d_z or p))
+        slab_launches.append(({"dy": p or s or add, "q": w["w_down"], "p": p, "dz": dz, "dx": w["dx"], "s": s}, own, p or dz or w["b_up"]))
+        up = w["w_up"] or w["b_up"] or bracket
+        stored = {f"d_{name}": w.get(name) for name in ("w_down", "w_up", "b_up", "gate", "scale")}
+        if up or w["w_down"]:
+            reduce_launches.append(({"up": up, "scale": scale, "gate": gate, "p": p, "s": s, "b_up": b_up, "q": w["w_down"], **stored}, own))
+        if w["b_down"]:
+            tails.append(launch("reduce_kernel", {"sums": True}, False, count=parts["tiles"], columns=r, stored=r))
+    if any(needed for *_, needed in rows_launches):
+        yield from (launch("rows_kernel", named, i == 0, **values) for i, (named, values, _) in enumerate(rows_launches))
+    if any(needed for *_, needed in slab_launches):
+        yield from (launch("slab_kernel", named, i == 0, **values) for i, (named, values, _) in enumerate(slab_launches))
+    one = [*(launch("reduce_kernel", named, False, **values) for named, values in reduce_launches), *tails]
+    yield from (part._replace(counts=i == 0) for i, part in enumerate(one))
+    if wanted[""]["scale"]:
+        yield launch("reduce_kernel", {"sums": True}, count=width, columns=1, stored=1)
+
+
+# ---- The calls
+
+
+def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck, **options: Any) -> Spec:
+    return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
+
+
+# Rows of part of a tile, of several and of several splits; widths of part of a slab; every bucket; ranks that 8 divides or not.
+PLAIN = [
+    over(BF16, lead=(65,), width=64, rank=16),
+    over(MIXED, lead=(37,), width=72, rank=7, residual="other", scale="tensor", gate=True),
+    over(FP16, lead=(130,), width=200, rank=64, residual=None, gate=True, scale="tensor"),
+    over(FP16_MIXED, lead=(129,), width=8, rank=96, biases="none"),
+    over(BF16, lead=(600,), width=72, rank=100, scale="tensor", biases="up"),
+    over(MIXED, lead=(300,), width=136, rank=170, gate=True, biases="down"),
+    over(BF16, lead=(1,), width=40, rank=250),
+]
+GATED = [
+    *(
+        over(d, Gated, lead=lead, width=72, rank=r, gate_rank=q, granularity=g, combine=c, save_gate=s)
+        for g in GRANULARITIES
+        for d, lead, r, q, c, s in (
+            (BF16, (2, 33), 16, 24, "multiply", True),
+            (MIXED, (3, 50), 7, 9, "add", False),
+            (FP16, (5, 9), 96, 40, "multiply", False),
+            (FP16_MIXED, (2, 70), 40, 130, "add", True),
+        )
+    ),
+    *(over(BF16, Gated, lead=(3, 100), width=136, rank=190, gate_rank=201, granularity=g, save_gate=False, biases="none", gate_bias=False) for g in ("large", "middleX", "small")),
+    *(over(MIXED, Gated, lead=(280, 1), width=64, rank=33, gate_rank=256, granularity=g, save_gate=True) for g in ("large", "middleY")),
+]
+FEW = [PLAIN[1], PLAIN[4], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96))]
+
+
+def cases() -> list[Any]:
+    """Every call with all gradients, and some of them with none, one, or all but one."""
+    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED]]
+    for spec in FEW:
+        out += [(spec, frozenset()), *((spec, frozenset({name})) for name in spec.shapes()), *((spec, frozenset(spec.shapes()) - {name}) for name in ("w_up", "w_down"))]
+    return [pytest.param(spec, needs, id=f"{spec.op}-{spec}-{','.join(sorted(needs)) if len(needs) < 2 else len(needs)}") for spec, needs in out]
+
+
+def assert_bytes(spec: Spec, needs: frozenset[str], machine: emulator.Machine) -> None:
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    machine.stats(reset=True)
+    checks.fused(spec, "emulated-cuda", tensors, dy, needs=tuple(name for name in tensors if name in needs))
+    found = {
+        kernel.partition("<")[0]: (counted["launches"], counted["cp_async_bytes"] + counted["global_load_bytes"], counted["global_store_bytes"])
+        for kernel, counted in machine.stats(reset=False).items()
+    }
+    expected: dict[str, Counter[str]] = {}
+    for launch in launches(spec, needs):
+        total = expected.setdefault(launch.kernel, Counter())
+        total += Counter(launches=int(launch.counts), reads=launch.bytes("reads"), writes=launch.bytes("writes"))
+    assert found == {kernel: (total["launches"], total["reads"], total["writes"]) for kernel, total in expected.items()}
+
+
+@pytest.mark.parametrize(("spec", "needs"), cases())
+def test_bytes_are_those_of_the_tables(spec: Spec, needs: frozenset[str], machine: emulator.Machine) -> None:
+    assert_bytes(spec, needs, machine)
+
+
+def test_every_line_of_every_table_is_met() -> None:
+    assert {line.kernel for line in lines()} == set(KERNELS)
+    met = {line for case in cases() for launch in launches(*case.values) for line in launch.lines()}
+    assert [line for line in lines() if line not in met] == []

@@ -1,0 +1,100 @@
+"""`fastadapt convert`: state dict to adapter directory and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastadapt import patching
+from fastadapt.cli import main
+from fastadapt.interop import published_state_dict, read_state_dict
+from fastadapt.interop.conversion import build_host
+from tests import golden
+from tests.hosts.published import method_of, patched_model
+
+CASES = {
+    "vla_vlbart_single_adapter": "vlbart",
+    "vla_vlt5_single_adapter": "vlt5",
+    "vlpet_vlbart_large": "vlbart",
+    "vlpet_vlt5_large": "vlt5",
+    "vla_vlbart_encoder_prompt_single_adapter": "vlbart",
+}
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_file_to_directory(case_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recorded checkpoint becomes an adapter that, loaded into the recorded base, is the recorded model."""
+    case = golden.load_case(case_id)
+    method, options = method_of(case)
+    torch.save(case.params, tmp_path / "published.pth")
+    arguments = [str(tmp_path / "published.pth"), str(tmp_path / "adapter"), "--host", CASES[case_id], "--method", method, "--tasks", case.options["tasks"]]
+    for name, value in options.items():
+        arguments += ["--option", f"{name}={value}"]
+    assert main(["convert", *arguments]) == 0
+    assert f"{method} at " in capsys.readouterr().out
+    model, handle = patched_model(case, torch.float32)
+    want = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter.zero_()
+    handle.load(tmp_path / "adapter")
+    assert all(torch.equal(tensor, want[key]) for key, tensor in model.state_dict().items())
+
+
+def small(host: str) -> dict[str, torch.Tensor]:
+    return {key: t for key, t in golden.load_case({"vlbart": "vla_vlbart_single_adapter", "vlt5": "vla_vlt5_single_adapter"}[host]).params.items() if "adapter" not in key}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_directory_to_file(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build: Any = build_host
+    monkeypatch.setattr("fastadapt.interop.conversion.build_host", lambda host, tensors=None: build(host, tensors or small(host)))
+    handle = patching.patch(build("vlbart", small("vlbart")), "vlpet", rank=8, heads=4, gate_rank=4, value_rank=4, tasks=["vqa"])
+    handle.save(tmp_path / "adapter")
+    target = tmp_path / f"out{suffix}"
+    assert main(["convert", str(tmp_path / "adapter"), str(target), "--host", "vlbart"]) == 0
+    want = published_state_dict(handle, base=False)
+    found = read_state_dict(target) if suffix == ".pth" else load_file(target)
+    assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+
+
+def sizes(host: str) -> tuple[int, ...]:
+    options = golden.load_case({"vlbart": "vla_vlbart_single_adapter", "vlt5": "vla_vlt5_single_adapter"}[host]).options
+    return options["d_model"], 2, options["ffn"], options["feat_dim"]
+
+
+def test_sizes_from_the_tensors() -> None:
+    model: Any = build_host("vlt5", small("vlt5"))
+    assert (model.config.d_model, model.config.num_layers, model.config.d_ff, model.config.feat_dim) == sizes("vlt5")
+    model = build_host("vlbart", small("vlbart"))
+    assert (model.config.d_model, model.config.encoder_layers, model.config.encoder_ffn_dim, model.config.feat_dim) == sizes("vlbart")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.pth", "out", "--host", "vlbart", "--method", "vlpet"], "absent.pth: cannot be read"),
+        (["a.pth", "out", "--host", "vlbart"], "method: must be given"),
+        (["a.pth", "out.pth", "--host", "vlbart", "--method", "vlpet"], "destination: must be a directory"),
+        (["folder", "out", "--host", "vlbart"], "destination: must end in .pth or .safetensors"),
+        (["a.pth", "out", "--host", "vlbart", "--method", "vlpet", "--option", "rnk=3"], "unknown option 'rnk'"),
+    ],
+)
+def test_refused(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    torch.save(small("vlbart"), tmp_path / "a.pth")
+    assert main(["convert", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "folder"]
+
+
+def test_bad_option() -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "a", "b", "--host", "vlbart", "--option", "rank"])
+    with pytest.raises(ValueError, match="host: must be one of vlbart, vlt5, t5, not 'blip'"):
+        build_host("blip")

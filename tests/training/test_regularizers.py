@@ -1,0 +1,56 @@
+"""VL-Adapter's z-regulariser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastadapt.patching import patch
+from fastadapt.training import track_z
+from tests.hosts.tiny import batch, randomize, tiny
+from tests.tolerance import assert_matches_recorded
+
+
+def test_mean_of_mean_squares() -> None:
+    model = tiny("bart").double()
+    handle = patch(model, "vl_adapter", reduction_factor=4)
+    randomize(handle)
+    adapter = handle.sites["encoder.1.feed_forward"]
+    seen = {}
+    hook = adapter.register_forward_pre_hook(lambda module, inputs: seen.update(h=inputs[0]))
+    with track_z(handle) as z:
+        loss = model(**batch()).loss
+    hook.remove()
+    want = F.gelu(F.linear(seen["h"], adapter.down_sampler.weight, adapter.down_sampler.bias), approximate="tanh").square().mean()  # type: ignore[union-attr]
+    assert len(z.by_site) == 10 and torch.equal(z.by_site["encoder.1.feed_forward"], want)
+    penalty = z.penalty(0.5)
+    assert_matches_recorded("penalty", penalty, 0.5 * sum(z.by_site.values()) / 10)  # type: ignore[arg-type, operator]
+    (plain,) = torch.autograd.grad(loss, adapter.down_sampler.weight, retain_graph=True)  # type: ignore[union-attr]
+    (both,) = torch.autograd.grad(loss + penalty, adapter.down_sampler.weight)  # type: ignore[union-attr]
+    assert not torch.equal(plain, both)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_selected_task_and_generated_adapters() -> None:
+    model = tiny("t5")
+    handle = patch(model, "vl_adapter", sharing="multiple", reduction_factor=4, tasks=["vqa", "gqa"])
+    with handle.task("gqa"), track_z(handle) as z:
+        model(**batch())
+    assert len(z.by_site) == 10
+    handle.unpatch()
+    handle = patch(model, "hyperformer", reduction_factor=4, task_dim=8, hidden_dim=8, tasks=["vqa"], layer_norm_before=True)
+    handle.set_task("vqa")
+    with track_z(handle, lambda site: site.endswith("feed_forward")) as z:
+        model(**batch())
+    assert set(z.by_site) == {f"{side}.{i}.feed_forward" for side in ("encoder", "decoder") for i in (0, 1)}
+
+
+def test_errors() -> None:
+    model = tiny("bart")
+    handle = patch(model, "vlpet", rank=8, value_rank=4)
+    with pytest.raises(ValueError, match="no bottleneck adapter"), track_z(handle):
+        pass
+    handle.unpatch()
+    with track_z(patch(model, "vl_adapter", reduction_factor=4)) as z, pytest.raises(RuntimeError, match="no adapter has run"):
+        z.penalty()
