@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.nn import (
-    GatedBottleneck,
+    IA3,
+    Gate,
+    GatingOnly,
     GeneratedBottleneck,
     HyperNetwork,
     IntrinsicDimension,
+    InTurn,
     KeyValueAdapter,
     LoRA,
     PerTask,
     Prompt,
     TemporalEmbedding,
     UniAdapter,
-    ValueParallelAdapter,
+    ValueResidual,
 )
 from fastadapt.patching import Handle, _Site, _some
 
@@ -262,25 +265,14 @@ def _site_pieces(handle: Handle, site: _Site, name: str, tensor: Tensor, layout:
         kind = rest.removeprefix("lora_").removesuffix(".weight")
         return [Piece(tuple(f"{site.owner_path}.lora_{kind}s.{t}" for t in tasks or _tasks(handle)))]
     role = f"{side}.{place.partition('.')[2]}"
-    if isinstance(module, GatedBottleneck):
-        return _gated(site, module, name, tensor, role)
     if isinstance(module, GeneratedBottleneck):
         return []
-    if isinstance(module, ValueParallelAdapter):
-        controller = f"{site.owner_path.rpartition('.')[0]}.attn_value_parallel_adapter"
-    elif role in _CONTROLLERS.get(family, {}):
-        controller = f"{site.owner_path}.{'adapter_controller' if layout == 'compacter' else _CONTROLLERS[family][role]}"
-    else:
+    if "vlpet" in (config.method for config in handle.resolved.values()):
+        return _vlpet(handle, site, name, tensor, family, role)
+    if role not in _CONTROLLERS.get(family, {}):
         raise ValueError(f"{site.id}: a {type(module).__name__} is in none of the original repositories")
-    if rest.startswith(("pre_layer_norm.", "post_layer_norm.")):
-        return [Piece((f"{controller}.{rest}",))]
-    keys = tuple(f"{controller}.adapters.{t}.{rest}" for t in tasks or _tasks(handle))
-    leaf = rest.rpartition(".")[2]
-    if leaf.startswith("phm_rule") and getattr(handle.resolved[family], "shared_rule", False):
-        keys = (leaf, *keys)
-    elif leaf.startswith("W") and getattr(handle.resolved[family], "shared_weight", False):
-        keys = (f"{leaf[0]}_{rest.removesuffix('_sampler.' + leaf)}{leaf[1:]}", *keys)
-    return [Piece(keys)]
+    controller = "adapter_controller" if layout == "compacter" else _CONTROLLERS[family][role]
+    return _controlled(handle, f"{site.owner_path}.{controller}" if site.owner_path else controller, site.module, name)
 
 
 def _uni(handle: Handle, site: _Site, module: nn.Module, name: str) -> tuple[str, ...]:
@@ -296,20 +288,67 @@ def _uni(handle: Handle, site: _Site, module: nn.Module, name: str) -> tuple[str
     return (f"{stack}.video_{'key' if site.id.endswith('.key') else 'value'}_adapter.{name}",)
 
 
-def _gated(site: _Site, module: GatedBottleneck, name: str, tensor: Tensor, role: str) -> list[Piece]:
-    """VL-PET's encoder module: heads are Linears of their own, gates are named after what they read."""
-    if role not in ("encoder.self_attention", "encoder.feed_forward"):
-        raise ValueError(f"{site.id}: a GatedBottleneck is not there in the original repositories")
-    side = "attn" if role == "encoder.self_attention" else "ff"
+def _vlpet(handle: Handle, site: _Site, name: str, tensor: Tensor, family: str, role: str) -> list[Piece]:
+    """VL-PET's modules: heads are Linears of their own, gates are named after what they read, each decoder variant has a name of its own."""
+    config: Any = handle.resolved[family]
+    part, module = _part(site.module)
+    if isinstance(site.module, InTurn):
+        part, _, name = name.partition(".")
+        module = site.module.get_submodule(part)
+    stack, _, place = role.partition(".")
+    if family == "t5" and stack == "decoder" and not (place == "cross_attention.value" and part == "adapter" and "value_parallel" in config.decoder):
+        raise ValueError(f"{site.id}: on T5 the original has no decoder variant but value_parallel")
+    owner = site.owner_path
+    if place in ("cross_attention.value", "feed_forward.inner"):  # the original has these beside the projection, not in it
+        owner = owner.rpartition(".")[0]
+    start = f"{owner}." if owner else ""
+    short = {"self_attention": "attn" if stack == "encoder" else "self_attn", "feed_forward": "ff", "cross_attention": "enc_attn"}.get(place, "")
     child, _, leaf = name.partition(".")
-    start = f"{site.owner_path}."
-    if child in ("down_sampler", "up_sampler"):
-        part = f"{start}{side}_adapter_multihead_{child.removesuffix('_sampler')}"
-        if child == "up_sampler" and not module.pair:
-            return [Piece((f"{part}.{leaf}",))]
-        size = tensor.shape[0] // module.heads
-        return [Piece((f"{part}.{i}.{leaf}",), i * size, (i + 1) * size) for i in range(module.heads)]
-    gate = f"{start}encoder_{side}_adapter_gating_"
+    if part == "ia3":
+        return [Piece((f"{start}{'decoder_ff_ia3' if place == 'feed_forward.inner' else 'attn_value_ia3'}",))]
+    if part == "residual":
+        return [Piece((f"{start}decoder_enc_attn_value_parallel_adapter_gating_large_x_{child.removeprefix('gate_')}.{leaf}",))]
+    if part == "gating":
+        return [Piece((f"{start}encoder_{short}_gating_large_x_{child.removeprefix('gate_')}.{leaf}",))]
     if child in ("gate_down", "gate_up"):
-        return [Piece((f"{gate}large_x_{child.removeprefix('gate_')}.{leaf}",))]
-    return [Piece((f"{gate}{_GATES[module.granularity]}{'.' + leaf if leaf else ''}",))]
+        return [Piece((f"{start}{stack}_{short}_adapter_gating_large_x_{child.removeprefix('gate_')}.{leaf}",))]
+    if child in ("gate", "gate_vector", "layer_norm"):
+        gate = "layernorm" if child == "layer_norm" else _GATES[config.granularity]
+        return [Piece((f"{start}encoder_{short}_adapter_gating_{gate}{'.' + leaf if leaf else ''}",))]
+    if place == "cross_attention.value":
+        return _controlled(handle, f"{start}{'attn_value_parallel' if 'value_parallel' in config.decoder else 'enc_attn_value_sequential'}_adapter", module, name)
+    if place == "cross_attention.key_value":
+        return _controlled(handle, f"{start}decoder_enc_attn_key_value_adapter", module, name)
+    if stack == "decoder" and "multihead" not in config.decoder:
+        return _controlled(handle, f"{start}decoder_{short}_adapter", module, name)
+    if stack == "encoder" and (config.adapter != "bottleneck" or config.heads == 1):
+        return _controlled(handle, f"{start}{short}_adapter", module, name)
+    heads = f"{start}{short}_adapter_multihead_{child.removesuffix('_sampler')}"
+    if child == "up_sampler" and not config.pair:
+        return [Piece((f"{heads}.{leaf}",))]
+    size = tensor.shape[0] // config.heads
+    return [Piece((f"{heads}.{i}.{leaf}",), i * size, (i + 1) * size) for i in range(config.heads)]
+
+
+def _part(module: nn.Module) -> tuple[str, nn.Module]:
+    """What a module that stands alone is in a chain of them."""
+    kinds: dict[type[nn.Module], str] = {Gate: "gate", GatingOnly: "gating", IA3: "ia3", ValueResidual: "residual"}
+    return kinds.get(type(module), "adapter"), module
+
+
+def _controlled(handle: Handle, controller: str, module: nn.Module, name: str) -> list[Piece]:
+    """An adapter inside one of the original's controllers, which holds it under every task, and shared tensors under further names."""
+    task, rest = None, name
+    if isinstance(module, PerTask):
+        _, task, rest = name.split(".", 2)
+    if rest.startswith(("pre_layer_norm.", "post_layer_norm.")):
+        return [Piece((f"{controller}.{rest}",))]
+    keys = tuple(f"{controller}.adapters.{t}.{rest}" for t in ((task,) if task is not None else _tasks(handle)))
+    config: Any = next(iter(handle.resolved.values()))
+    options = {**vars(config), **getattr(config, "adapter_options", {})}
+    leaf = rest.rpartition(".")[2]
+    if leaf.startswith("phm_rule") and options.get("shared_rule"):
+        keys = (leaf, *keys)
+    elif leaf.startswith("W") and options.get("shared_weight"):
+        keys = (f"W_{rest.removesuffix('_sampler.' + leaf)}{leaf[1:]}", *keys)
+    return [Piece(keys)]
