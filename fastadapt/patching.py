@@ -555,6 +555,11 @@ def _build_stages(
     stacks: dict[str, tuple[str, nn.Module, hosts.Host]] = {}
     for path, block, host in blocks:
         stacks.setdefault(_container(path), (labels[path].rpartition(".")[0], block, host))
+    sides = {label.partition("@")[0] for label, _, _ in stacks.values()}
+    for settings in handle.resolved.values():
+        for role in settings.stages():
+            if role.partition(".")[0] not in sides and role.endswith(".prompt"):
+                raise ValueError(f"model: has no {role.partition('.')[0]}, so {role.replace('.', '_')} must be 0")
     for container, (label, block, host) in stacks.items():
         settings, stack, side = handle.resolved[host.family], model.get_submodule(container), label.partition("@")[0]
         for role in (role for role in settings.stages() if role.startswith(f"{side}.")):

@@ -178,6 +178,15 @@ def test_no_identity_start(variant: str) -> None:
         put(tiny("bart"), variant, init="identity")
 
 
+def test_prompts_need_a_stack() -> None:
+    before = snapshot(model := tiny("bart"))
+    with pytest.raises(ValueError, match="model: has no decoder, so decoder_prompt must be 0"):
+        patch(model.model.encoder, "prompt", encoder_prompt=0, decoder_prompt=2)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(ValueError, match=r"the model is no whole encoder, so encoder\.prompt has no place"):
+        patch(model.model.encoder.layers[0], "prompt")  # type: ignore[union-attr, index, arg-type]
+    assert_same(before, snapshot(model))
+
+
 def test_tasks_are_needed() -> None:
     before = snapshot(model := tiny("bart"))
     with pytest.raises(ValueError, match="tasks: must name the tasks, since sharing='multiple' makes an adapter for each"):
