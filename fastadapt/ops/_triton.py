@@ -367,6 +367,13 @@ _WEIGHT_TILES = {
     "half": ((16, Tile(64, 64, 4, 3, 16)), (32, Tile(64, 64, 4, 3, 32)), (64, Tile(64, 64, 4, 3, 64)), (96, Tile(64, 128, 8, 3, 32)), (1024, Tile(64, 64, 4, 3, 64))),
     "fp32": ((16, Tile(32, 32, 8, 2, 16)), (1024, Tile(32, 32, 8, 2, 32))),
 }
+_MASKED_TILES = {
+    "forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:]),
+    "rows": (*_SLOPE_TILES["half"][:-1], (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
+    "weights": tuple((bound, shape._replace(registers=255)) for bound, shape in _WEIGHT_TILES["half"]),
+    "gated_forward": (*_GATE_TILES["half"][:2], (256, Tile(32, 16, 8, 2)), *_GATE_TILES["half"][3:]),
+}
+"""Of half precision with masks, where some activation on some architecture spills with the tile of the same number of registers without masks."""
 _REDUCE_TILE = Tile(0, 8, 8, 3, 128, 255)
 MAX_RANK_GATED_FP32 = 256
 """Above it the gated kernels with fp32 products spill whatever the tile."""
@@ -377,8 +384,11 @@ def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
     tables = {"rows": _SLOPE_TILES, "weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES}
     table = tables.get(kernel, _ROW_TILES)["fp32" if dtype == torch.float32 else "half"]
     padded = sum(size for _, size in chunks(rank))
-    if kernel != "weights" and width % 64:
-        padded = max(128, 2 * padded)
+    if width % 64:
+        if dtype != torch.float32:
+            table = _MASKED_TILES.get(kernel, table)
+        if kernel != "weights":
+            padded = max(128, 2 * padded)
     return next(shape for bound, shape in table if padded <= bound)
 
 
