@@ -175,7 +175,11 @@ def test_published_values() -> None:
 
 
 def test_registry() -> None:
-    assert set(methods.available()) >= {"vl_adapter", "vlpet", "compacter", "low_rank_adapter", "lora", "bitfit", "layer_norm", "visual_projection", "lm_head", "full"}
+    assert methods.available() == (
+        "vl_adapter", "vlpet", "compacter", "low_rank_adapter", "lora", "hyperformer", "base_tuning", "uniadapter", "intrinsic_dimension",
+        "visual_projection", "bitfit", "layer_norm", "lm_head", "full", "prompt",
+        "houlsby", "pfeiffer", "adapterdrop", "low_rank", "phm_adapter", "compacter_t5", "compacter++", "bitfit_t5", "prompt_tuning", "prompt_tuning_tokens", "said", "said_dense",
+    )  # fmt: skip
     assert methods.config("bitfit", layer_norms="all") == BaseTuningConfig(biases=True, layer_norms="all")
     assert methods.config("vlpet", rank=3) == VLPETConfig(rank=3)
 
