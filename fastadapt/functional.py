@@ -89,12 +89,12 @@ def bottleneck(
     add_input = residual is not None and other is None
     u = x
     if norm_before is not None:
-        u = _layer_norm(x, norm_before)
+        u = layer_norm(x, norm_before)
         add_input, other = False, (x if add_input else other)
     inner = (add_input, other) if norm_after is None else (False, None)
     y = _call(_bottleneck, _bottleneck_reference.composed, u, w_down, b_down, w_up, b_up, gate, scale_tensor, inner[1], scale_number, act, inner[0])
     if norm_after is not None:
-        y = _layer_norm(y, norm_after)
+        y = layer_norm(y, norm_after)
         y = y + x if add_input else y if other is None else y + other
     return y
 
@@ -355,7 +355,8 @@ def _norm_vectors(name: str, norm: LayerNorm | None) -> dict[str, Tensor]:
     return {f"{name} weight": norm[0], f"{name} bias": norm[1]}
 
 
-def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+    """LN(x) in x's dtype, whatever the parameters'."""
     weight, bias, eps = norm
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(x.dtype)  # autocast on CUDA makes it float32
 

@@ -64,7 +64,7 @@ class MethodConfig:
         lm_head: train the token table and the output layer (tied in BART and T5).
         language_model: train the whole base.
         trained_modules: names of further modules of the base that are trained, wherever they are ("itm_head").
-        encoder_prompt, decoder_prompt: number of trained prompt vectors before the encoder's text (VL-Adapter, section 4.2) and before the decoder's tokens; 0: none.
+        encoder_prompt, decoder_prompt: number of trained prompt vectors before the encoder's text (VL-Adapter) and before the decoder's tokens; 0: none.
         prompt_mid: width of the prompts' MLP; None: no MLP.
         prompt_start: "random", see `fastadapt.nn.Prompt`, or "tokens", the first rows of the token table; the latter without MLP.
         prompt_sharing: "single", one prompt for all tasks, or "multiple", one per task.
@@ -169,6 +169,19 @@ class StageSite(NamedTuple):
     role: str
     layer: int
     module: nn.Module
+
+
+def reduced_rank(width: int, rank: int | None, reduction_factor: int) -> int:
+    """The rank that was given, or D // reduction_factor.
+
+    Raises:
+        ValueError: no rank, and a factor outside 1 to D.
+    """
+    if rank is not None:
+        return rank
+    if isinstance(reduction_factor, bool) or not isinstance(reduction_factor, int) or not 1 <= reduction_factor <= width:
+        raise ValueError(f"reduction_factor: must be an integer from 1 to the width {width}, not {reduction_factor!r}")
+    return width // reduction_factor
 
 
 def per_task(sharing: str, target: Target, make: Callable[[], nn.Module], shared: Sequence[str] = ()) -> nn.Module:

@@ -13,7 +13,7 @@ from fastadapt.nn import Bottleneck, LowRankLinear, PHMLinear, Projection
 
 @dataclass(frozen=True, kw_only=True)
 class CompacterConfig(VLAdapterConfig):
-    """Bottlenecks whose projections are sums of Kronecker products (`fastadapt.nn.PHMLinear`; VL-Adapter, section 3.2, and Compacter, section 3.2).
+    """Bottlenecks whose projections are sums of Kronecker products (`fastadapt.nn.PHMLinear`; VL-Adapter and Compacter).
 
     The defaults are VL-Adapter's published runs: n = 2, full W, a rule of its own in every projection, 2.70 % of VL-BART. Compacter proper is ``division=4, phm_rank=1,
     shared_rule=True``.

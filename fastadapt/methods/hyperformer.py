@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastadapt.methods.base import MethodConfig, StageSite, Target
+from fastadapt.methods.base import MethodConfig, StageSite, Target, reduced_rank
 from fastadapt.nn import GeneratedBottleneck, HyperNetwork, Init, TaskEmbeddings
 
 
@@ -53,9 +53,7 @@ class HyperformerConfig(MethodConfig):
         return *super().stages(), "encoder.hypernetwork", "decoder.hypernetwork"
 
     def _rank(self, width: int) -> int:
-        if self.rank is None and (isinstance(self.reduction_factor, bool) or not isinstance(self.reduction_factor, int) or not 1 <= self.reduction_factor <= width):
-            raise ValueError(f"reduction_factor: must be an integer from 1 to the width {width}, not {self.reduction_factor!r}")
-        return width // self.reduction_factor if self.rank is None else self.rank
+        return reduced_rank(width, self.rank, self.reduction_factor)
 
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         return GeneratedBottleneck(target.width, self._rank(target.width), activation=self.activation)

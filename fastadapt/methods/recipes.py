@@ -39,7 +39,7 @@ _BATCH = {("bart", "image"): 500, ("t5", "image"): 300, ("bart", "video"): 50, (
 
 
 def recipe(method: str, host: str, kind: str = "image") -> Recipe:
-    """The published run of a method on "bart" (VL-BART) or "t5" (VL-T5), for "image" or "video" tasks (VL-Adapter, section 5.1; VL-PET, section 4.1).
+    """The published run of a method on "bart" (VL-BART) or "t5" (VL-T5), for "image" or "video" tasks (the scripts of VL-Adapter and VL-PET).
 
     Raises:
         ValueError: no run of that kind was published.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from fastadapt.methods.base import MethodConfig, Target, per_task
+from fastadapt.methods.base import MethodConfig, Target, per_task, reduced_rank
 from fastadapt.nn import Bottleneck, Init, Projection
 
 SHARING = ("single", "multiple", "up", "down")
@@ -77,8 +77,7 @@ class VLAdapterConfig(MethodConfig):
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         if self.sharing not in SHARING:
             raise ValueError(f"sharing: must be one of {', '.join(SHARING)}, not {self.sharing!r}")
-        if self.rank is None and (isinstance(self.reduction_factor, bool) or not isinstance(self.reduction_factor, int) or not 1 <= self.reduction_factor <= target.width):
-            raise ValueError(f"reduction_factor: must be an integer from 1 to the width {target.width}, not {self.reduction_factor!r}")
+        rank = reduced_rank(target.width, self.rank, self.reduction_factor)
         if self.layers is not None and target.layer not in self.layers:
             return None
         rule = self.rule(target)
@@ -86,7 +85,7 @@ class VLAdapterConfig(MethodConfig):
         def make() -> Bottleneck:
             adapter = Bottleneck(
                 target.width,
-                target.width // self.reduction_factor if self.rank is None else self.rank,
+                rank,
                 activation=self.activation,
                 norm_before=self.layer_norm_before,
                 norm_after=self.layer_norm_after,

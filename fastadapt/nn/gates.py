@@ -96,7 +96,7 @@ class Gate(nn.Module):
         kind = self.granularity
         if kind == "layernorm":
             norm = self.layer_norm
-            return F.layer_norm(h, h.shape[-1:], norm.weight.to(h.dtype), norm.bias.to(h.dtype), norm.eps)
+            return functional.layer_norm(h, (norm.weight, norm.bias, norm.eps))
         if kind == "l2norm":
             return F.normalize(h, dim=-1)
         if kind == "middleY":
@@ -294,7 +294,8 @@ class InTurn(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """What the last module gives."""
-        for module in self.children():
+        modules: Any = self._modules
+        for module in modules.values():
             a, b = (a, module(a, b)) if self.beside else (module(a, b), b)
         return b if self.beside else a
 

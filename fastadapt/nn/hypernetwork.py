@@ -92,7 +92,7 @@ class GeneratedBottleneck(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    r"""Hyperformer's generator for one stack of layers (Mahabadi et al. 2021, sections 2.1-2.3; VL-Adapter's "unique" hypernetwork).
+    r"""Hyperformer's generator for one stack of layers (Mahabadi et al. 2021; VL-Adapter's "unique" hypernetwork).
 
     With the task's embedding and that of layer l (and, with ``one``, of block t):
 
@@ -147,7 +147,7 @@ class HyperNetwork(nn.Module):
         self.task_embeddings = embeddings
         self.task: str | None = None
         self.sites: list[tuple[str, int, GeneratedBottleneck]] = []
-        self._made: tuple[str | None, tuple[int, ...]] | None = None
+        self._made: tuple[str | None, tuple[tuple[int, int], ...]] | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def linear(i: int, o: int) -> nn.Linear:
@@ -225,7 +225,8 @@ class HyperNetwork(nn.Module):
         """Generates the weights of all layers and gives them to the adapters in ``sites``; without gradients, as in ``generate``, only if something changed since the last time."""
         made = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            made = (self.task, tuple(p._version for p in self.parameters()))
+            # The address too: `.to()` gives a parameter new storage under its old version.
+            made = (self.task, tuple((p._version, p.data_ptr()) for p in self.parameters()))
             if self._made == made and all(site.weights is not None for _, _, site in self.sites):
                 return
         generated = self.forward()

@@ -140,7 +140,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 class IntrinsicDimension(nn.Module):
-    r"""Moves the tensors of a model by a projected vector (Aghajanyan et al. 2021, section 3, "SAID"; Compacter, section 4).
+    r"""Moves the tensors of a model by a projected vector (Aghajanyan et al. 2021, "SAID"; Compacter).
 
     .. math:: \theta_k = \theta_k^0 + \lambda_k P_k v
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn.init import linear, positive
+from fastadapt.nn.init import linear, positive, weights
 
 
 class LoRA(nn.Module):
@@ -64,8 +64,9 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The projection's output y (..., out) plus the update; x (..., in) is its input."""
-        x = F.dropout(x, self.dropout, self.training)
-        a, b = self.lora_A.weight, self.lora_B.weight
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        (a, _), (b, _) = weights(self._modules["lora_A"]), weights(self._modules["lora_B"])  # type: ignore[arg-type]
         if a.shape[1] == b.shape[0]:
             return functional.bottleneck(x, a, b, activation="identity", residual=y, scale=self.scale)
         return y + self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(y.dtype)

@@ -57,7 +57,7 @@ class _Product(nn.Module):
 
 
 class PHMLinear(_Product):
-    r"""Compacter's projection (Compacter, section 3.2; Kronecker products by Zhang et al. 2021): a sum of n Kronecker products.
+    r"""Compacter's projection (Compacter; Kronecker products by Zhang et al. 2021): a sum of n Kronecker products.
 
     .. math:: y = x H + b, \qquad H = \sum_{i<n} A_i \otimes W_i, \qquad H[a\,in/n + k,\ c\,out/n + p] = \sum_i A_i[a, c]\, W_i[k, p]
 
@@ -140,7 +140,7 @@ class PHMLinear(_Product):
 
 
 class LowRankLinear(_Product):
-    r"""A projection of low rank (VL-Adapter, "low-rank adapters"; Compacter, section 4): :math:`y = x\, W_{left} W_{right} + b`.
+    r"""A projection of low rank (VL-Adapter, "low-rank adapters"; Compacter): :math:`y = x\, W_{left} W_{right} + b`.
 
     Parameters have the published names: ``W_left`` (in, k), ``W_right`` (k, out), ``b`` (out,).
 

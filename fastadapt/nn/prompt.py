@@ -9,7 +9,7 @@ from fastadapt.nn.init import TORCH, Init, positive
 
 
 class Prompt(nn.Module):
-    r"""Prompt vectors, through an MLP or as they are (Lester et al. 2021; VL-Adapter, section 4.2; prefix MLP of Li and Liang 2021).
+    r"""Prompt vectors, through an MLP or as they are (Lester et al. 2021; VL-Adapter; prefix MLP of Li and Liang 2021).
 
     .. math:: P = \tanh(E W_1^\top + b_1) W_2^\top + b_2 \quad\text{or}\quad P = E
 

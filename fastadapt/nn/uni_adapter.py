@@ -117,7 +117,7 @@ class UniAdapter(nn.Module):
         cross = self.adapter_layer_norm_cross_modal
         scaled = cross.weight * self.scale, cross.bias * self.scale, cross.eps
         y = functional.bottleneck(x, down.weight, w_up, down.bias, b_up, residual=residual if after is None else None, norm_after=scaled, **common)  # type: ignore[arg-type]
-        return y if after is None else _add(_layer_norm(y, after), x, residual)
+        return y if after is None else _add(functional.layer_norm(y, after), x, residual)
 
     def _norm(self, where: str) -> functional.LayerNorm | None:
         norm = self.adapter_layer_norm_before if self.layer_norm == where else None
@@ -125,12 +125,12 @@ class UniAdapter(nn.Module):
 
     def _with_dropout(self, x: Tensor, residual: Any, mode: Mode) -> Tensor:
         before, after, cross = self._norm("in"), self._norm("out"), self.adapter_layer_norm_cross_modal
-        k = F.dropout(F.relu(_linear(self.down_proj, x if before is None else _layer_norm(x, before))), self.dropout)
+        k = F.dropout(F.relu(_linear(self.down_proj, x if before is None else functional.layer_norm(x, before))), self.dropout)
         u = _linear(self.visual_up_proj if mode == "visual" else self.up_proj, k)
         if mode == "multimodal":
-            u = _layer_norm(_linear(self.multi_up_proj, k) + u, (cross.weight, cross.bias, cross.eps))
+            u = functional.layer_norm(_linear(self.multi_up_proj, k) + u, (cross.weight, cross.bias, cross.eps))
         u = u * (self.scale.to(u.dtype) if isinstance(self.scale, Tensor) else self.scale)
-        return _add(u if after is None else _layer_norm(u, after), x, residual)
+        return _add(u if after is None else functional.layer_norm(u, after), x, residual)
 
     def call(self) -> dict[str, Any]:
         """As `Bottleneck.call`."""
@@ -282,11 +282,6 @@ def _autocasts(x: Tensor) -> bool:
 
 def _linear(projection: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, projection.weight.to(x.dtype), projection.bias.to(x.dtype))
-
-
-def _layer_norm(x: Tensor, norm: functional.LayerNorm) -> Tensor:
-    weight, bias, eps = norm
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(x.dtype)
 
 
 def _add(u: Tensor, x: Tensor, residual: Any) -> Tensor:

@@ -75,7 +75,7 @@ def _recorder(tracked: Tracked, site: str) -> Callable[[Any, tuple[Any, ...]], N
             weight, bias = adapter.down_sampler.weight, adapter.down_sampler.bias
             norm = None if (n := adapter.pre_layer_norm) is None else (n.weight, n.bias, n.eps)
         if norm is not None:
-            h = F.layer_norm(h, h.shape[-1:], norm[0].to(h.dtype), norm[1].to(h.dtype), norm[2])
+            h = functional.layer_norm(h, norm)
         z = activations.apply(F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)), functional.activation_index(adapter.activation))
         tracked.by_site[site] = z.to(torch.promote_types(z.dtype, torch.float32)).square().mean()
 

@@ -92,6 +92,11 @@ def test_generated_once_without_gradients() -> None:
         network.layer_id_embeddings.weight.add_(1.0)
         network.hand_out()
         assert site.weights is not second
+        # Moved parameters, too.
+        network.double()
+        network.hand_out()
+        assert site.weights.w_up.dtype == torch.float64
+        network.float()
     without = site.weights
     network.hand_out()
     assert site.weights is not without and site.weights.w_up.requires_grad
