@@ -204,3 +204,20 @@ def test_shared_tensors_are_stored_once(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert sum("phm_rule_left" in key for key in stored) == 1 and sum(key.endswith("W_right") for key in stored) == 2
     assert sum(key.endswith(".b") for key in stored) == 20
+
+
+@hosts
+@pytest.mark.parametrize("variant", ["hyperformer", "hyperformer, one"])
+def test_every_site_gets_the_weights_of_its_own_layer_and_block(family: str, variant: str) -> None:
+    model, handle = patched(family, variant)
+    randomize(handle)
+    logits(model)
+    for side in ("encoder", "decoder"):
+        with torch.no_grad():
+            made = handle.sites[f"{side}.hypernetwork"]()
+        sites = {name: s for name, s in handle.sites.items() if name.startswith(side) and isinstance(s, GeneratedBottleneck)}
+        assert len(sites) == (4 if side == "encoder" else 6)
+        for name, site in sites.items():
+            _, layer, block = name.split(".")
+            assert site.weights is not None and torch.equal(site.weights.w_down, made[block][int(layer)].w_down)
+        assert len({s.weights.w_down.sum().item() for s in sites.values()}) == len(sites), "no two of them are alike"  # type: ignore[union-attr]
