@@ -19,8 +19,9 @@ demo: .venv/.installed
 test: .venv/.installed lint
 	$(MAKE) --no-print-directory -j2 -Otarget $(PARTS)
 
+# The longest part first.
 test-full: .venv/.installed lint
-	$(MAKE) --no-print-directory -j2 -Otarget SELECT="not gpu" $(PARTS)
+	$(MAKE) --no-print-directory -j2 -Otarget SELECT="not gpu" test-compiled $(PARTS)
 	$(BIN)/python -m tests.triton.mutants
 	$(BIN)/python -m tests.mutation.cpu
 	$(BIN)/python -m tests.mutation.cuda
