@@ -37,10 +37,19 @@ from fastadapt.ops import _cost
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "data" / "gpu_check.json"
 ROWS = (1024, 4096, 16384)
+# Options of the calls that are compared: the papers'.
+OPTIONS: dict[str, dict[str, Any]] = {"gated_bottleneck": {"granularity": "large", "gate_rank": 96}, "phm_bottleneck": {"division": 4, "factor_rank": 1}}
 # Triton's interpreter needs a process of its own, and no GPU.
 TESTS = ("tests", "--ignore=tests/triton/interpret")
 # Every kernel of cuda and triton over ragged rows and ranks, at sizes that a tool 50 times slower than the device can take.
-SANITIZED = ("tests/cuda/test_ops.py", "tests/ops/test_bottleneck.py", "tests/ops/test_gated_bottleneck.py", "-k", "(test_within_rule and cuda) or (test_shapes and triton)")
+SANITIZED = (
+    "tests/cuda/test_ops.py",
+    "tests/ops/test_bottleneck.py",
+    "tests/ops/test_gated_bottleneck.py",
+    "tests/ops/test_phm_bottleneck.py",
+    "-k",
+    "(test_within_rule and cuda) or (test_shapes and triton)",
+)
 # What the report counts apart: patterns in the names of tests.
 SUBJECTS = {"streams": "stream", "second device": "second_device|other_device|devices", "CUDA graphs": "captur|cuda_?graph", "bitwise determinism": "deterministic"}
 BACKENDS = ("cuda", "triton", "reference")
@@ -91,8 +100,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
 
 def explained(op: str, rows: int) -> fastadapt.backend.Explanation:
     """What the library says of the call that is compared here: the papers' sizes, and the dtypes that people train with."""
-    gate = {"granularity": "large", "gate_rank": 96} if op == "gated_bottleneck" else {}
-    return fastadapt.backend.explain(op, rows=rows, width=768, rank=96, dtype=torch.bfloat16, param_dtype=torch.float32, device="cuda", **gate)
+    return fastadapt.backend.explain(op, rows=rows, width=768, rank=96, dtype=torch.bfloat16, param_dtype=torch.float32, device="cuda", **OPTIONS.get(op, {}))
 
 
 def text_of(*command: str) -> str:
@@ -151,7 +159,7 @@ def run(step: Step) -> dict[str, Any]:
 def measured(op: str, backends: Sequence[str], rows: int, device: str, rounds: int, width: int = 768, rank: int = 96) -> dict[str, dict[str, tuple[float, float, float]]]:
     """Microseconds of forward, as training runs it, and of backward, the rest of a step: median and quartiles by backend, bf16 with fp32 parameters; all backends in turn."""
     bench = import_module(f"benchmarks.ops.{op}")
-    *tensors, dy = bench.tensors_of(argparse.Namespace(rows=rows, width=width, rank=rank, param_dtype="fp32", device=device), "bf16")
+    *tensors, dy = bench.tensors_of(argparse.Namespace(rows=rows, width=width, rank=rank, param_dtype="fp32", device=device, **OPTIONS.get(op, {})), "bf16")
     leaves = [t.requires_grad_() for t in tensors]
 
     def forward(backend: str) -> Callable[[], object]:

@@ -132,12 +132,14 @@ def compare(
     return rows
 
 
-def main(run: Callable[[argparse.Namespace, str], list[Row]]) -> None:
-    """The command line that every op's benchmark has."""
+def main(run: Callable[[argparse.Namespace, str], list[Row]], **numbers: int) -> None:
+    """The command line that every op's benchmark has; ``numbers`` are further options of one op, with their defaults."""
     parser = argparse.ArgumentParser(description=run.__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[4096])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rank", type=int, default=96)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--param-dtype", choices=DTYPES, help="by default that of the activations")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

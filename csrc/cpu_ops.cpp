@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
+#include "cpu/phm_bottleneck.h"
 #include "include/plan.h"
 
 namespace {
@@ -193,6 +194,59 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};
 }
 
+PhmParams phm_common(const Tensor& x, const Tensor& rule_down, const Tensor& left_down, const Tensor& right_down, const Tensor& rule_up, const Tensor& left_up,
+                     const Tensor& right_up, double scale, int64_t activation, bool add_input) {
+  PhmParams p{};
+  const auto factors = [](const Tensor& rule, const Tensor& left, const Tensor& right) { return PhmFactors{left.size(1), right.size(2), data(rule), data(left), data(right)}; };
+  p.activation_type = type_of(x), p.parameter_type = type_of(rule_down);
+  p.rows = x.size(0), p.width = x.size(1), p.division = left_down.size(0), p.factor_rank = left_down.size(2), p.rank = p.division * right_down.size(2);
+  p.x = data(x), p.x_stride = x.stride(0);
+  p.down = factors(rule_down, left_down, right_down), p.up = factors(rule_up, left_up, right_up);
+  p.scale = static_cast<float>(scale), p.activation = static_cast<Activation>(activation), p.add_input = add_input;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> phm_bottleneck(const Tensor& x, const Tensor& rule_down, const Tensor& left_down, const Tensor& right_down, const optional<Tensor>& b_down,
+                                          const Tensor& rule_up, const Tensor& left_up, const Tensor& right_up, const optional<Tensor>& b_up, const optional<Tensor>& residual,
+                                          double scale, int64_t activation, bool add_input, bool save) {
+  PhmParams p = phm_common(x, rule_down, left_down, right_down, rule_up, left_up, right_up, scale, activation, add_input);
+  p.b_down = data(b_down), p.b_up = data(b_up), p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0;
+  Tensor y = output(true, {p.rows, p.width}, x), z = save ? at::empty({p.rows, p.rank}, x.options()) : output(false, {}, x);
+  if (p.rows == 0) return {y, z};
+  p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
+  Tensor packed = floats(PhmNumbers::size(p));
+  p.packed = packed.mutable_data_ptr<float>();
+  cpu::phm_prepare(p);
+  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::phm_forward(p, b, e); });
+  return {y, z};
+}
+
+using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NineTensors phm_bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& rule_down, const Tensor& left_down, const Tensor& right_down,
+                                    const Tensor& rule_up, const Tensor& left_up, const Tensor& right_up, double scale, int64_t activation, bool add_input, int64_t needs) {
+  PhmParams p = phm_common(x, rule_down, left_down, right_down, rule_up, left_up, right_up, scale, activation, add_input);
+  const auto gradient = [&](int i, at::IntArrayRef shape, const Tensor& like) { return output((needs >> i & 1) != 0, shape, like); };
+  Tensor dx = gradient(0, {p.rows, p.width}, x), drd = gradient(1, rule_down.sizes(), rule_down), dld = gradient(2, left_down.sizes(), rule_down),
+         drtd = gradient(3, right_down.sizes(), rule_down), dbd = gradient(4, {p.rank}, rule_down), dru = gradient(5, rule_up.sizes(), rule_down),
+         dlu = gradient(6, left_up.sizes(), rule_down), drtu = gradient(7, right_up.sizes(), rule_down), dbu = gradient(8, {p.width}, rule_down);
+  if (p.rows == 0) {
+    for (Tensor* t : {&drd, &dld, &drtd, &dbd, &dru, &dlu, &drtu, &dbu}) t->zero_();
+    return {dx, drd, dld, drtd, dbd, dru, dlu, drtu, dbu};
+  }
+  const auto to = [&](int i, Tensor& t) { return pointer((needs >> i & 1) != 0, t); };
+  p.dx = to(0, dx), p.down.drule = to(1, drd), p.down.dleft = to(2, dld), p.down.dright = to(3, drtd), p.db_down = to(4, dbd);
+  p.up.drule = to(5, dru), p.up.dleft = to(6, dlu), p.up.dright = to(7, drtu), p.db_up = to(8, dbu);
+  p.dy = data(dy), p.dy_stride = dy.stride(0), p.z = const_cast<void*>(data(z));
+  const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), size = PhmNumbers::size(p);
+  Tensor packed = floats(size), partials = floats(chunks * size);
+  p.packed = packed.mutable_data_ptr<float>(), p.partials = partials.mutable_data_ptr<float>();
+  cpu::phm_prepare(p);
+  parallel(chunks, [&](int64_t b, int64_t e) { cpu::phm_backward(p, b, e); });
+  if (needs > 1) cpu::phm_reduce(p);
+  return {dx, drd, dld, drtd, dbd, dru, dlu, drtu, dbu};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
@@ -208,6 +262,10 @@ TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
   m.def("gated_bottleneck(Tensor h, Tensor? x, " FASTADAPT_GATED "int save_gate, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gated_bottleneck_backward(Tensor dy, Tensor h, Tensor? x, Tensor z, Tensor zg, Tensor logits, Tensor total, Tensor gate, " FASTADAPT_GATED
         "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#define FASTADAPT_PHM(LEFT, RIGHT) \
+  "Tensor rule_down, Tensor left_down, Tensor right_down, " LEFT "Tensor rule_up, Tensor left_up, Tensor right_up, " RIGHT "float scale, int activation, bool add_input, "
+  m.def("phm_bottleneck(Tensor x, " FASTADAPT_PHM("Tensor? b_down, ", "Tensor? b_up, Tensor? residual, ") "bool save) -> (Tensor, Tensor)");
+  m.def("phm_bottleneck_backward(Tensor dy, Tensor x, Tensor z, " FASTADAPT_PHM("", "") "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fastadapt_cpu, CPU, m) {
@@ -215,4 +273,6 @@ TORCH_LIBRARY_IMPL(fastadapt_cpu, CPU, m) {
   m.impl("gated_bottleneck_backward", &gated_bottleneck_backward);
   m.impl("bottleneck", &bottleneck);
   m.impl("bottleneck_backward", &bottleneck_backward);
+  m.impl("phm_bottleneck", &phm_bottleneck);
+  m.impl("phm_bottleneck_backward", &phm_bottleneck_backward);
 }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "include/cuda.h"
+#include "include/phm_bottleneck_cuda.h"
 
 #ifndef FASTADAPT_EMULATED
 #define FASTADAPT_EMULATED 0
@@ -104,16 +105,16 @@ Tensor output(bool need, std::initializer_list<int64_t> shape, const Kind& kind)
 // Pointers to arguments as the kernels take them, and the copies of those that lie otherwise in memory.
 class Arguments {
  public:
-  // Rows a multiple of 8 elements apart, each contiguous: true of every row slice of a contiguous tensor.
-  const void* rows(const Tensor& t, int64_t& stride) {
+  // Rows a multiple of 8 elements apart, each contiguous: true of every row slice of a contiguous tensor. Where the kernels read number by number (`multiple` 1) they lie anywhere.
+  const void* rows(const Tensor& t, int64_t& stride, int64_t multiple = 8) {
     const void* data = t.const_data_ptr();
     const int64_t rows = t.size(0), width = t.size(1);
     stride = rows == 1 ? width : t.stride(0);
-    if (t.stride(1) != 1 || stride % 8 != 0 || !aligned(data)) return stride = width, copy(t);
+    if (t.stride(1) != 1 || (multiple > 1 && (stride % multiple != 0 || !aligned(data)))) return stride = width, copy(t);
     for (int64_t r = 0; FASTADAPT_EMULATED && r < rows; ++r) may_read(static_cast<const char*>(data) + 2 * r * stride, 2 * width);
     return data;
   }
-  const void* rows(const optional<Tensor>& t, int64_t& stride) { return t ? rows(*t, stride) : nullptr; }
+  const void* rows(const optional<Tensor>& t, int64_t& stride, int64_t multiple = 8) { return t ? rows(*t, stride, multiple) : nullptr; }
   const void* whole(const Tensor& t) {
     const void* data = t.const_data_ptr();
     if (!aligned(data) || !t.is_contiguous()) return copy(t);
@@ -136,10 +137,10 @@ class Arguments {
 
 void* pointer(bool need, const Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
 
+// Runs a sequence in a workspace of its own.
 template <class Call>
-void launch(Call& p, size_t bytes, int (*run)(const Call&), const Kind& kind, int64_t gate_rank) {
-  const char* why = cuda::why_not(p.activation_type, p.parameter_type, p.width, p.rank, gate_rank);
-  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width ", p.width, ", rank ", p.rank, ")");
+void launch(Call& p, size_t bytes, int (*run)(const Call&), const Kind& kind, const char* why, int64_t rows, int64_t width, int64_t rank) {
+  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width ", width, ", rank ", rank, ")");
   constexpr int64_t kAlignment = 256, kSlack = FASTADAPT_EMULATED ? kAlignment : 0;  // a CUDA allocation is aligned, a CPU allocation need not be
   const int64_t size = static_cast<int64_t>(bytes) + kSlack;
   const Tensor workspace = allocate({&size, 1}, Kind(aoti_torch_dtype_uint8(), kind));
@@ -147,7 +148,12 @@ void launch(Call& p, size_t bytes, int (*run)(const Call&), const Kind& kind, in
   may_write(p.workspace, static_cast<int64_t>(bytes));
   p.stream = current_stream(kind.device);
   const int code = run(p);
-  STD_TORCH_CHECK(code == 0, "fastadapt: the cuda kernels failed: ", cuda::error_text(code), " (rows ", p.rows, ", width ", p.width, ", rank ", p.rank, ", code ", code, ")");
+  STD_TORCH_CHECK(code == 0, "fastadapt: the cuda kernels failed: ", cuda::error_text(code), " (rows ", rows, ", width ", width, ", rank ", rank, ", code ", code, ")");
+}
+
+template <class Call>
+void launch(Call& p, size_t bytes, int (*run)(const Call&), const Kind& kind, int64_t gate_rank) {
+  launch(p, bytes, run, kind, cuda::why_not(p.activation_type, p.parameter_type, p.width, p.rank, gate_rank), p.rows, p.width, p.rank);
 }
 
 cuda::BottleneckCall bottleneck_call(Arguments& in, const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate,
@@ -262,12 +268,76 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   return std::tuple_cat(grads);
 }
 
+// Parts of a multiple of 8 columns are read 16 bytes at a time.
+int64_t multiple_of(const cuda::PhmShape& shape) { return shape.whole() ? 8 : 1; }
+
+cuda::PhmCall phm_call(Arguments& in, const Tensor& x, const std::array<const Tensor*, 6>& factors, double scale, int64_t activation, bool add_input) {
+  cuda::PhmCall call{};
+  cuda::PhmParams& p = call.params;
+  const Tensor &left = *factors[1], &right = *factors[2];
+  const int64_t division = left.size(0), factor_rank = left.size(2), rank = division * right.size(2);
+  call.activation_type = Kind(x).type(), call.parameter_type = Kind(left).type();
+  const char* why = cuda::phm_why_not(call.activation_type, call.parameter_type, x.size(1), rank, division, factor_rank);
+  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width ", x.size(1), ", rank ", rank, ", division ", division, ", factor rank ", factor_rank, ")");
+  p.rows = x.size(0);
+  p.shape = cuda::phm_shape(x.size(1), rank, division, factor_rank);
+  p.x = in.rows(x, p.x_stride, multiple_of(p.shape));
+  for (int side = 0; side < 2; ++side) p.sides[side] = {in.whole(*factors[3 * side]), in.whole(*factors[3 * side + 1]), in.whole(*factors[3 * side + 2])};
+  p.scale = static_cast<float>(scale), p.activation = static_cast<Activation>(activation), p.add_input = add_input;
+  return call;
+}
+
+std::tuple<Tensor, Tensor> phm_bottleneck(const Tensor& x, const Tensor& rule_down, const Tensor& left_down, const Tensor& right_down, const optional<Tensor>& b_down, const Tensor& rule_up,
+                                          const Tensor& left_up, const Tensor& right_up, const optional<Tensor>& b_up, const optional<Tensor>& residual, double scale, int64_t activation,
+                                          bool add_input, bool save) {
+  const Kind wide(x);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = x.size(0), width = x.size(1), rank = right_down.size(0) * right_down.size(2);
+  Tensor y = empty({rows, width}, wide), z = output(save, {rows, rank}, wide);
+  if (rows == 0) return {y, z};
+  Arguments in;
+  cuda::PhmCall call = phm_call(in, x, {&rule_down, &left_down, &right_down, &rule_up, &left_up, &right_up}, scale, activation, add_input);
+  call.params.sides[0].bias = in.whole(b_down), call.params.sides[1].bias = in.whole(b_up), call.params.residual = in.rows(residual, call.params.residual_stride, multiple_of(call.params.shape));
+  call.params.y = y.mutable_data_ptr(), call.params.z = pointer(save, z);
+  launch(call, 0, cuda::phm_forward, wide, nullptr, rows, width, rank);
+  return {y, z};
+}
+
+using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NineTensors phm_bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& rule_down, const Tensor& left_down, const Tensor& right_down, const Tensor& rule_up,
+                                    const Tensor& left_up, const Tensor& right_up, double scale, int64_t activation, bool add_input, int64_t needs) {
+  const Kind wide(x), parameters(left_down);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = x.size(0), width = x.size(1), rank = right_down.size(0) * right_down.size(2);
+  const std::array<const Tensor*, 6> factors{&rule_down, &left_down, &right_down, &rule_up, &left_up, &right_up};
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  const auto gradient = [&](int i, int factor) { return need(i) ? empty(factors[factor]->sizes(), parameters) : empty({0}, parameters); };
+  std::array<Tensor, 9> grads{output(need(0), {rows, width}, wide), gradient(1, 0), gradient(2, 1), gradient(3, 2), output(need(4), {rank}, parameters),
+                              gradient(5, 3), gradient(6, 4), gradient(7, 5), output(need(8), {width}, parameters)};
+  if (rows == 0) {
+    for (const Tensor& t : grads) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));
+  } else {
+    Arguments in;
+    cuda::PhmCall call = phm_call(in, x, factors, scale, activation, add_input);
+    call.params.dy = in.rows(dy, call.params.dy_stride, multiple_of(call.params.shape)), call.params.z = in.saved(z), call.params.dx = pointer(need(0), grads[0]);
+    for (int i = 0; i < 8; ++i) call.gradients[i / 4][i % 4] = pointer(need(i + 1), grads[i + 1]);
+    launch(call, cuda::phm_backward_workspace(call), cuda::phm_backward, wide, nullptr, rows, width, rank);
+  }
+  return std::tuple_cat(grads);
+}
+
 int64_t device_count() { return cuda::device_count(); }
 int64_t driver_version() { return cuda::driver_version(); }
 int64_t runtime_version() { return cuda::runtime_version(); }
 
 std::string why_not(int64_t type, int64_t parameter_type, int64_t width, int64_t rank, int64_t gate_rank) {
   const char* why = cuda::why_not(static_cast<Type>(type), static_cast<Type>(parameter_type), width, rank, gate_rank);
+  return why ? why : "";
+}
+
+std::string phm_why_not(int64_t type, int64_t parameter_type, int64_t width, int64_t rank, int64_t division, int64_t factor_rank) {
+  const char* why = cuda::phm_why_not(static_cast<Type>(type), static_cast<Type>(parameter_type), width, rank, division, factor_rank);
   return why ? why : "";
 }
 
@@ -290,10 +360,17 @@ FASTADAPT_LIBRARY(FASTADAPT_NAMESPACE, m) {
   m.def("gated_bottleneck(Tensor h, Tensor? x, " FASTADAPT_GATED "int save_gate, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gated_bottleneck_backward(Tensor dy, Tensor h, Tensor? x, Tensor z, Tensor zg, Tensor logits, Tensor total, Tensor gate, " FASTADAPT_GATED
         "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "phm_bottleneck(Tensor x, Tensor rule_down, Tensor left_down, Tensor right_down, Tensor? b_down, Tensor rule_up, Tensor left_up, Tensor right_up, Tensor? b_up, Tensor? residual,"
+      " float scale, int activation, bool add_input, bool save) -> (Tensor, Tensor)");
+  m.def(
+      "phm_bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor rule_down, Tensor left_down, Tensor right_down, Tensor rule_up, Tensor left_up, Tensor right_up, float scale,"
+      " int activation, bool add_input, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("device_count() -> int");
   m.def("driver_version() -> int");
   m.def("runtime_version() -> int");
   m.def("why_not(int type, int parameter_type, int width, int rank, int gate_rank) -> str");
+  m.def("phm_why_not(int type, int parameter_type, int width, int rank, int division, int factor_rank) -> str");
 }
 
 FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
@@ -301,6 +378,8 @@ FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
   m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
   m.impl("gated_bottleneck", TORCH_BOX(&gated_bottleneck));
   m.impl("gated_bottleneck_backward", TORCH_BOX(&gated_bottleneck_backward));
+  m.impl("phm_bottleneck", TORCH_BOX(&phm_bottleneck));
+  m.impl("phm_bottleneck_backward", TORCH_BOX(&phm_bottleneck_backward));
 }
 
 FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -308,4 +387,5 @@ FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("driver_version", TORCH_BOX(&driver_version));
   m.impl("runtime_version", TORCH_BOX(&runtime_version));
   m.impl("why_not", TORCH_BOX(&why_not));
+  m.impl("phm_why_not", TORCH_BOX(&phm_why_not));
 }

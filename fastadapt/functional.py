@@ -8,6 +8,7 @@ autocast, activations are cast to the autocast dtype and parameters stay as they
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,10 @@ from fastadapt.ops.bottleneck.function import bottleneck as _bottleneck
 from fastadapt.ops.gated_bottleneck import reference as _gated_reference
 from fastadapt.ops.gated_bottleneck.function import gated_bottleneck as _gated_bottleneck
 from fastadapt.ops.gated_bottleneck.schema import KINDS
+from fastadapt.ops.phm_bottleneck import reference as _phm_reference
+from fastadapt.ops.phm_bottleneck.function import phm_bottleneck as _phm_bottleneck
 
-__all__ = ["bottleneck", "gated_bottleneck"]
+__all__ = ["bottleneck", "gated_bottleneck", "phm_bottleneck"]
 
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
@@ -74,9 +77,7 @@ def bottleneck(
         fastadapt.backend.BackendError: a demanded backend cannot run the call.
     """
     act = activation_index(activation)
-    other = residual if isinstance(residual, Tensor) else None
-    if other is None and residual is not None and residual != "input":
-        raise TypeError(f"residual: must be a tensor, 'input' or None, not {residual!r}")
+    other, add_input = _residual(residual)
     scale_number, scale_tensor = _scale("scale", scale)
     if not _evident(x, (other,), (w_down, w_up, b_down, b_up, gate, scale_tensor), heads) or norm_before is not None or norm_after is not None:
         x, other = _activations(x=x, residual=other)
@@ -86,17 +87,11 @@ def bottleneck(
         _parameters(x, w_down.dtype, gate=(gate, (width,)), scale=(scale_tensor, None), **{k: (v, (width,)) for k, v in vectors.items()})
     if heads > 1:
         w_up = _block_diagonal(w_up, heads)
-    add_input = residual is not None and other is None
-    u = x
-    if norm_before is not None:
-        u = layer_norm(x, norm_before)
-        add_input, other = False, (x if add_input else other)
-    inner = (add_input, other) if norm_after is None else (False, None)
-    y = _call(_bottleneck, _bottleneck_reference.composed, u, w_down, b_down, w_up, b_up, gate, scale_tensor, inner[1], scale_number, act, inner[0])
-    if norm_after is not None:
-        y = layer_norm(y, norm_after)
-        y = y + x if add_input else y if other is None else y + other
-    return y
+
+    def call(u: Tensor, residual: Tensor | None, add_input: bool) -> Tensor:
+        return _call(_bottleneck, _bottleneck_reference.composed, u, w_down, b_down, w_up, b_up, gate, scale_tensor, _rows(residual), scale_number, act, add_input)
+
+    return _normed(call, x, other, add_input, norm_before, norm_after)
 
 
 def gated_bottleneck(
@@ -183,20 +178,105 @@ def gated_bottleneck(
         gate_weight = gate_bias = None
     saving = -1 if save_gate is None else int(save_gate)
     return _call(
-        _gated_bottleneck, _gated_reference.composed, h, other, w_down, b_down, w_up, b_up, gate_weight, gate_bias, gate_up_weight, gate_up_bias,
+        _gated_bottleneck, _gated_reference.composed, h, _rows(other), w_down, b_down, w_up, b_up, gate_weight, gate_bias, gate_up_weight, gate_up_bias,
         *scales, act, KINDS.index(kind), combine == "add", samples, saving,
     )  # fmt: skip
 
 
+def phm_bottleneck(
+    x: Tensor,
+    rule_down: Tensor,
+    left_down: Tensor,
+    right_down: Tensor,
+    rule_up: Tensor,
+    left_up: Tensor,
+    right_up: Tensor,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str = "gelu_new",
+    residual: Tensor | Literal["input"] | None = "input",
+    scale: float = 1.0,
+    norm_before: LayerNorm | None = None,
+    norm_after: LayerNorm | None = None,
+) -> Tensor:
+    r"""Compacter's adapter as one operation: a bottleneck whose projections are sums of Kronecker products of low rank, which are never formed (Compacter, section 3.2).
+
+    .. math::
+        y = LN_{after}\bigl(s\,(\phi(LN_{before}(x) H_d + b_d) H_u + b_u)\bigr) + residual, \qquad
+        H = \sum_{i<n} A_i \otimes (L_i R_i), \quad H[a\,in/n + j,\ c\,out/n + p] = \sum_{i,q} A_i[a, c]\, L_i[j, q]\, R_i[q, p]
+
+    With x's n parts :math:`x_a` a projection is :math:`y_c = \sum_i \bigl(\sum_a A_i[a, c]\, x_a L_i\bigr) R_i`: k (n in + n^3 + n out) multiply-adds a row instead of in out, 3,520
+    instead of 73,728 at n = 4, k = 1, in = 768, out = 96.
+
+    Args:
+        x: input, (..., D), any strides.
+        rule_down: A of the down-projection, (n, n, n); n divides D and R. A factorised rule is the product of its factors; a shared one is one tensor given to several calls.
+        left_down: L of the down-projection, (n, D/n, k).
+        right_down: R of the down-projection, (n, k, R/n).
+        rule_up: A of the up-projection, (n, n, n).
+        left_up: L of the up-projection, (n, R/n, k).
+        right_up: R of the up-projection, (n, k, D/n).
+        b_down: bias, (R,), or None.
+        b_up: bias, (D,), or None.
+        activation, residual, norm_before, norm_after: as in `bottleneck`.
+        scale: s, a Python number.
+
+    Returns:
+        y, of x's shape and dtype A.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong; raised before any kernel runs.
+        fastadapt.backend.BackendError: a demanded backend cannot run the call.
+    """
+    act = activation_index(activation)
+    other, add_input = _residual(residual)
+    _is_tensor("scale", scale)
+    scale, _ = _scale("scale", scale)
+    factors = (rule_down, left_down, right_down, rule_up, left_up, right_up)
+    if not _evident_phm(x, other, factors, b_down, b_up) or norm_before is not None or norm_after is not None:
+        x, other = _activations(x=x, residual=other)
+        _factors(x, factors, b_down, b_up)
+        vectors = {**_norm_vectors("norm_before", norm_before), **_norm_vectors("norm_after", norm_after)}
+        _parameters(x, rule_down.dtype, "rule_down", **{k: (v, (x.shape[-1],)) for k, v in vectors.items()})
+
+    def call(u: Tensor, residual: Tensor | None, add_input: bool) -> Tensor:
+        return _call(_phm_bottleneck, _phm_reference.composed, u, *factors[:3], b_down, *factors[3:], b_up, _rows(residual), scale, act, add_input)
+
+    return _normed(call, x, other, add_input, norm_before, norm_after)
+
+
+def _residual(residual: Tensor | str | None) -> tuple[Tensor | None, bool]:
+    """Another tensor to add, and whether the input is added."""
+    if isinstance(residual, Tensor):
+        return residual, False
+    if residual is not None and residual != "input":
+        raise TypeError(f"residual: must be a tensor, 'input' or None, not {residual!r}")
+    return None, residual is not None
+
+
+def _normed(
+    call: Callable[[Tensor, Tensor | None, bool], Tensor], x: Tensor, other: Tensor | None, add_input: bool, before: LayerNorm | None, after: LayerNorm | None
+) -> Tensor:
+    """``call(u, residual, add_input)`` between layer norms: the residual is the un-normalised x, and is added behind the last norm."""
+    u = x
+    if before is not None:
+        u, other, add_input = layer_norm(x, before), x if add_input else other, False
+    if after is None:
+        return call(u, other, add_input)
+    y = layer_norm(call(u, None, False), after)
+    return y + x if add_input else y if other is None else y + other
+
+
 def _call(function, composed, x: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-    """Runs ``function`` on rows; under a functorch transform, where a custom op has no rules, the differentiable reference instead."""
-    shape = x.shape
-    if len(shape) != 2:
-        width = shape[-1]
-        args = tuple(a.reshape(-1, width) if isinstance(a, Tensor) and a.dim() == len(shape) else a for a in args)  # only activations have that many dimensions
-        x = x.reshape(-1, width)
-    y = composed(x, *args)[0] if torch._C._are_functorch_transforms_active() else function(x, *args, demand=backend.demand())
-    return y if len(shape) == 2 else y.reshape(shape)
+    """Runs ``function`` on x and the other `_rows`; under a functorch transform, where a custom op has no rules, the differentiable reference instead."""
+    rows = _rows(x)
+    y = composed(rows, *args)[0] if torch._C._are_functorch_transforms_active() else function(rows, *args, demand=backend.demand())
+    return y if x.dim() == 2 else y.reshape(x.shape)
+
+
+def _rows(t):  # type: ignore[no-untyped-def]
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _autocasts(device: str) -> bool:
@@ -274,6 +354,55 @@ def _gate_parameters(h: Tensor, dtype: torch.dtype, granularity: str, gates: tup
     _parameters(h, dtype, **{name: (given[name], shape) for name, shape in expected.items()})
 
 
+def _evident_phm(x: Tensor, other: Tensor | None, factors: tuple[Tensor, ...], b_down: Tensor | None, b_up: Tensor | None) -> bool:
+    """As `_evident`."""
+    try:
+        dtype, device, shape = x.dtype, x.device, x.shape
+        if _autocasts(device.type):
+            return False
+        rule, left, right, rule_up, left_up, right_up = factors
+        p_dtype, (n, part, k), inner = rule.dtype, left.shape, right.shape[2]
+        return (
+            dtype in _FLOATS
+            and (p_dtype == dtype or p_dtype == torch.float32)
+            and len(shape) > 1
+            and shape[-1] == n * part
+            and n > 0 < part
+            and k > 0 < inner
+            and rule.shape == rule_up.shape == (n, n, n)
+            and right.shape == (n, k, inner)
+            and left_up.shape == (n, inner, k)
+            and right_up.shape == (n, k, part)
+            and (b_down is None or (b_down.shape == (n * inner,) and b_down.dtype == p_dtype and b_down.device == device))
+            and (b_up is None or (b_up.shape == (n * part,) and b_up.dtype == p_dtype and b_up.device == device))
+            and all(p.dtype == p_dtype and p.device == device for p in factors)
+            and (other is None or (other.shape == shape and other.dtype == dtype and other.device == device))
+        )
+    except (AttributeError, IndexError, ValueError):
+        return False
+
+
+def _factors(x: Tensor, factors: tuple[Tensor, ...], b_down: Tensor | None, b_up: Tensor | None) -> None:
+    """Checks the factors of a `phm_bottleneck` over x."""
+    names = ("rule_down", "left_down", "right_down", "rule_up", "left_up", "right_up")
+    for name, factor in zip(names, factors, strict=True):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {type(factor).__name__}")
+    width, rule, left, right = x.shape[-1], *factors[:3]
+    n = rule.shape[0] if rule.dim() == 3 else 0
+    if n == 0 or rule.shape != (n, n, n) or width % n:
+        raise ValueError(f"rule_down: shape {tuple(rule.shape)} must be (n, n, n) with n >= 1 that divides the width {width}")
+    k = left.shape[-1] if left.dim() == 3 else 0
+    if k == 0 or left.shape[:2] != (n, width // n):
+        raise ValueError(f"left_down: shape {tuple(left.shape)} must be ({n}, {width // n}, k) with k >= 1")
+    inner = right.shape[-1] if right.dim() == 3 else 0
+    if inner == 0 or right.shape[:2] != (n, k):
+        raise ValueError(f"right_down: shape {tuple(right.shape)} must be ({n}, {k}, R/{n}) with R >= {n}")
+    shapes = ((n, n, n), (n, width // n, k), (n, k, inner), (n, n, n), (n, inner, k), (n, k, width // n))
+    expected = {name: (factor, shape) for name, factor, shape in zip(names, factors, shapes, strict=True)}
+    _parameters(x, rule.dtype, "rule_down", **expected, b_down=(b_down, (n * inner,)), b_up=(b_up, (width,)))
+
+
 def _activations(**tensors: Tensor | None) -> list[Any]:
     """Checks the activations of a call against the first one, and casts them under autocast."""
     first_name, first = next(iter(tensors.items()))
@@ -302,8 +431,8 @@ def _activations(**tensors: Tensor | None) -> list[Any]:
     return out
 
 
-def _parameters(x: Tensor, dtype: torch.dtype, **expected: tuple[Tensor | None, tuple[int, ...] | None]) -> None:
-    """Checks that the parameters of a call have the expected shapes (None: one element), x's device and one dtype, x's or float32."""
+def _parameters(x: Tensor, dtype: torch.dtype, first: str = "w_down", /, **expected: tuple[Tensor | None, tuple[int, ...] | None]) -> None:
+    """Checks that the parameters of a call have the expected shapes (None: one element), x's device and the dtype of the ``first`` one, x's or float32."""
     for name, (p, shape) in expected.items():
         if p is None:
             continue
@@ -314,9 +443,9 @@ def _parameters(x: Tensor, dtype: torch.dtype, **expected: tuple[Tensor | None, 
         if p.device != x.device:
             raise ValueError(f"{name}: is on {p.device}, but the input is on {x.device}")
         if p.dtype != dtype:
-            raise TypeError(f"{name}: dtype {p.dtype} must equal that of w_down, {dtype}")
+            raise TypeError(f"{name}: dtype {p.dtype} must equal that of {first}, {dtype}")
     if dtype != x.dtype and dtype != torch.float32:
-        raise TypeError(f"w_down: parameters of dtype {dtype} over activations of dtype {x.dtype}; parameters must have the activations' dtype or float32")
+        raise TypeError(f"{first}: parameters of dtype {dtype} over activations of dtype {x.dtype}; parameters must have the activations' dtype or float32")
 
 
 def _projections(x: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None, heads: int) -> None:

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from fastadapt import backend, checkpoint, hosts, methods
 from fastadapt.checkpoint import AdapterFileError
+from fastadapt.hosts import generic, vlm
 from fastadapt.hosts.roles import UnknownHostError, is_adapted, is_before, is_beside
 from fastadapt.hosts.stages import STAGES, Hook
 from fastadapt.hosts.tensors import SUFFIX, reparametrised
 from fastadapt.methods import MethodConfig
+
+_Blocks = list[tuple[str, nn.Module, hosts.Host]]
+"""Blocks of a model, with their paths and hosts."""
 
 __all__ = ["AdapterFileError", "Handle", "Report", "SiteReport", "UnknownHostError", "load", "patch"]
 
@@ -382,7 +386,9 @@ class Handle:
         saved = config.get("options")
         if isinstance(saved, dict) and all(isinstance(values, dict) for values in saved.values()):
             # A file of an earlier version lacks the options that came later: it was written with what they default to.
-            saved = {family: {**type(self.config)().stored(), **values} for family, values in saved.items()}
+            # A selector that was not given may stand there as none.
+            given = {family: {name: v for name, v in values.items() if v is not None or name not in methods.SELECTORS} for family, values in saved.items()}
+            saved = {family: {**type(self.config)().stored(), **values} for family, values in given.items()}
         if saved != here:
             raise AdapterFileError(f"{where}: saved with other options: {_difference(saved, here)}")
         target = self._tensors()
@@ -438,13 +444,15 @@ def patch(
     untouched.
 
     Args:
-        model: a transformers model with BART, T5 or BLIP layers anywhere inside (`fastadapt.hosts.families`), on any device, the meta device included.
+        model: a transformers model with layers of a supported host anywhere inside (`fastadapt.hosts.table`), or with sub-blocks that have usual names, on any device, the meta
+            device included.
         method: a name of `fastadapt.methods.available`, or a config of `fastadapt.methods`.
         tasks: names of the tasks that `Handle.set_task` will accept; needed where the method has an adapter per task.
         name: name of the patch, kept in reports and files.
         init: "repo", the published starting values, or "identity": the model's output stays exactly what it was.
         dtype: of the adapters' parameters; None: the base's, float32 if that is a half precision.
-        options: fields of the method's config; what is not given is what was published for the host.
+        options: fields of the method's config; what is not given is what was published for the host. Every method has ``towers``, ``layers`` and ``sites``, which say where in the
+            model it works, see `fastadapt.methods.MethodConfig`.
 
     Returns:
         The handle: report, tasks, saving, switching off, unpatching.
@@ -456,8 +464,21 @@ def patch(
 
     A call that raises leaves the model as it was.
     """
+    return _patch(model, methods.config(method, **options), {}, tasks=tasks, name=name, init=init, dtype=dtype)
+
+
+def _patch(
+    model: nn.Module,
+    config: MethodConfig,
+    by_family: Mapping[str, MethodConfig],
+    *,
+    tasks: Sequence[str] | None,
+    name: str,
+    init: str,
+    dtype: torch.dtype | None,
+) -> Handle:
+    """`patch` with a config, or one for each family of published values."""
     _check_model(model, name)
-    config = methods.config(method, **options)
     if init not in methods.INITS:
         raise ValueError(f"init: must be one of {', '.join(methods.INITS)}, not {init!r}")
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
@@ -467,22 +488,28 @@ def patch(
     if isinstance(tasks, str) or not all(isinstance(t, str) and t for t in tasks or ()) or len(set(tasks or ())) != len(tasks or ()):
         raise TypeError(f"tasks: must be a list of distinct names, not {tasks!r}")
 
-    blocks, refused = hosts.find(model)
-    if not blocks:
-        why = "".join(f"; {path or 'the model'}: {reason}" for path, reason in refused)
-        raise UnknownHostError(f"model: {type(model).__module__}.{type(model).__name__} has no layers of a supported host ({', '.join(hosts.families())}){why}")
-    resolved = {family: config.resolved(family, init) for family in dict.fromkeys(host.family for _, _, host in blocks)}
-    handle = Handle(model, config, resolved, name, init, tuple(tasks or ()), ())
+    config = config.selected()
+    if config.layers is not None and not config.roles():
+        raise ValueError(f"layers: {config.method} has no adapters that could be in some layers only")
+    blocks, skipped, off = _select(model, config)
     labels = _labels(blocks)
-    handle.skipped = tuple(refused)
+    live = [(path, block, host) for path, block, host in blocks if not _off(path, off)]
+    if not live:
+        raise ValueError(f"model: no layer of this {type(model).__name__} is left to patch: " + "; ".join(f"{path}: {why}" for path, why in off.items()))
+    resolved = {family: by_family.get(family, config).resolved(family, init) for family in dict.fromkeys(host.defaults for _, _, host in live)}
+    handle = Handle(model, config, resolved, name, init, tuple(tasks or ()), tuple(skipped))
     shared: dict[str, nn.Module] = {}
     for path, block, host in blocks:
-        _build(handle, path, block, host, labels[path], dtype, shared)
+        if why := _off(path, off):
+            handle.skipped += tuple((f"{labels[path]}.{place.id}", why) for place in host.places(block))
+        else:
+            _build(handle, path, block, host, labels[path], dtype, shared, off)
+    blocks = live
     _build_stages(handle, model, blocks, labels, dtype, shared)
     _build_reparametrisation(handle, model, dtype)
-    handle._trained = _trained(model, blocks, labels, resolved)
+    handle._trained = _trained(model, blocks, labels, resolved, off)
     if any(config.add_biases for config in resolved.values()):
-        _add_biases(handle, model, blocks, labels)
+        _add_biases(handle, model, blocks, labels, off)
     if not handle._sites and (config.roles() or not handle._trained):
         raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + "; ".join(f"{path}: {why}" for path, why in handle.skipped))
     handle._before = _Before(
@@ -509,22 +536,83 @@ def patch(
     return handle
 
 
-def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label: str, dtype: torch.dtype | None, shared: dict[str, nn.Module]) -> None:
+def _select(model: nn.Module, config: MethodConfig) -> tuple[_Blocks, list[tuple[str, str]], dict[str, str]]:
+    """The blocks of a model; what was refused, and why; and the paths in it that a patch leaves alone, and why.
+
+    Raises:
+        UnknownHostError: there are none.
+        ValueError: a role in ``sites``, or a tower in ``towers``, that the model does not have.
+    """
+    refused: list[tuple[str, str]] = []
+    if config.sites is not None:
+        if unknown := [role for role in config.sites if role not in generic.SITE_ROLES]:
+            raise ValueError(f"sites: {', '.join(map(repr, unknown))} is no role that a pattern can have; must be of {', '.join(generic.SITE_ROLES)}")
+        if unused := [role for role in config.sites if role not in config.roles()]:
+            raise ValueError(f"sites: {config.method} puts nothing at {', '.join(unused)}; it has {', '.join(role for role in config.roles() if role in generic.SITE_ROLES)}")
+        blocks = generic.chosen(model, config.sites)
+    else:
+        blocks, refused = hosts.find(model)
+        blocks = blocks + generic.recognised(model, [*(path for path, _, _ in blocks), *(path for path, _ in refused)])
+    if not blocks:
+        why = "".join(f"; {path or 'the model'}: {reason}" for path, reason in refused)
+        raise UnknownHostError(
+            f"model: {type(model).__module__}.{type(model).__name__} has no layers of a supported host ({', '.join(hosts.families())}) and no sub-blocks with usual names; "
+            f"name its Linears with sites={{role: pattern}}{why}"
+        )
+    if config.sites is None:
+        blocks += vlm.projectors(model, [path for path, _, _ in blocks])
+    off = vlm.dead(model)
+    if config.towers is not None:
+        towers = {path: host.tower(block) for path, block, host in blocks}
+        if missing := [tower for tower in config.towers if tower not in towers.values()]:
+            raise ValueError(f"towers: this {type(model).__name__} has no {', '.join(missing)}; it has {', '.join(dict.fromkeys(towers.values()))}")
+        roots = _roots(towers)
+        for path, tower in roots.items():
+            if tower not in config.towers:
+                off[path] = f"belongs to the {tower} tower; towers={list(config.towers)}"
+        if "text" not in config.towers:
+            outside = [path for path, _ in model.named_parameters() if not any(_under(path, root) for root in roots)]
+            off |= dict.fromkeys(outside, f"counts as text; towers={list(config.towers)}")
+    return blocks, refused, off
+
+
+def _roots(groups: Mapping[str, str]) -> dict[str, str]:
+    """Of blocks that are of groups, the modules, as far up as possible, that hold blocks of one group only; with that group."""
+    roots: dict[str, str] = {}
+    for path, group in groups.items():
+        while path and all(other == group for p, other in groups.items() if _under(p, _parent(path))):
+            path = _parent(path)
+        roots[path] = group
+    return roots
+
+
+def _off(path: str, off: Mapping[str, str]) -> str | None:
+    """Why a patch leaves a path alone; None: it does not."""
+    return next((why for prefix, why in off.items() if _under(path, prefix)), None)
+
+
+def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label: str, dtype: torch.dtype | None, shared: dict[str, nn.Module], off: Mapping[str, str]) -> None:
     """Makes the adapters of one block and the class changes that put them in; changes nothing in the model."""
-    settings = handle.resolved[host.family]
+    settings = handle.resolved[host.defaults]
     swaps: dict[str, _Swap] = {}
     for place in host.places(block):
         owner, owner_path = block.get_submodule(place.owner), _join(path, place.owner)
-        site_id = f"{label}.{place.role.partition('.')[2]}"
-        if place.role not in settings.roles():
-            handle.skipped += ((site_id, f"{settings.method} puts nothing there"),)
+        site_id, layer = f"{label}.{place.id}", int(label.rpartition(".")[2])
+        if why := _why_not(settings, host, place, owner_path, layer, off):
+            handle.skipped += ((site_id, why),)
             continue
-        adapted = host.adapted_class(owner, place.role)
+        adapted = host.adapted_class(owner, place)
         _check_owner(owner, owner_path, place.slot)
         device, base_dtype, parameter_dtype = _factory(owner, dtype)
-        width = host.width(block)
-        features: Any = (owner.in_features, owner.out_features) if is_beside(place.role) else (owner.in_features,) * 2 if is_before(place.role) else (width, width)
-        target = methods.Target(host.family, features[0], features[1], host.init(block), owner_path, int(label.rpartition(".")[2]), handle.tasks, shared)
+        # Never the weight's shape: that of a quantised projection is another.
+        linear: Any = owner
+        if is_beside(place.role):
+            width, out_width = linear.in_features, linear.out_features
+        elif is_before(place.role):
+            width = out_width = linear.in_features
+        else:
+            width = out_width = linear.out_features if place.behind and isinstance(owner, nn.Linear) else host.width(block)
+        target = methods.Target(host.defaults, width, out_width, host.init(block), owner_path, layer, handle.tasks, shared)
         module = settings.build(place.role, target, handle.init, device=device, dtype=parameter_dtype)
         if module is None:
             handle.skipped += ((site_id, f"{settings.method} leaves out this layer"),)
@@ -539,6 +627,28 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
     handle._swaps += swaps.values()
 
 
+def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path: str, layer: int, off: Mapping[str, str]) -> str | None:
+    """Why a place gets no adapter; None: it gets one.
+
+    Raises:
+        ValueError: the method's module reads the residual stream, which cannot be seen there.
+    """
+    if why := _off(path, off):
+        return why
+    if place.role not in settings.roles():
+        return f"{settings.method} puts nothing there"
+    if settings.layers is not None and layer not in settings.layers:
+        return f"{settings.method} leaves out this layer"
+    if place.behind and settings.reads_stream(place.role):
+        if host.family == vlm.FAMILY:
+            return f"there is no residual stream, which {settings.method} reads"
+        raise ValueError(
+            f"model: {path} is known by its name only, so the residual stream around it, which {settings.method} reads at {place.role}, is out of sight; choose a method without "
+            f"gates (vl_adapter, or vlpet with granularity='middleY' or 'none'), or leave out its tower with towers=..."
+        )
+    return None
+
+
 def _factory(owner: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype, torch.dtype]:
     """Device and dtype of a part of the base, and the dtype of adapters in it."""
     reference = next(owner.parameters())
@@ -548,20 +658,19 @@ def _factory(owner: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device,
     return reference.device, base, dtype or (base if base == torch.float64 else torch.float32)
 
 
-def _build_stages(
-    handle: Handle, model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], labels: dict[str, str], dtype: torch.dtype | None, shared: dict[str, nn.Module]
-) -> None:
+def _build_stages(handle: Handle, model: nn.Module, blocks: _Blocks, labels: dict[str, str], dtype: torch.dtype | None, shared: dict[str, nn.Module]) -> None:
     """Makes the modules that belong to whole stacks, and their hooks; changes nothing in the model."""
     stacks: dict[str, tuple[str, nn.Module, hosts.Host]] = {}
     for path, block, host in blocks:
-        stacks.setdefault(_container(path), (labels[path].rpartition(".")[0], block, host))
-    sides = {label.partition("@")[0] for label, _, _ in stacks.values()}
+        if host.stages:
+            stacks.setdefault(_container(path), (labels[path].rpartition(".")[0], block, host))
+    sides = {host.side(block) for _, block, host in stacks.values()}
     for settings in handle.resolved.values():
         for role in settings.stages():
             if role.partition(".")[0] not in sides and role.endswith(".prompt"):
                 raise ValueError(f"model: has no {role.partition('.')[0]}, so {role.replace('.', '_')} must be 0")
     for container, (label, block, host) in stacks.items():
-        settings, stack, side = handle.resolved[host.family], model.get_submodule(container), label.partition("@")[0]
+        settings, stack, side = handle.resolved[host.defaults], model.get_submodule(container), host.side(block)
         for role in (role for role in settings.stages() if role.startswith(f"{side}.")):
             slot, hooks = STAGES[role]
             if not container or not (hasattr(stack, "embed_tokens") or hasattr(stack, "layer")):
@@ -569,7 +678,7 @@ def _build_stages(
             _check_owner(stack, container, slot)
             device, base, parameter_dtype = _factory(stack, dtype)
             width, inside = host.width(block), [s for s in handle._sites if s.id.startswith(f"{label}.")]
-            target = methods.Target(host.family, width, width, host.init(block), container, 0, handle.tasks, shared, getattr(stack, "embed_tokens", None))
+            target = methods.Target(host.defaults, width, width, host.init(block), container, 0, handle.tasks, shared, getattr(stack, "embed_tokens", None))
             sites = [methods.StageSite(f"{side}.{s.id.split('.', 2)[2]}", int(s.id.split(".")[1]), s.module) for s in inside if s.id.count(".") >= 2]
             module = settings.build_stage(role, target, handle.init, sites, device=device, dtype=parameter_dtype)
             module.train(stack.training)
@@ -597,10 +706,12 @@ def _build_reparametrisation(handle: Handle, model: nn.Module, dtype: torch.dtyp
     handle._swaps += swaps.values()
 
 
-def _add_biases(handle: Handle, model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], labels: dict[str, str]) -> None:
+def _add_biases(handle: Handle, model: nn.Module, blocks: _Blocks, labels: dict[str, str], off: Mapping[str, str]) -> None:
     """Makes biases for the Linears and the layers' norms that have none, and the class changes of the norms; changes nothing in the model."""
     norms = {module: host.biased[type(module)] for _, block, host in blocks for module in block.modules() if type(module) in host.biased}
     for path, module in model.named_modules():
+        if _off(path, off):
+            continue
         if module in norms:
             _check_owner(module, path, "bias")
             handle._swaps.append(_Swap(module, type(module), norms[module], {}))
@@ -628,11 +739,12 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
     _check_model(model, str(name))
     config, tensors = checkpoint.read(directory)
     options = config.get("options")
-    if not isinstance(options, dict) or len(options) != 1:
-        raise AdapterFileError(f"{os.fspath(directory)}: 'options' must hold the options of one host family, not {options!r}")
+    if not isinstance(options, dict) or not options or not all(isinstance(values, dict) for values in options.values()):
+        raise AdapterFileError(f"{os.fspath(directory)}: 'options' must hold the options of one host family or several, not {options!r}")
     try:
         common: dict[str, Any] = {"tasks": config.get("tasks") or None, "name": name or config.get("name"), "init": config.get("init"), "dtype": dtype}
-        handle = patch(model, config.get("method"), **common, **next(iter(options.values())))  # type: ignore[arg-type]
+        saved = {family: methods.config(config.get("method"), **values) for family, values in options.items()}  # type: ignore[arg-type]
+        handle = _patch(model, next(iter(saved.values())), saved, **common)
     except TypeError as error:
         raise AdapterFileError(f"{os.fspath(directory)}: {error}") from error
     try:
@@ -679,17 +791,24 @@ def _container(path: str) -> str:
     return path.rsplit(".", 2)[0] if path.count(".") >= 2 else ""
 
 
+def _list(path: str) -> str:
+    """The list that a block is in, or is inside an element of: "model.encoder.layers" of "model.encoder.layers.0"."""
+    parts = path.split(".")
+    at = next((i for i in reversed(range(len(parts))) if parts[i].isdigit()), None)
+    return _container(path) if at is None else ".".join(parts[:at])
+
+
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _labels(blocks: list[tuple[str, nn.Module, hosts.Host]]) -> dict[str, str]:
+def _labels(blocks: _Blocks) -> dict[str, str]:
     """A name for each block that does not depend on module paths: "encoder.0", and "encoder@1.0" in a second encoder."""
     labels: dict[str, str] = {}
     containers: dict[str, list[str]] = {}
     sizes: dict[tuple[str, str], int] = {}
     for path, block, host in blocks:
-        stack, container = host.places(block)[0].role.split(".")[0], _container(path)
+        stack, container = host.stack_name(block), _list(path)
         known = containers.setdefault(stack, [])
         if container not in known:
             known.append(container)
@@ -716,12 +835,14 @@ def _holders(model: nn.Module) -> list[tuple[list[str], list[tuple[nn.Module, st
     return list(found.values())
 
 
-def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], labels: dict[str, str], resolved: dict[str, MethodConfig]) -> list[_Trained]:
+def _trained(model: nn.Module, blocks: _Blocks, labels: dict[str, str], resolved: dict[str, MethodConfig], off: Mapping[str, str]) -> list[_Trained]:
     """The tensors of the base that the method trains, each once, with a name that survives moves of modules."""
-    encoders = {_container(path): host for path, _, host in blocks if labels[path].startswith("encoder")}
+    encoders = {_container(path): host for path, block, host in blocks if host.side(block) == "encoder"}
     norms = tuple({norm for _, _, host in blocks for norm in host.norms})
     everywhere = any(config.layer_norms == "all" for config in resolved.values())
-    inside = [container for container, host in encoders.items() if resolved[host.family].layer_norms == "encoder"]
+    # Norms outside of every family's part of the model go with the family that trains all.
+    others = [root for root, family in _roots({path: host.defaults for path, _, host in blocks}).items() if resolved[family].layer_norms != "all"]
+    inside = [container for container, host in encoders.items() if resolved[host.defaults].layer_norms == "encoder"]
 
     def wants(option: str) -> bool:
         return any(getattr(config, option) for config in resolved.values())
@@ -732,6 +853,8 @@ def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], 
     for paths, holders in _holders(model):
         module, name = holders[0]
         path = paths[0]
+        if all(_off(p, off) for p in paths):
+            continue
         # A token table that the visual embedding borrows from the host belongs to the host.
         in_visual = all("visual_embedding" in p.split(".") for p in paths)
         if (
@@ -739,7 +862,7 @@ def _trained(model: nn.Module, blocks: list[tuple[str, nn.Module, hosts.Host]], 
             or (wants("biases") and any("bias" in p for p in paths))
             or (wants("lm_head") and any("lm_head" in p or "shared" in p for p in paths))
             or any(part in named for p in paths for part in p.split("."))
-            or (isinstance(module, norms) and (everywhere or any(_under(path, container) for container in inside)))
+            or (isinstance(module, norms) and ((everywhere and not any(_under(path, root) for root in others)) or any(_under(path, container) for container in inside)))
         ):
             parameter = module._parameters[name]
             trained.append((path, _Trained(_base_id(path, labels), holders, nn.Parameter(parameter.detach().clone(), requires_grad=False))))  # type: ignore[union-attr]
@@ -755,7 +878,8 @@ def _base_id(path: str, labels: dict[str, str]) -> str:
         if _under(path, block):
             return _join(label, path[len(block) :].lstrip("."))
     for block, label in labels.items():
-        if _under(path, container := _container(block)):
+        # What is around a list belongs to its stack; a projector is in none.
+        if any(part.isdigit() for part in block.split(".")) and _under(path, container := _container(block)):
             return _join(label.rsplit(".", 1)[0], path[len(container) :].lstrip("."))
     return path
 

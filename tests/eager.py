@@ -82,6 +82,34 @@ def bottleneck(
     return y + (residual if isinstance(residual, Tensor) else x)
 
 
+def _kronecker(rule: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight (in, out) that PHMLinear builds in every forward: the sum of the Kronecker products of A_i and W_i = L_i R_i."""
+    rule, w = rule.to(dtype), torch.bmm(left.to(dtype), right.to(dtype))
+    return torch.einsum("bac,bkp->bakcp", rule, w).reshape(len(rule), rule.shape[1] * w.shape[1], -1).sum(0)
+
+
+def phm_bottleneck(
+    x: Tensor,
+    rule_down: Tensor,
+    left_down: Tensor,
+    right_down: Tensor,
+    rule_up: Tensor,
+    left_up: Tensor,
+    right_up: Tensor,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str = "gelu_new",
+    residual: Tensor | str | None = "input",
+    scale: float = 1.0,
+    norm_before: tuple[Tensor, Tensor, float] | None = None,
+    norm_after: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """Compacter's adapter: a bottleneck whose two weights are built as Kronecker products first."""
+    w_down, w_up = (_kronecker(*factors, x.dtype).t() for factors in ((rule_down, left_down, right_down), (rule_up, left_up, right_up)))
+    return bottleneck(x, w_down, w_up, b_down, b_up, activation=activation, residual=residual, scale=scale, norm_before=norm_before, norm_after=norm_after)
+
+
 def gated_bottleneck(
     h: Tensor,
     x: Tensor | None,

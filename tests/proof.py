@@ -1,6 +1,7 @@
 """What `make test-full` proved, by family of kernels: `python -m tests.proof --write` at its end; tests/test_proof.py compares.
 
-A family's sources are all the files that its kernels are made of, so that a change elsewhere (another backend's kernels, say) leaves its proof valid.
+A family's sources are all the files that its kernels are made of, so that a change elsewhere (another backend's kernels, say, or the binding, which every test runs) leaves its
+proof valid.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import hashlib
 import json
 import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +33,24 @@ def with_includes(paths: list[Path]) -> set[Path]:
     return found
 
 
-def cpu() -> set[Path]:
-    return with_includes([ROOT / "csrc" / "cpu_ops.cpp", *(ROOT / "csrc" / "cpu").iterdir()])
+GROUPS = {"": ("bottleneck", "gated_bottleneck"), "_phm": ("phm_bottleneck",)}
+"""End of a family's name -> the ops whose kernels it has, so that a change of one group's own files leaves the others proved."""
 
 
-def triton() -> set[Path]:
-    return {ROOT / "fastadapt" / "ops" / "_triton.py", *(ROOT / "fastadapt" / "ops").glob("*/triton.py")}
+def cpu(ops: Sequence[str]) -> set[Path]:
+    return with_includes([ROOT / "csrc" / "cpu" / f"{op}.cpp" for op in ops])
 
 
-def cuda() -> set[Path]:
-    return with_includes([ROOT / "csrc" / "cuda_ops.cpp", *(path for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file())])
+def triton(ops: Sequence[str]) -> set[Path]:
+    return {ROOT / "fastadapt" / "ops" / "_triton.py", *(ROOT / "fastadapt" / "ops" / op / "triton.py" for op in ops)}
 
 
-FAMILIES = {"cpu": cpu, "triton": triton, "cuda": cuda}
+def cuda(ops: Sequence[str]) -> set[Path]:
+    folder = ROOT / "csrc" / "cuda"
+    return with_includes([path for op in ops for path in (folder / f"{op}.cu", *(folder / "inst" / f"{op}_{t}.cu" for t in ("bf16", "fp16")))])
+
+
+FAMILIES = {f"{make.__name__}{group}": partial(make, ops) for group, ops in GROUPS.items() for make in (cpu, triton, cuda)}
 
 
 def hashes(family: str) -> dict[str, str]:

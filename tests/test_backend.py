@@ -61,7 +61,7 @@ def test_explain_names_the_backend_and_the_reasons() -> None:
         assert fits.reasons == {"cpu": []}
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "gated_bottleneck"])
+@pytest.mark.parametrize("op", ["bottleneck", "gated_bottleneck", "phm_bottleneck"])
 def test_explain_says_what_would_run_and_runs_nothing(op: str) -> None:
     before = backend.ran()
     for name in ("reference", *(n for n in kernel_names if n == "cpu")):

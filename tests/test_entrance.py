@@ -1,4 +1,4 @@
-"""The ways a call can come in: eager, compiled, exported, under function transforms, autocast, checkpointing, threads; for both ops on every backend of the machine's CPU."""
+"""The ways a call can come in: eager, compiled, exported, under function transforms, autocast, checkpointing, threads; for every op on every backend of the machine's CPU."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ from fastadapt import backend, functional
 from tests import eager
 from tests.ops import checks
 from tests.ops.checks import assert_same_bits, evaluate, every_backend, one_backend, runs_on
-from tests.ops.specs import GRANULARITIES, MIXED, Bottleneck, Gated, Spec, specs
+from tests.ops.specs import GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, specs
 from tests.tolerance import FLOOR, relative_error
 
 PLAIN = Bottleneck(lead=(3, 7), width=16, rank=4, residual="other", scale="tensor", gate=True)
 GATED = Gated(lead=(3, 7), width=16, rank=4, gate_rank=5)
 SMALL = Gated(lead=(3, 7), width=16, rank=4, granularity="small", scale=0.3)
-BOTH = specs([PLAIN, GATED])
+COMPACTER = PHM(lead=(3, 7), width=16, rank=4, residual="other", scale=0.3)
+EVERY = specs([PLAIN, GATED, COMPACTER])
+# An argument of each op that is trained.
+WEIGHT = {"bottleneck": "w_down", "gated_bottleneck": "w_down", "phm_bottleneck": "left_down"}
 # The tensor arguments of the ops, in order.
 ORDER = {
     "bottleneck": ("x", "w_down", "b_down", "w_up", "b_up", "gate", "scale", "residual"),
     "gated_bottleneck": ("h", "x", "w_down", "b_down", "w_up", "b_up", "gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias"),
+    "phm_bottleneck": ("x", "rule_down", "left_down", "right_down", "b_down", "rule_up", "left_up", "right_up", "b_up", "residual"),
 }
 ALL = specs(
     [
         PLAIN,
+        COMPACTER,
         Bottleneck(lead=(21,), width=16, rank=4, heads=2, norm_before=True, norm_after=True),
         *(Gated(lead=(3, 7), width=16, rank=4, gate_rank=5, granularity=g) for g in GRANULARITIES),
     ]
@@ -72,7 +77,7 @@ def test_compiled_without_graph_breaks_has_the_bits_of_eager(spec: Spec, name: s
 
 
 @one_backend
-@BOTH
+@EVERY
 def test_compiled_by_inductor(spec: Spec, name: str, device: str) -> None:
     compiled = torch.compile(lambda t: spec.call(functional, t), fullgraph=True)
     expected = plain(spec, name, device)
@@ -83,7 +88,7 @@ def test_compiled_by_inductor(spec: Spec, name: str, device: str) -> None:
 
 
 @one_backend
-@specs([PLAIN, SMALL])
+@specs([PLAIN, SMALL, COMPACTER])
 def test_other_shapes_do_not_compile_again(spec: Spec, name: str, device: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     module = Module(spec, spec.draw(0, device))
@@ -100,7 +105,7 @@ def test_other_shapes_do_not_compile_again(spec: Spec, name: str, device: str) -
 
 
 @one_backend
-@specs([replace(PLAIN, lead=(21,)), GATED])
+@specs([replace(PLAIN, lead=(21,)), GATED, replace(COMPACTER, lead=(21,))])
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(spec: Spec, name: str, device: str, strict: bool) -> None:
     tensors = spec.draw(0, device)
@@ -118,15 +123,15 @@ def test_export(spec: Spec, name: str, device: str, strict: bool) -> None:
 
 
 def _transforms(spec: Spec, ops: Any, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Any]:
-    """One function of w_down, seen by every transform."""
+    """One function of a weight, seen by every transform."""
 
     def y(w: Tensor) -> Tensor:
-        return spec.call(ops, {**tensors, "w_down": w})
+        return spec.call(ops, {**tensors, WEIGHT[spec.op]: w})
 
     def loss(w: Tensor, scale: Tensor) -> Tensor:
         return (y(w) * dy * scale).sum()
 
-    w, scales = tensors["w_down"], torch.tensor([1.0, 0.5, -2.0], dtype=dy.dtype)
+    w, scales = tensors[WEIGHT[spec.op]], torch.tensor([1.0, 0.5, -2.0], dtype=dy.dtype)
     one, many = torch.func.grad(loss), torch.func.vmap(torch.func.grad(loss), (None, 0))
     return {
         "grad": lambda: one(w, scales[1]),
@@ -141,7 +146,7 @@ def _transforms(spec: Spec, ops: Any, tensors: dict[str, Tensor], dy: Tensor) ->
     }
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("transform", ["grad", "vmap(grad)", "vmap over weights", "jacrev", "jacfwd", "jvp", "hessian", "compile(grad)", "compile(vmap(grad))"])
 def test_function_transforms_run_on_the_reference(spec: Spec, transform: str) -> None:
     tensors, dy = {n: t.double() for n, t in spec.draw(0).items()}, spec.cotangent(0).double()
@@ -165,7 +170,7 @@ def test_opcheck(spec: Spec, name: str, device: str) -> None:
 
 
 @one_backend
-@BOTH
+@EVERY
 def test_the_ops_themselves_differentiate(spec: Spec, name: str, device: str) -> None:
     """A caller of `torch.ops.fastadapt` gets the same gradients as one of `fastadapt.functional`."""
     with checks.spied() as calls:
@@ -179,7 +184,7 @@ def test_the_ops_themselves_differentiate(spec: Spec, name: str, device: str) ->
 
 
 @one_backend
-@BOTH
+@EVERY
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast(spec: Spec, name: str, device: str, compiled: bool) -> None:
     """fp32 in, bf16 out; parameters stay fp32, and so do their gradients; the numbers are those of fp32 parameters over bf16 activations."""
@@ -198,7 +203,7 @@ def test_autocast(spec: Spec, name: str, device: str, compiled: bool) -> None:
 
 
 @every_backend
-@BOTH
+@EVERY
 def test_the_ops_themselves_ignore_autocast(spec: Spec, name: str, device: str) -> None:
     """Casting is `functional`'s decision; what reaches an op is computed as it came."""
     with checks.spied() as calls:
@@ -209,7 +214,7 @@ def test_the_ops_themselves_ignore_autocast(spec: Spec, name: str, device: str) 
 
 
 @one_backend
-@BOTH
+@EVERY
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_checkpointing(spec: Spec, name: str, device: str, reentrant: bool) -> None:
     names = list(spec.draw(0))
@@ -225,7 +230,7 @@ def test_checkpointing(spec: Spec, name: str, device: str, reentrant: bool) -> N
 
 
 @one_backend
-@BOTH
+@EVERY
 @pytest.mark.parametrize("direct", [False, True], ids=["functional", "op"])
 def test_double_backward_is_refused(spec: Spec, name: str, device: str, direct: bool) -> None:
     tensors = {n: t.requires_grad_() for n, t in spec.draw(0, device).items()}
@@ -241,9 +246,9 @@ def test_double_backward_is_refused(spec: Spec, name: str, device: str, direct: 
 
 
 @one_backend
-@BOTH
+@EVERY
 def test_a_saved_argument_changed_in_place_is_noticed(spec: Spec, name: str, device: str) -> None:
-    for victim in (spec.activations[0], "w_down", "w_up"):
+    for victim in (spec.activations[0], *(n for n in spec.shapes() if n.startswith(("w_", "rule_", "left_", "right_")))):
         tensors = {n: t.requires_grad_(n != victim) for n, t in spec.draw(0, device).items()}
         with backend.use(name):
             y = spec.call(functional, tensors)
@@ -253,7 +258,7 @@ def test_a_saved_argument_changed_in_place_is_noticed(spec: Spec, name: str, dev
 
 
 @every_backend
-@BOTH
+@EVERY
 def test_backward_runs_where_forward_ran(spec: Spec, name: str, device: str) -> None:
     """After the ``with`` has ended, under another demand, and in another thread."""
     tensors, dy = {n: t.requires_grad_() for n, t in spec.draw(0, device).items()}, spec.cotangent(0, device)
@@ -275,7 +280,7 @@ def test_backward_runs_where_forward_ran(spec: Spec, name: str, device: str) -> 
     assert ran == {(spec.op, "backward", name): 3}
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("name", checks.kernel_names)
 def test_a_compiled_function_follows_the_demand(spec: Spec, name: str) -> None:
     device = "cuda" if name == "triton" else "cpu"
@@ -285,7 +290,7 @@ def test_a_compiled_function_follows_the_demand(spec: Spec, name: str) -> None:
             evaluate(compiled, spec.draw(0, device), spec.cotangent(0, device))
 
 
-@BOTH
+@EVERY
 def test_meta_tensors_give_shapes(spec: Spec) -> None:
     tensors = {n: t.requires_grad_() for n, t in spec.draw(0, "meta").items()}
     y = spec.call(functional, tensors)
@@ -295,7 +300,7 @@ def test_meta_tensors_give_shapes(spec: Spec) -> None:
 
 
 @one_backend
-@BOTH
+@EVERY
 def test_inference_inside_a_trained_graph(spec: Spec, name: str, device: str) -> None:
     """A frozen adapter passes the gradient of its input on, and takes none itself."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadapt import backend, functional
 
-D, R = 8, 4
+D, R, N, K = 8, 4, 2, 1
 
 
 def _bottleneck() -> dict[str, Any]:
@@ -28,6 +28,12 @@ def _gated(granularity: str = "large") -> dict[str, Any]:
     }[granularity]
     arguments = _bottleneck()
     return {"h": torch.randn(3, 5, D), **arguments, "granularity": granularity, **{n: torch.randn(s) for n, s in gates.items()}}
+
+
+def _phm() -> dict[str, Any]:
+    down, up = ((N, N, N), (N, D // N, K), (N, K, R // N)), ((N, N, N), (N, R // N, K), (N, K, D // N))
+    factors = {f"{name}_{side}": torch.randn(s) for side, shapes in (("down", down), ("up", up)) for name, s in zip(("rule", "left", "right"), shapes, strict=True)}
+    return {"x": torch.randn(3, 5, D), **factors, "b_down": torch.randn(R), "b_up": torch.randn(D)}
 
 
 def _refused(function: Any, arguments: dict[str, Any], kind: type[Exception], *says: str) -> None:
@@ -126,6 +132,37 @@ GATED = {
     "heads do not divide the rank": ("large", {"heads": 3}, ValueError, "heads", "3", f"rank {R}"),
 }
 
+FACTORS = [n for n in _phm() if n not in ("x", "b_down", "b_up")]
+PHM = {
+    "2-D rule": ({"rule_down": torch.randn(N, N)}, ValueError, "rule_down", f"({N}, {N})", "(n, n, n)"),
+    "rule that is no cube": ({"rule_down": torch.randn(N, N, N + 1)}, ValueError, "rule_down", f"({N}, {N}, {N + 1})", "(n, n, n)"),
+    "n that does not divide the width": ({"rule_down": torch.randn(3, 3, 3)}, ValueError, "rule_down", "(3, 3, 3)", f"width {D}"),
+    "rules of another n": ({"rule_up": torch.randn(4, 4, 4)}, ValueError, "rule_up", "(4, 4, 4)", f"({N}, {N}, {N})"),
+    "part of left_down": ({"left_down": torch.randn(N, 3, K)}, ValueError, "left_down", f"({N}, 3, {K})", f"({N}, {D // N}, k)"),
+    "2-D left_down": ({"left_down": torch.randn(N, D // N)}, ValueError, "left_down", f"({N}, {D // N})", "k >= 1"),
+    "factor rank 0": ({"left_down": torch.randn(N, D // N, 0)}, ValueError, "left_down", f"({N}, {D // N}, 0)", "k >= 1"),
+    "factor rank of right_down": ({"right_down": torch.randn(N, 2, R // N)}, ValueError, "right_down", f"({N}, 2, {R // N})", f"({N}, {K}, R/{N})"),
+    "rank 0": ({"right_down": torch.randn(N, K, 0)}, ValueError, "right_down", f"({N}, {K}, 0)", f"R >= {N}"),
+    "part of left_up": ({"left_up": torch.randn(N, 3, K)}, ValueError, "left_up", f"({N}, 3, {K})", f"({N}, {R // N}, {K})"),
+    "part of right_up": ({"right_up": torch.randn(N, K, 3)}, ValueError, "right_up", f"({N}, {K}, 3)", f"({N}, {K}, {D // N})"),
+    "length of b_down": ({"b_down": torch.randn(R + 1)}, ValueError, "b_down", f"({R + 1},)", f"({R},)"),
+    "length of b_up": ({"b_up": torch.randn(1)}, ValueError, "b_up", "(1,)", f"({D},)"),
+    "width of x": ({"x": torch.randn(3, 2 * D)}, ValueError, "left_down", f"({N}, {D // N}, {K})", f"({N}, {D}, k)"),
+    "1-D x": ({"x": torch.randn(D)}, ValueError, "x", f"({D},)", "(..., D)"),
+    "integer x": ({"x": torch.ones(3, D, dtype=torch.int64)}, TypeError, "x", "torch.int64", "float32"),
+    "left_up is None": ({"left_up": None}, TypeError, "left_up", "NoneType", "tensor"),
+    "half parameters over float32": ({n: v.half() for n, v in _phm().items() if n != "x"}, TypeError, "rule_down", "torch.float16", "torch.float32"),
+    "mixed parameters": ({"right_up": _phm()["right_up"].bfloat16()}, TypeError, "right_up", "torch.bfloat16", "rule_down", "torch.float32"),
+    **{f"device of {name}": ({name: _phm()[name].to("meta")}, ValueError, name, "meta", "cpu") for name in FACTORS},
+    "device of residual": ({"residual": meta(3, 5, D)}, ValueError, "residual", "meta", "cpu"),
+    "shape of residual": ({"residual": torch.randn(5, D)}, ValueError, "residual", f"(5, {D})", f"(3, 5, {D})"),
+    "name of residual": ({"residual": "output"}, TypeError, "residual", "'output'", "'input'"),
+    "unknown activation": ({"activation": "gleu"}, ValueError, "activation", "'gleu'", "gelu_new"),
+    "NaN scale": ({"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
+    "tensor scale": ({"scale": torch.ones(1)}, TypeError, "scale", "tensor", "number"),
+    "width of a layer norm": ({"norm_before": (torch.ones(D + 1), torch.zeros(D + 1), 1e-5)}, ValueError, "norm_before", f"({D + 1},)", f"({D},)"),
+}
+
 
 @pytest.mark.parametrize("case", BOTTLENECK)
 def test_bottleneck(case: str) -> None:
@@ -139,9 +176,16 @@ def test_gated_bottleneck(case: str) -> None:
     _refused(functional.gated_bottleneck, {**_gated(granularity), **changes}, kind, *says)
 
 
+@pytest.mark.parametrize("case", PHM)
+def test_phm_bottleneck(case: str) -> None:
+    changes, kind, *says = PHM[case]
+    _refused(functional.phm_bottleneck, {**_phm(), **changes}, kind, *says)
+
+
 def test_the_unchanged_arguments_are_taken() -> None:
     """Every case above differs from a good call in what it says."""
     functional.bottleneck(**_bottleneck())
+    functional.phm_bottleneck(**_phm())
     for granularity in ("large", "large_full", "middleX", "middleY", "small"):
         functional.gated_bottleneck(**_gated(granularity))
 

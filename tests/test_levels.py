@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastadapt.ops import _cpu
+from tests.ops import checks
+from tests.ops.specs import PHM, Bottleneck
 
 PROGRAM = """
 import json, sys, threading, warnings
@@ -17,39 +19,47 @@ import fastadapt
 from fastadapt import backend, functional
 from tests import eager, tolerance
 
+ARGUMENTS = {"bottleneck": ((20, 72), (72, 20), (20,), (72,)), "phm_bottleneck": ((4, 4, 4), (4, 18, 1), (4, 1, 5), (4, 4, 4), (4, 5, 1), (4, 1, 18), (20,), (72,))}
 torch.set_num_threads(2)
 torch.backends.mkldnn.enabled = sys.argv[1] == "mkldnn"
-worst = 0.0
+op, worst = sys.argv[2], 0.0
+ours, theirs = getattr(functional, op), getattr(eager, op)
 def check(rows, dtype):
     global worst
     g = torch.Generator().manual_seed(rows)
-    make = lambda *s: torch.randn(*s, generator=g)
-    x, wd, wu, bd, bu = (t.to(dtype) for t in (make(rows, 72), make(20, 72) * 0.1, make(72, 20) * 0.1, make(20), make(72)))
+    tensors = [t.to(dtype) for t in (torch.randn(rows, 72, generator=g), *(0.3 * torch.randn(s, generator=g) for s in ARGUMENTS[op]))]
+    dy = torch.randn(rows, 72, generator=g).to(dtype)
+    def run(f, tensors, dy):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = f(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     with backend.use("cpu"):
-        y = functional.bottleneck(x, wd, wu, bd, bu)
-    exact = eager.bottleneck(*(t.double() for t in (x, wd, wu, bd, bu)))
-    limit = tolerance.limit_of(tolerance.relative_error(eager.bottleneck(x, wd, wu, bd, bu), exact), dtype, gradient=False)
-    worst = max(worst, tolerance.relative_error(y, exact) / limit)
+        got = run(ours, tensors, dy)
+    exact, same = run(theirs, [t.double() for t in tensors], dy.double()), run(theirs, tensors, dy)
+    for i, (a, b, c) in enumerate(zip(got, exact, same, strict=True)):
+        if b.numel() >= tolerance.SMALL:
+            worst = max(worst, tolerance.relative_error(a, b) / tolerance.limit_of(tolerance.relative_error(c, b), dtype, gradient=i > 0))
 threads = [threading.Thread(target=check, args=(rows, dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16) for rows in (1, 7, 31, 33, 64, 65, 130)]
 [t.start() for t in threads]; [t.join() for t in threads]
-print(json.dumps({"capability": torch.backends.cpu.get_cpu_capability(), "worst": worst, "ran": backend.ran().get(("bottleneck", "forward", "cpu"), 0)}))
+ran = backend.ran()
+print(json.dumps({"capability": torch.backends.cpu.get_cpu_capability(), "worst": worst, "ran": [ran.get((op, way, "cpu"), 0) for way in ("forward", "backward")]}))
 """
 
 
-def run(level: str, mkldnn: str = "mkldnn") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", PROGRAM, mkldnn], capture_output=True, text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": level})
+def run(level: str, mkldnn: str = "mkldnn", op: str = "bottleneck") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", PROGRAM, mkldnn, op], capture_output=True, text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": level})
 
 
-@pytest.mark.parametrize("mkldnn", ["mkldnn", "no mkldnn"])
+@pytest.mark.parametrize(("op", "mkldnn"), [("bottleneck", "mkldnn"), ("bottleneck", "no mkldnn"), ("phm_bottleneck", "no mkldnn")])
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
-def test_right_at_every_level(level: str, mkldnn: str) -> None:
+def test_right_at_every_level(level: str, op: str, mkldnn: str) -> None:
     """Ragged row counts in three dtypes, from 21 Python threads of two OpenMP threads each, with oneDNN on and off."""
     if level == "avx512" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         pytest.skip("this processor has no AVX-512")
-    done = run(level, mkldnn)
+    done = run(level, mkldnn, op)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["capability"].lower().startswith(level) and result["ran"] == 21
+    assert result["capability"].lower().startswith(level) and result["ran"] == [21, 21]
     assert result["worst"] <= 1.0
 
 
@@ -70,19 +80,15 @@ def test_another_torch_version_is_refused(tmp_path, monkeypatch) -> None:
     assert "built with torch 2.12" in reason and "to build it" in reason
 
 
-def test_thread_count_does_not_change_a_bit() -> None:
+@pytest.mark.parametrize("op", ["bottleneck", "phm_bottleneck"])
+def test_thread_count_does_not_change_a_bit(op: str) -> None:
     """One partial per chunk of rows, added in order: 1,500 rows are three chunks."""
-    g = torch.Generator().manual_seed(0)
-    x, wd, wu, bd, bu, dy = (torch.randn(*s, generator=g) for s in ((1500, 96), (24, 96), (96, 24), (24,), (96,), (1500, 96)))
-    x.requires_grad_(), wd.requires_grad_(), wu.requires_grad_(), bd.requires_grad_(), bu.requires_grad_()
-    from fastadapt import backend, functional
-
+    spec = {"bottleneck": Bottleneck, "phm_bottleneck": PHM}[op](lead=(1500,), width=96, rank=24)
+    tensors, dy = spec.draw(0), spec.cotangent(0)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        with backend.use("cpu"):
-            y = functional.bottleneck(x, wd, wu, bd, bu)
-        results.append((y.detach(), *torch.autograd.grad(y, (x, wd, wu, bd, bu), dy)))
+        results.append(checks.fused(spec, "cpu", tensors, dy))
     torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        checks.assert_same_bits(results[0], other)

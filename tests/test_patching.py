@@ -351,7 +351,7 @@ def test_bad_options() -> None:
 
 
 def test_unknown_hosts() -> None:
-    refuses(Odd(), UnknownHostError, r"Odd has no layers of a supported host \(bart, t5, blip\)")
+    refuses(Odd(), UnknownHostError, r"Odd has no layers of a supported host \(bart, t5, blip, .*\) and no sub-blocks with usual names; name its Linears with sites=")
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     refuses(gpt, UnknownHostError, "GPT2LMHeadModel")
     model = tiny("bart")

@@ -4,11 +4,9 @@ import json
 
 import pytest
 
+from fastadapt import functional
 from tests import proof
-from tests.mutation import cpu as cpu_mutants
-from tests.mutation import cuda as cuda_mutants
 from tests.mutation import table
-from tests.triton import mutants as triton_mutants
 
 families = pytest.mark.parametrize("family", proof.FAMILIES)
 
@@ -33,17 +31,16 @@ def test_every_surviving_mutant_is_explained(family: str) -> None:
 
 
 def test_a_familys_sources_are_what_its_kernels_are_made_of() -> None:
-    cpu = set(proof.hashes("cpu"))
-    assert cpu >= {"csrc/cpu_ops.cpp", "csrc/cpu/tile.h", "csrc/cpu/bottleneck.cpp", "csrc/include/plan.h", "csrc/include/gated_bottleneck.h"}
-    assert not any("cuda" in name or name.startswith("csrc/common") for name in cpu)
-    cuda = set(proof.hashes("cuda"))
-    assert cuda >= {
-        "csrc/cuda_ops.cpp",
-        "csrc/include/bottleneck.h",
-        "csrc/include/gated_bottleneck.h",
-        *(f"csrc/include/{name}.h" for name in ("cuda", "cuda_kernels", "cuda_plan")),
-    }
-    assert cuda >= {str(path.relative_to(proof.ROOT)) for folder in ("cuda", "common") for path in (proof.ROOT / "csrc" / folder).rglob("*") if path.is_file()}
-    assert not any(name.startswith("csrc/cpu") for name in cuda)
-    assert cpu >= set(cpu_mutants.FILES) and cuda >= set(cuda_mutants.FILES)
-    assert set(proof.hashes("triton")) == set(triton_mutants.FILES) == {f"fastadapt/ops/{name}" for name in ("_triton.py", "bottleneck/triton.py", "gated_bottleneck/triton.py")}
+    of = {family: set(proof.hashes(family)) for family in proof.FAMILIES}
+    assert of["cpu"] >= {"csrc/cpu/tile.h", "csrc/cpu/bottleneck.cpp", "csrc/include/plan.h", "csrc/include/gated_bottleneck.h"}
+    assert of["cuda"] >= {f"csrc/include/{name}.h" for name in ("cuda", "cuda_kernels", "cuda_plan", "bottleneck", "gated_bottleneck")}
+    for group in proof.GROUPS:
+        assert not any("cuda" in name or name.startswith("csrc/common") for name in of[f"cpu{group}"])
+        assert not any(name.startswith("csrc/cpu") for name in of[f"cuda{group}"])
+    for backend, folders in (("cpu", ("cpu",)), ("cuda", ("cuda", "common"))):
+        together = set().union(*(of[f"{backend}{group}"] for group in proof.GROUPS))
+        assert together >= {str(path.relative_to(proof.ROOT)) for folder in folders for path in (proof.ROOT / "csrc" / folder).rglob("*") if path.is_file()}
+    assert {op for ops in proof.GROUPS.values() for op in ops} == set(functional.__all__)
+    for family in proof.FAMILIES:
+        if table.path(family).exists():
+            assert of[family] >= set(json.loads(table.path(family).read_text())["sources"])

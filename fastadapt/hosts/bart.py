@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.bart import modeling_bart
 
+from fastadapt.hosts.places import BART_DECODER, BART_ENCODER, SEQ2SEQ_STAGES
 from fastadapt.hosts.roles import Host, Place, knows_keys, register
 from fastadapt.nn import Init
 
@@ -92,23 +93,6 @@ _SOURCES: dict[type[nn.Module], dict[str, str]] = {
     modeling_bart.BartEncoderLayer: {"bcb0301b3fc6f8a4": "5.23", "14b1396be15a2de9": "5.8, 5.16, 5.22"},
     modeling_bart.BartDecoderLayer: {"e7637ffa58da6b8a": "5.8, 5.16, 5.22, 5.23"},
 }
-_ENCODER = (
-    Place("encoder.self_attention", "", "self_attention_adapter"),
-    Place("encoder.feed_forward", "", "feed_forward_adapter"),
-    Place("encoder.self_attention.query", "self_attn.q_proj", "parallel_adapter"),
-    Place("encoder.self_attention.value", "self_attn.v_proj", "parallel_adapter"),
-)
-_DECODER = (
-    Place("decoder.self_attention", "", "self_attention_adapter"),
-    Place("decoder.cross_attention", "", "cross_attention_adapter"),
-    Place("decoder.feed_forward", "", "feed_forward_adapter"),
-    Place("decoder.self_attention.query", "self_attn.q_proj", "parallel_adapter"),
-    Place("decoder.self_attention.value", "self_attn.v_proj", "parallel_adapter"),
-    Place("decoder.cross_attention.query", "encoder_attn.q_proj", "parallel_adapter"),
-    Place("decoder.cross_attention.value", "encoder_attn.v_proj", "parallel_adapter"),
-    Place("decoder.cross_attention.key_value", "", "key_value_adapter"),
-    Place("decoder.feed_forward.inner", "fc2", "inner_adapter"),
-)
 
 
 def _host(block: type[nn.Module], places: tuple[Place, ...]) -> Host:
@@ -122,7 +106,8 @@ def _host(block: type[nn.Module], places: tuple[Place, ...]) -> Host:
         norms=(nn.LayerNorm,),
         # BartPreTrainedModel._init_weights: every Linear N(0, init_std), bias 0.
         init=lambda block: Init(std=block.self_attn.config.init_std),
+        stages=SEQ2SEQ_STAGES,
     )
 
 
-register(_host(modeling_bart.BartEncoderLayer, _ENCODER), _host(modeling_bart.BartDecoderLayer, _DECODER))
+register(_host(modeling_bart.BartEncoderLayer, BART_ENCODER), _host(modeling_bart.BartDecoderLayer, BART_DECODER))

@@ -139,6 +139,7 @@ def _host(block: type[nn.Module], adapted: type[nn.Module], source: str, places:
         norms=(nn.LayerNorm,),
         # BLIP's rule for Linears. Stock vision configs say 1e-10, which is of use only under a checkpoint.
         init=lambda _: Init(std=0.02),
+        stages=("text.temporal_embedding",),
     )
 
 

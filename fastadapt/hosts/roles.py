@@ -1,15 +1,19 @@
 """The names of the places where adapters go, and the register of hosts that have them.
 
-A *role* is what a method asks for ("encoder.feed_forward"), a *place* is where a block of a host keeps it. A host is one file beside this one: adapted subclasses of its
-layers, and one `Host` that says which block has which places. To add a host:
+A *role* is what a method asks for ("encoder.feed_forward"), a *place* is where a block of a host keeps it. The first part of a role is what a stack does, not what it is called:
 
-1. Write a subclass of each layer, under the layer's own name, whose ``forward`` is the stock one with ``if (a := self.<slot>) is not None: h = a(h, x)`` at each place, and nothing
-   else changed. Patching sets ``__class__`` of the layer to it and registers the adapter under the slot, so no key of the base moves, ``isinstance`` holds, and checkpointing,
-   compilation and pickling work.
-2. List the sha256 of the stock ``forward``'s source per version that the copy was made from (`source_hash`): an unknown one is refused by name.
-3. Register the `Host`, and add the file to `_FAMILIES`. The file is imported only when a model brings its transformers module along.
+* **encoder**: a stack that reads the input by itself. A text encoder, a vision tower, and the language model of a decoder-only model, whose one stack reads image and text as
+  VL-BART's encoder does: there VL-PET's gates belong.
+* **decoder**: a stack, or a layer, that also attends to what another one made: a decoder with cross-attention, a Q-Former, the cross-attention layers of Mllama.
 
-A new role is one entry in `ROLES`.
+What a stack is called ("language.3.feed_forward", "vision.0.self_attention") is the first part of its sites' ids, see `STACKS`; each belongs to one tower.
+
+A host is one file beside this one: the stock ``forward`` of its layers with ``if (a := self.<slot>) is not None: h = a(h, x)`` at each place, and nothing else changed, the sha256
+of the stock sources that it is a copy of (`source_hash`; an unknown one is refused by name), and which block has which places. Patching sets ``__class__`` of a layer to the
+subclass with that forward and registers the adapter under the slot, so no key of the base moves, ``isinstance`` holds, and checkpointing, compilation and pickling work. To add a
+host, `declare` it, and name the file in `_DECLARATIONS`; see ``llama.py``. (The files in `_FAMILIES` write their subclasses out and `register` them.)
+
+A new role is one entry in `ROLES`, a new kind of stack one in `STACKS`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -53,12 +58,20 @@ ROLES: dict[str, str] = {
     "text.temporal_embedding": "module(kv): the encoder states as all layers of a text encoder shall see them; a stage",
 }
 
+STACKS: dict[str, str] = {"encoder": "text", "decoder": "text", "text": "text", "language": "text", "vision": "vision", "qformer": "projector", "projector": "projector"}
+"""What a stack is called in the ids of its sites -> its tower: the projector stands between the other two."""
+
+OTHER = "other hosts"
+"""The family of published values that hosts take for which nothing is published."""
+
 # Where each family's stock layers live, and the file here that adapts them.
 _FAMILIES = {
     "bart": ("transformers.models.bart.modeling_bart", "fastadapt.hosts.bart"),
     "t5": ("transformers.models.t5.modeling_t5", "fastadapt.hosts.t5"),
     "blip": ("transformers.models.blip.modeling_blip_text", "fastadapt.hosts.blip"),
 }
+# The files that declare hosts; they need no transformers.
+_DECLARATIONS = ("mbart", "mt5", "clip", "llama", "opt", "blip2", "qwen_vl", "internvl", "florence2", "mllama")
 
 
 class UnknownHostError(ValueError):
@@ -66,11 +79,22 @@ class UnknownHostError(ValueError):
 
 
 class Place(NamedTuple):
-    """Where a block keeps a role: the module that changes class (path from the block, "" for the block itself) and the name under which the adapter becomes its child."""
+    """Where a block keeps a role: the module that changes class (path from the block, "" for the block itself) and the name under which the adapter becomes its child.
+
+    ``name`` tells apart two places of one role in a block: it takes the place of the role's end in the site's id. At a place that is ``behind`` its owner the adapter changes what
+    the owner gives, whatever its class, and sees no residual stream.
+    """
 
     role: str
     owner: str
     slot: str
+    name: str = ""
+    behind: bool = False
+
+    @property
+    def id(self) -> str:
+        """The end of the site's id."""
+        return self.name or self.role.partition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -78,7 +102,7 @@ class Host:
     """One kind of block, and what patching has to know of it.
 
     Args:
-        family: name of the host family; published defaults are kept under it.
+        family: name of the host family.
         block: the class of the block; subclasses are not taken, since their ``forward`` is unknown.
         places: the places of one block.
         width: D at the places of one block.
@@ -87,6 +111,9 @@ class Host:
         norms: classes of the host's layer norms.
         init: the starting values that the host's own ``_init_weights`` gives to foreign Linears, from a block.
         biased: for layer norms without a bias, the subclass that adds its parameter ``bias`` to the result.
+        stages: the stages that a stack of these blocks can have.
+        stack: what a block's stack is called, one of `STACKS`; None: the first part of its roles.
+        published: the family under which methods keep published defaults; None: ``family``.
     """
 
     family: str
@@ -98,17 +125,39 @@ class Host:
     norms: tuple[type[nn.Module], ...]
     init: Callable[[Any], Init]
     biased: Mapping[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
+    stages: tuple[str, ...] = ()
+    stack: Callable[[Any], str] | None = None
+    published: str | None = None
 
-    def adapted_class(self, owner: nn.Module, role: str) -> type[nn.Module]:
-        """The class that ``owner`` takes to hold a module of ``role``.
+    @property
+    def defaults(self) -> str:
+        """The family under which methods keep the values published for this host."""
+        return self.family if self.published is None else self.published
+
+    def side(self, block: nn.Module) -> str:
+        """What the block's stack does: the first part of its roles."""
+        return self.places(block)[0].role.partition(".")[0]
+
+    def stack_name(self, block: nn.Module) -> str:
+        """What the block's stack is called."""
+        return self.side(block) if self.stack is None else self.stack(block)
+
+    def tower(self, block: nn.Module) -> str:
+        """The tower that the block is in."""
+        return STACKS[self.stack_name(block)]
+
+    def adapted_class(self, owner: nn.Module, place: Place) -> type[nn.Module]:
+        """The class that ``owner`` takes to hold a module at ``place``.
 
         Raises:
             UnknownHostError: the owner's class, or the source of its forward, is unknown.
         """
         cls = type(owner)
-        if is_beside(role):
+        if place.behind:
+            return derived(cls, "behind")  # type: ignore[arg-type]
+        if is_beside(place.role):
             return beside(cls)  # type: ignore[arg-type]
-        if is_before(role):
+        if is_before(place.role):
             return before(cls)  # type: ignore[arg-type]
         if cls not in self.adapted:
             raise UnknownHostError(f"{cls.__module__}.{cls.__name__} is no layer of {self.family} that is known; known: {', '.join(c.__name__ for c in self.adapted)}")
@@ -136,24 +185,116 @@ def register(*hosts: Host) -> None:
         _adapted.update((*host.adapted.values(), *host.biased.values()))
 
 
+class Copy(NamedTuple):
+    """A stock forward with adapters put in, and known hashes of the sources that it is a copy of, with the transformers version."""
+
+    forward: Callable[..., Any]
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """A host that is made when a model brings its classes along; see `declare`."""
+
+    family: str
+    copies: Mapping[str, Copy]
+    places: Callable[[Any], tuple[Place, ...]]
+    width: Callable[[Any], int]
+    stack: Callable[[Any], str] | None
+    published: str
+    stages: tuple[str, ...]
+    init: Callable[[Any], Init]
+    models: str
+
+    def host(self, block: type[nn.Module]) -> Host:
+        stock: Any = sys.modules[block.__module__]
+        norms = tuple(c for name, c in vars(stock).items() if name.endswith("Norm") and isinstance(c, type) and issubclass(c, nn.Module))
+        return Host(
+            family=self.family,
+            block=block,
+            places=self.places,
+            width=self.width,
+            adapted={getattr(stock, name): derived(getattr(stock, name), "layer") for name in self.copies},
+            sources={getattr(stock, name): copy.sources for name, copy in self.copies.items()},
+            norms=(*norms, nn.LayerNorm),
+            init=self.init,
+            biased={norm: derived(norm, "biased") for norm in norms if not issubclass(norm, nn.LayerNorm)},  # type: ignore[arg-type]
+            stages=self.stages,
+            stack=self.stack,
+            published=self.published,
+        )
+
+
+_declared: dict[tuple[str, str], Declared] = {}
+_copies: dict[tuple[str, str], Copy] = {}
+
+
+def declare(
+    family: str,
+    model: str,
+    block: str,
+    copies: Copy | Mapping[str, Copy],
+    *,
+    places: Callable[[Any], tuple[Place, ...]] | tuple[Place, ...],
+    width: Callable[[Any], int],
+    models: str,
+    stack: Callable[[Any], str] | str | None = None,
+    published: str = OTHER,
+    stages: tuple[str, ...] = (),
+    init: Callable[[Any], Init] = lambda _: Init(std=0.02),
+) -> None:
+    """Declares the blocks of a transformers model as hosts, without importing it.
+
+    Args:
+        family: see `Host`.
+        model: name of the transformers model, "llama".
+        block: name of the block's class in it.
+        copies: the adapted forward of the block, or of each class (by name) that owns a place.
+        places, width, stages: see `Host`.
+        models: what the table of hosts says of it.
+        stack, published: see `Host`; nothing published: `OTHER`.
+        init: see `Host`; where nothing is published, Linears start as in BART.
+    """
+    copies = {block: copies} if isinstance(copies, Copy) else copies
+    stock = f"transformers.models.{model}.modeling_{model}"
+    _declared[stock, block] = Declared(
+        family=family, copies=copies, places=places if callable(places) else lambda _: places, width=width, stack=(lambda _: stack) if isinstance(stack, str) else stack,
+        published=published, stages=stages, init=init, models=models,
+    )  # fmt: skip
+    _copies.update({(stock, name): copy for name, copy in copies.items()})
+
+
+def load_declarations() -> None:
+    """Imports the files that declare hosts."""
+    for name in _DECLARATIONS:
+        import_module(f"fastadapt.hosts.{name}")
+
+
 def families() -> tuple[str, ...]:
-    """Names of the supported host families."""
-    return tuple(_FAMILIES)
+    """Names of the supported host families, those of their files here."""
+    return (*_FAMILIES, *_DECLARATIONS)
 
 
 def find(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Host]], list[tuple[str, str]]]:
     """The blocks of a model that a host is registered for, as (path, block, host) in order; and (path, why) for each subclass of one that cannot be taken."""
+    load_declarations()
     for stock, ours in _FAMILIES.values():
         if stock in sys.modules:
             import_module(ours)
     blocks, refused = [], []
     for path, module in model.named_modules():
-        host = _hosts.get(type(module))
+        host = _host(type(module))
         if host is not None:
             blocks.append((path, module, host))
-        elif (base := next((c for c in type(module).__mro__ if c in _hosts), None)) is not None and not is_adapted(module):
+        elif (base := next((c for c in type(module).__mro__ if _host(c) is not None), None)) is not None and not is_adapted(module):
             refused.append((path, f"{type(module).__module__}.{type(module).__qualname__} is a subclass of {base.__name__} with a forward of its own"))
     return blocks, refused
+
+
+def _host(cls: type[nn.Module]) -> Host | None:
+    if cls not in _hosts and (declared := _declared.get((cls.__module__, cls.__qualname__))) is not None:
+        register(declared.host(cls))
+    return _hosts.get(cls)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -234,6 +375,39 @@ def _subclass(cls: type[nn.Module], mixin: type, suffix: str) -> type[nn.Module]
 
 # A model that is unpickled in a new process looks for it here.
 before(nn.Linear)
+
+
+class _Behind:
+    """A module with an adapter of its output: ``adapter(module(...))``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.sequential_adapter(super().forward(*args, **kwargs), None)  # type: ignore[attr-defined, misc]
+
+
+class _Biased:
+    """A layer norm that adds a bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias  # type: ignore[attr-defined, misc]
+
+
+@functools.cache
+def derived(cls: type[nn.Module], kind: str) -> type[nn.Module]:
+    """The subclass that a stock class changes to: "layer", with its adapted forward; "behind", with an adapter of its output; "biased". Cached; pickle finds it in this module by
+    its qualified name, in a new process too."""
+    own = {"__module__": __name__, "__qualname__": f"{kind}:{cls.__module__}:{cls.__qualname__}".replace(".", "/")}
+    if kind == "layer":
+        return mark_adapted(type(cls.__name__, (cls,), {**own, "forward": _copies[cls.__module__, cls.__qualname__].forward}))
+    return mark_adapted(type(cls.__name__, ({"behind": _Behind, "biased": _Biased}[kind], cls), own))
+
+
+def __getattr__(name: str) -> Any:
+    kind, _, rest = name.replace("/", ".").partition(":")
+    module, found, qualified = rest.partition(":")
+    if not found:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    load_declarations()
+    return derived(operator.attrgetter(qualified)(import_module(module)), kind)
 
 
 def knows_keys(past_key_values: Any, layer: int | None) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastadapt.methods.base import INITS, BaseTensor, MethodConfig, Reparametrisation, StageSite, Target
+from fastadapt.methods.base import INITS, SELECTORS, TOWERS, BaseTensor, MethodConfig, Reparametrisation, StageSite, Target
 from fastadapt.methods.base_tuning import BaseTuningConfig
 from fastadapt.methods.compacter import CompacterConfig, LowRankAdapterConfig
 from fastadapt.methods.hyperformer import HyperformerConfig
@@ -33,7 +33,8 @@ from fastadapt.methods.vl_adapter import VLAdapterConfig
 from fastadapt.methods.vlpet import VLPETConfig
 
 __all__ = [
-    "INITS", "TASK_PROMPTS", "BaseTensor", "BaseTuningConfig", "CompacterConfig", "HyperformerConfig", "IntrinsicDimensionConfig", "LoRAConfig", "LowRankAdapterConfig",
+    "INITS", "SELECTORS", "TASK_PROMPTS", "TOWERS", "BaseTensor", "BaseTuningConfig", "CompacterConfig", "HyperformerConfig", "IntrinsicDimensionConfig", "LoRAConfig",
+    "LowRankAdapterConfig",
     "MethodConfig", "Recipe", "Reparametrisation", "StageSite", "Target", "UniAdapterConfig", "VLAdapterConfig", "VLPETConfig", "available", "config", "recipe", "task_prompt",
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ To add a method over existing modules and roles, write one file beside this one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -17,6 +17,8 @@ from fastadapt.nn import Init, PerTask, Prompt, share
 
 INITS = ("repo", "identity")
 LAYER_NORMS = ("all", "encoder", "none")
+TOWERS = ("text", "vision", "projector")
+SELECTORS = ("towers", "layers", "sites")
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ class MethodConfig:
         prompt_mid: width of the prompts' MLP; None: no MLP.
         prompt_start: "random", see `fastadapt.nn.Prompt`, or "tokens", the first rows of the token table; the latter without MLP.
         prompt_sharing: "single", one prompt for all tasks, or "multiple", one per task.
+        towers: which parts of a vision-and-language model are patched, of "text", "vision" and "projector"; None: all that it has. Adapters, and base tensors that are trained,
+            stay inside them; what is in no tower (an output layer) counts as text.
+        layers: the numbers of the layers of each stack, from 0, that get adapters (a list, or a range); None: all.
+        sites: for models that no host is registered for, or in place of the registered sites: {role: pattern}, where the pattern matches the whole path of ``nn.Linear`` modules
+            ("model.layers.[0-9]+.mlp.down_proj"). Behind each goes an adapter, beside it for a ".query" or ".value" role; none there sees the residual stream.
     """
 
     method: ClassVar[str]
     published: ClassVar[dict[str, dict[str, Any]]]
-    """Per host family: published values of the fields that default to None."""
+    """Per host family: published values of the fields that default to None. "other hosts" are those that nothing is published for; without it, the method refuses them."""
 
     layer_norms: Literal["all", "encoder", "none"] | None = None
     visual_embedding: bool = True
@@ -86,6 +93,9 @@ class MethodConfig:
     prompt_mid: int | None = 800
     prompt_start: Literal["random", "tokens"] = "random"
     prompt_sharing: Literal["single", "multiple"] = "single"
+    towers: tuple[str, ...] | None = None
+    layers: Sequence[int] | None = None
+    sites: Mapping[str, str] | None = None
 
     def resolved(self, family: str, init: str) -> Self:
         """The config with every None replaced by what is published for ``family``; checked.
@@ -113,12 +123,34 @@ class MethodConfig:
             raise ValueError(f"prompt_sharing: must be one of single, multiple, not {config.prompt_sharing!r}")
         if isinstance(config.trained_modules, str) or not all(isinstance(name, str) and name for name in config.trained_modules):
             raise ValueError(f"trained_modules: must be a list of names, not {config.trained_modules!r}")
-        config = dataclasses.replace(config, trained_modules=tuple(config.trained_modules))
-        return config
+        return dataclasses.replace(config, trained_modules=tuple(config.trained_modules)).selected()
+
+    def selected(self) -> Self:
+        """The config with ``towers``, ``layers`` and ``sites`` checked, as tuples and a dictionary.
+
+        Raises:
+            ValueError: one is not what it must be.
+        """
+        towers, layers, sites = self.towers, self.layers, self.sites
+        if towers is not None and (isinstance(towers, str) or not towers or any(tower not in TOWERS for tower in towers)):
+            raise ValueError(f"towers: must be some of {', '.join(TOWERS)}, or None for all, not {towers!r}")
+        numbers: Any = layers
+        if layers is not None and (
+            isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers)
+        ):
+            raise ValueError(f"layers: must be numbers of layers, from 0, or None for all, not {layers!r}")
+        if sites is not None and (not isinstance(sites, Mapping) or not sites or not all(isinstance(text, str) for item in sites.items() for text in item)):
+            raise ValueError(f"sites: must be {{role: pattern of module paths}}, not {sites!r}")
+        return dataclasses.replace(
+            self,
+            towers=None if towers is None else tuple(towers),
+            layers=None if layers is None else tuple(layers),
+            sites=None if sites is None else dict(sites),
+        )
 
     def stored(self) -> dict[str, Any]:
-        """What a file keeps of the config: every field that makes a difference to the numbers (``compare=False`` marks those that do not)."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
+        """What a file keeps of the config: every field that makes a difference to the numbers (``compare=False`` marks those that do not), and the selectors that were given."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare and (f.name not in SELECTORS or getattr(self, f.name) is not None)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def roles(self) -> tuple[str, ...]:
@@ -128,6 +160,10 @@ class MethodConfig:
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         """The module for one place, or None to leave it; the config is a resolved one."""
         raise NotImplementedError
+
+    def reads_stream(self, role: str) -> bool:
+        """Whether the module of a role behind a sub-layer reads x, the residual stream that entered the sub-layer; the config is a resolved one."""
+        return False
 
     def stages(self) -> tuple[str, ...]:
         """The roles of modules that belong to a whole stack."""

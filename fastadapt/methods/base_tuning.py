@@ -18,7 +18,7 @@ class BaseTuningConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "base_tuning"
-    published: ClassVar[dict[str, dict[str, Any]]] = {"bart": {"layer_norms": "none"}, "t5": {"layer_norms": "none"}}
+    published: ClassVar[dict[str, dict[str, Any]]] = {"bart": {"layer_norms": "none"}, "t5": {"layer_norms": "none"}, "other hosts": {"layer_norms": "none"}}
 
     def roles(self) -> tuple[str, ...]:
         return ()

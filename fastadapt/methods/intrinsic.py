@@ -45,6 +45,8 @@ class IntrinsicDimensionConfig(MethodConfig):
     def resolved(self, family: str, init: str) -> Self:
         if self.add_biases:
             raise ValueError("add_biases: not with an intrinsic dimension, which moves the tensors that the base has")
+        if self.towers is not None:
+            raise ValueError("towers: not with an intrinsic dimension, which moves the whole base")
         for name in ("said", "published_gradient", "tied_output"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}: must be True or False, not {value!r}")

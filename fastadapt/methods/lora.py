@@ -27,7 +27,7 @@ class LoRAConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "lora"
-    published: ClassVar[dict[str, dict[str, Any]]] = {"bart": {"layer_norms": "none"}, "t5": {"layer_norms": "none"}}
+    published: ClassVar[dict[str, dict[str, Any]]] = {"bart": {"layer_norms": "none"}, "t5": {"layer_norms": "none"}, "other hosts": {"layer_norms": "none"}}
 
     biases: bool = True
     rank: int = 128

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -31,15 +30,15 @@ class VLAdapterConfig(MethodConfig):
         layer_norm_before, layer_norm_after: layer norms around the adapter.
         self_attention, cross_attention, feed_forward: behind which sub-layers.
         decoder: adapters in the decoder too.
-        layers: the numbers of the layers of each stack, from 0, that get adapters ("AdapterDrop", Rückle et al. 2021: 5 to 11); None: all.
         std: the Linears start with weights N(0, std^2) and zero biases; None: by the host's rule.
+        layers: see `MethodConfig`; "AdapterDrop" (Rückle et al. 2021): 5 to 11.
         layer_norms: published: "all" on BART; "none" on T5, where the published code looks for another class of layer norm and leaves them frozen (as its
             counts, 4.49 % and 7.98 %, say).
         visual_embedding, biases, lm_head, language_model: see `MethodConfig`.
     """
 
     method: ClassVar[str] = "vl_adapter"
-    published: ClassVar[dict[str, dict[str, Any]]] = {"bart": {"layer_norms": "all"}, "t5": {"layer_norms": "none"}}
+    published: ClassVar[dict[str, dict[str, Any]]] = {"bart": {"layer_norms": "all"}, "t5": {"layer_norms": "none"}, "other hosts": {"layer_norms": "none"}}
 
     sharing: Literal["single", "multiple", "up", "down"] = "single"
     reduction_factor: int = 8
@@ -51,7 +50,6 @@ class VLAdapterConfig(MethodConfig):
     self_attention: bool = True
     feed_forward: bool = True
     decoder: bool = True
-    layers: tuple[int, ...] | None = None
     std: float | None = None
 
     def resolved(self, family: str, init: str) -> Self:
@@ -63,11 +61,7 @@ class VLAdapterConfig(MethodConfig):
             raise ValueError("self_attention: must be True where cross_attention (of a decoder) and feed_forward are not, or there is no adapter")
         if (std := config.std) is not None and (isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 < std < math.inf):
             raise ValueError(f"std: must be a positive number or None, not {std!r}")
-        if (layers := config.layers) is None:
-            return config
-        if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
-            raise ValueError(f"layers: must be numbers of layers, from 0, or None for all, not {layers!r}")
-        return dataclasses.replace(config, layers=tuple(layers))
+        return config
 
     def roles(self) -> tuple[str, ...]:
         names = [name for name in _SUBLAYERS if getattr(self, name)]
@@ -78,8 +72,6 @@ class VLAdapterConfig(MethodConfig):
         if self.sharing not in SHARING:
             raise ValueError(f"sharing: must be one of {', '.join(SHARING)}, not {self.sharing!r}")
         rank = reduced_rank(target.width, self.rank, self.reduction_factor)
-        if self.layers is not None and target.layer not in self.layers:
-            return None
         rule = self.rule(target)
 
         def make() -> Bottleneck:

@@ -73,7 +73,7 @@ class VLPETConfig(MethodConfig):
         sharing: "single", or "multiple": adapters of the decoder's attention and feed-forward one per task. What is VL-PET's own (encoder, multi-head, gates, IA3) has no tasks.
         activation: of all bottlenecks.
         save_gate: see `fastadapt.nn.GatedBottleneck`.
-        layer_norms: published: "encoder".
+        layer_norms: published: "encoder"; "none" where nothing is published, and the rest there as on BART.
         visual_embedding: see `MethodConfig`.
     """
 
@@ -81,6 +81,7 @@ class VLPETConfig(MethodConfig):
     published: ClassVar[dict[str, dict[str, Any]]] = {
         "bart": {"rank": 96, "heads": 4, "gate_rank": 96, "value_rank": 96, "decoder_ranks": 96, "scale": 1.0, "layer_norms": "encoder"},
         "t5": {"rank": 192, "heads": 4, "gate_rank": 192, "value_rank": 96, "decoder_ranks": 96, "scale": 0.3, "layer_norms": "encoder"},
+        "other hosts": {"rank": 96, "heads": 4, "gate_rank": 96, "value_rank": 96, "decoder_ranks": 96, "scale": 1.0, "layer_norms": "none"},
     }
 
     granularity: Literal["large", "large_full", "middleX", "middleY", "small", "layernorm", "l2norm", "none"] = "large"
@@ -219,6 +220,11 @@ class VLPETConfig(MethodConfig):
         roles += ["decoder.cross_attention.key_value"] if "key_value" in self.decoder else []
         roles += ["decoder.feed_forward.inner"] if "feed_forward_ia3" in self.decoder else []
         return tuple(roles)
+
+    def reads_stream(self, role: str) -> bool:
+        if role in _ENCODER_ROLES:
+            return self.gating_rank is not None or self.granularity not in ("middleY", "layernorm", "l2norm", "none")
+        return role == "decoder.cross_attention" and self.cross_gate_rank is not None
 
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         # The published T5 runs start from zero up-projections and gate ends, BART's from the host's rule throughout.

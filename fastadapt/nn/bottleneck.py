@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.init import TORCH, Init, linear, positive, weights
-from fastadapt.nn.projections import Projection
+from fastadapt.nn.projections import Projection, low_rank_phm
 
 
 class Bottleneck(nn.Module):
@@ -92,18 +92,29 @@ class Bottleneck(nn.Module):
 
     def _run(self, h: Tensor, residual: Tensor | Literal["input"] | None) -> Tensor:
         children = self._modules
-        (w_down, b_down), (w_up, b_up) = weights(children["down_sampler"]), weights(children["up_sampler"])  # type: ignore[arg-type]
+        down: Any = children["down_sampler"]
+        up: Any = children["up_sampler"]
         before: Any = children["pre_layer_norm"]
         after: Any = children["post_layer_norm"]
         gate = self._parameters["gate"]
-        return functional.bottleneck(
-            h, w_down, w_up, b_down, b_up, activation=self.activation, residual=residual, scale=self.scale if gate is None else self.scale * gate, heads=self._blocks,
-            norm_before=None if before is None else (before.weight, before.bias, before.eps), norm_after=None if after is None else (after.weight, after.bias, after.eps),
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "activation": self.activation,
+            "residual": residual,
+            "norm_before": None if before is None else (before.weight, before.bias, before.eps),
+            "norm_after": None if after is None else (after.weight, after.bias, after.eps),
+        }
+        if gate is None and low_rank_phm(down, up):
+            return functional.phm_bottleneck(h, *down.factors(), *up.factors(), b_down=down.bias, b_up=up.bias, scale=self.scale, **common)
+        (w_down, b_down), (w_up, b_up) = weights(down), weights(up)
+        return functional.bottleneck(h, w_down, w_up, b_down, b_up, scale=self.scale if gate is None else self.scale * gate, heads=self._blocks, **common)
 
     def call(self) -> dict[str, Any]:
         """The op that `forward` calls and the sizes that decide its backend, as `fastadapt.backend.explain` takes them."""
-        return {"op": "bottleneck", "width": self.down_sampler.in_features, "rank": self.down_sampler.out_features, "param_dtype": next(self.parameters()).dtype}
+        down: Any = self.down_sampler
+        sizes = {"width": down.in_features, "rank": down.out_features, "param_dtype": next(self.parameters()).dtype}
+        if self.gate is None and low_rank_phm(down, self.up_sampler):
+            return {"op": "phm_bottleneck", "division": down.division, "factor_rank": down.rank, **sizes}
+        return {"op": "bottleneck", **sizes}
 
     def extra_repr(self) -> str:
         parts = [f"width={self.down_sampler.in_features}", f"rank={self.down_sampler.out_features}", f"activation={self.activation!r}"]

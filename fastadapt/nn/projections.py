@@ -128,15 +128,28 @@ class PHMLinear(_Product):
                 std = math.sqrt(2) * math.sqrt(2.0 / (parameter.shape[1] + parameter.shape[2]))
                 parameter.normal_(0.0, std) if self.weight_init == "glorot-normal" else parameter.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
 
-    def matrix(self) -> Tensor:
+    def rule(self) -> Tensor:
+        """A, (n, n, n)."""
         p = self._parameters
-        rule = p["phm_rule"] if "phm_rule" in p else p["phm_rule_left"] * p["phm_rule_right"]  # type: ignore[operator]
+        return p["phm_rule"] if "phm_rule" in p else p["phm_rule_left"] * p["phm_rule_right"]  # type: ignore[operator, return-value]
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, the left and the right factor of W, as `fastadapt.functional.phm_bottleneck` takes them; of a W of rank k only."""
+        return self.rule(), self._parameters["W_left"], self._parameters["W_right"]  # type: ignore[return-value]
+
+    def matrix(self) -> Tensor:
+        p, rule = self._parameters, self.rule()
         # Products and sums and no matmul, which autocast would round to half precision.
         w = p["W"] if self.rank is None else (p["W_left"][..., None] * p["W_right"][:, None]).sum(2)  # type: ignore[index]
         return (rule[:, :, None, :, None] * w[:, None, :, None, :]).sum(0).reshape(self.in_features, self.out_features)  # type: ignore[index]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, division={self.division}, rank={self.rank}"
+
+
+def low_rank_phm(down: nn.Module, up: nn.Module) -> bool:
+    """Whether a bottleneck of these projections is one `fastadapt.functional.phm_bottleneck`, which never forms their weights."""
+    return isinstance(down, PHMLinear) and isinstance(up, PHMLinear) and down.rank is not None and (down.division, down.rank) == (up.division, up.rank)
 
 
 class LowRankLinear(_Product):

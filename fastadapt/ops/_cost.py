@@ -351,7 +351,7 @@ def shared_bytes(kernel: str, rank: int) -> int:
 def too_large(kernels: Sequence[str], call: Call) -> list[str]:
     """Why a block of the CUDA kernels does not fit the call's architecture: an empty list where each does, or where the architecture is not known."""
     device = device_of(call.arch)
-    if device is None:
+    if device is None or not kernels:
         return []
     rank = bucket(max(call.rank, call.option("gate_rank", 0)), CUDA_GATED_RANKS if call.op == "gated_bottleneck" else CUDA_RANKS)
     name, most = max(((kernel, shared_bytes(kernel, rank)) for kernel in kernels), key=lambda item: item[1])
@@ -363,9 +363,50 @@ def cuda_limits(call: Call) -> list[str]:
     """What the CUDA kernels do not take on any device, as csrc/cuda/bottleneck.cu says it where the library is built."""
     if call.dtype not in (torch.bfloat16, torch.float16):
         return [f"the cuda kernels take bfloat16 and float16, not {call.dtype}"]
+    if call.op == "phm_bottleneck":
+        return cuda_phm_limits(call)
     if call.width < 8 or call.width % 8:
         return ["the cuda kernels need a width that is a multiple of 8"]
     return [] if 1 <= call.rank <= CUDA_RANKS[-1] and call.option("gate_rank", 0) <= CUDA_RANKS[-1] else [f"the cuda kernels take ranks from 1 to {CUDA_RANKS[-1]}"]
+
+
+# csrc/include/phm_bottleneck_cuda.h: tiles, shared memory and splits of Compacter's kernels.
+
+
+def cuda_phm_owners(division: int, columns: int, tokens: int) -> tuple[int, int, int]:
+    """Threads that own 8 columns of a row each, tokens side by side, and turns over a row."""
+    vectors = division * cdiv(columns, 8)
+    each = min(vectors, 256)
+    return each, min(256 // each, tokens), cdiv(vectors, each)
+
+
+def cuda_phm_shared_bytes(call: Call, tokens: int) -> int:
+    """Shared memory of a backward block over tiles of ``tokens``."""
+    n, k = call.option("division", 1), call.option("factor_rank", 1)
+    columns, pairs = (call.width // n, call.rank // n), 4 * cdiv(n * k, 4)
+    whole = [32 * cdiv(c, 32) for c in columns]
+    factors = 4 * pairs * sum(c + (32 if c % 64 == 0 else 0) for c in whole) + 32 * cdiv(n**3, 8)
+    staging = max(each * slots for each, slots, _ in (cuda_phm_owners(n, c, tokens) for c in columns))
+    return factors + tokens * n * (2 * whole[1] + 16 * pairs) + 80 * staging
+
+
+def cuda_phm_tokens(call: Call) -> int:
+    """Tokens of a tile: 32, or as many as leave room on the smallest device; 0 where none do."""
+    return next((tokens for tokens in (32, 16, 8, 4, 2, 1) if cuda_phm_shared_bytes(call, tokens) <= 99 * 1024), 0)
+
+
+def cuda_phm_splits(rows: int, tokens: int) -> int:
+    tiles = cdiv(rows, tokens)
+    return cdiv(tiles, cdiv(tiles, 256))
+
+
+def cuda_phm_limits(call: Call) -> list[str]:
+    n, k = call.option("division", 1), call.option("factor_rank", 1)
+    if not 1 <= n <= 16:
+        return ["the cuda kernels take divisions from 1 to 16"]
+    if not 1 <= k <= 8:
+        return ["the cuda kernels take factor ranks from 1 to 8"]
+    return [] if cuda_phm_tokens(call) else ["the factors and a token's products do not fit the 99 KB of shared memory that every device has"]
 
 
 def cuda_needs_pack(s: Sizes) -> bool:

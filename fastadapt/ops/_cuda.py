@@ -98,8 +98,11 @@ def _unsupported(call: Call, namespace: str | None) -> list[str]:
         return [f"the cuda kernels take parameters in {call.dtype} and float32, not {call.param_dtype}"]
     if namespace is None:
         return []
-    shape = call.width, call.rank, call.option("gate_rank", 0)
-    why = getattr(torch.ops, namespace).why_not(_TYPES[call.dtype], _TYPES[call.param_dtype], *shape)
+    ops, types = getattr(torch.ops, namespace), (_TYPES[call.dtype], _TYPES[call.param_dtype])
+    if call.op == "phm_bottleneck":
+        why = ops.phm_why_not(*types, call.width, call.rank, call.option("division", 1), call.option("factor_rank", 1))
+    else:
+        why = ops.why_not(*types, call.width, call.rank, call.option("gate_rank", 0))
     return [why] if why else []
 
 

@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fastadapt.ops import _cuda
 from tests.cuda import nvcc, ptx_device
 
@@ -125,9 +127,12 @@ def launches() -> dict[str, ptx_device.Launch]:
     """How the library launches each of its kernels: its host code runs, the kernels do not."""
     from tests.cuda.test_ptx_ops import ALL_CASES, CASES  # the calls that launch them all
     from tests.ops import checks
+    from tests.ops.specs import PHM
 
+    # First the sizes by which the phm kernels' shared memory is judged.
+    papers = [PHM(lead=(32,), width=width, rank=96, dtype=dtype) for width in (768, 772) for dtype in (torch.bfloat16, torch.float16)]
     with ptx_device.device(run=False) as found:
-        for spec in [*CASES, *ALL_CASES]:
+        for spec in [*papers, *CASES, *ALL_CASES]:
             checks.fused(spec, "emulated-cuda", spec.draw(0), spec.cotangent(0))
     return found
 
@@ -174,7 +179,8 @@ def _above(kernel: str, kernels: dict[str, dict[str, int]]) -> str:
     for key in sorted({key.rsplit(" sm_", 1)[0] for key in kernels if key.startswith(f"{kernel}<") and "bf16" in key}, key=_order):
         rows = [kernels[f"{key} sm_{arch}"] for arch in ARCHS]
         rank = re.search(r", (\d+)(?:, (true|false))?>", key)
-        name = "any" if rank is None else rank[1] + (", dual" if rank[2] == "true" else "")
+        parts = "whole" if "true" in key else "not whole"
+        name = (parts if "PhmTraits" in key else "any") if rank is None else rank[1] + (", dual" if rank[2] == "true" else "")
         registers, blocks = (" / ".join(str(row[column]) for row in rows) for column in ("registers", "blocks"))
         lines.append(f"//   {name:10}{rows[0]['threads']:9}{rows[0]['shared']:9}   {registers:22}{blocks}")
     return "\n".join(lines) + "\n"

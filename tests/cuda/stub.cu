@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "include/cuda.h"
+#include "include/phm_bottleneck_cuda.h"
 
 namespace fastadapt::cuda {
 namespace {
@@ -25,6 +26,10 @@ size_t gated_forward_workspace(const GatedCall&) { return 1; }
 int gated_forward(const GatedCall& p) { return launch(p.y, p.stream); }
 size_t gated_backward_workspace(const GatedCall&) { return 1; }
 int gated_backward(const GatedCall& p) { return launch(p.workspace, p.stream); }
+const char* phm_why_not(Type, Type, int64_t, int64_t, int64_t division, int64_t) { return division > 16 ? "the stub takes divisions from 1 to 16" : nullptr; }
+int phm_forward(const PhmCall& call) { return launch(call.params.y, call.stream); }
+size_t phm_backward_workspace(const PhmCall&) { return 1; }
+int phm_backward(const PhmCall& call) { return launch(call.workspace, call.stream); }
 
 int device_count() {
   int n = 0;

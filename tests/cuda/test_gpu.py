@@ -8,13 +8,15 @@ from torch import Tensor
 
 from fastadapt import backend, functional
 from tests.ops import checks
-from tests.ops.specs import BF16, GRANULARITIES, MIXED, Bottleneck, Gated, Spec, specs
+from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, specs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CALLS: list[Spec] = [
     Bottleneck(lead=(4096,), width=768, rank=96, dtype=MIXED[0], param_dtype=MIXED[1], gate=True, scale="tensor"),
     Bottleneck(lead=(1000,), width=1024, rank=7, dtype=BF16[0]),
     *(Gated(lead=(8, 500), width=768, rank=96, gate_rank=96, dtype=MIXED[0], param_dtype=MIXED[1], granularity=g) for g in GRANULARITIES if g != "large_full"),
+    PHM(lead=(10000,), width=768, rank=96, dtype=MIXED[0], param_dtype=MIXED[1]),
+    PHM(lead=(1000,), width=772, rank=24, dtype=BF16[0], factor_rank=2),
 ]
 
 

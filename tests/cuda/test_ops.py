@@ -20,9 +20,9 @@ from fastadapt.ops import _cuda
 from fastadapt.ops.gated_bottleneck.reference import KINDS
 from tests.cuda import emulator
 from tests.golden import load_case
-from tests.ops import checks, test_bottleneck, test_gated_bottleneck
+from tests.ops import checks, test_bottleneck, test_gated_bottleneck, test_phm_bottleneck
 from tests.ops.checks import CUDA
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, Bottleneck, Gated, Spec, random_specs, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, random_specs, specs
 from tests.tolerance import assert_close_to_f64
 
 FP16, FP16_MIXED = DTYPES[3:]
@@ -97,35 +97,76 @@ REAL = [
 ]
 # Several row tiles of a sample, and samples that end inside a tile.
 LONG = [over(MIXED, Gated, lead=lead, width=64, rank=7, granularity="small", biases="none", gate_bias=False) for lead in ((2, 150), (7, 37))]
+# Parts of a multiple of 8 columns or not, of part of a step and of several; rows of more vectors than a block has threads. (With R from 64 and n from 4 one seed is enough.)
+PHM_RANDOM = [
+    replace(
+        spec,
+        dtype=dtypes[0],
+        param_dtype=dtypes[1],
+        width=spec.width if i % 4 == 3 else spec.division * 8 * max(1, spec.width // (8 * spec.division)),
+        lead=(300,) if i % 9 == 5 and spec.division < 8 else spec.lead,
+    )
+    for i, spec in enumerate(random_specs(PHM, 80, 43))
+    for dtypes in [HALF[i % 4] if spec.dtype == torch.float32 else (spec.dtype, spec.param_dtype)]
+]
+PHM_SHAPES = [
+    *(over(HALF[i % 4], PHM, lead=(t,), rank=64 + 4 * i, width=w) for i, (t, w) in enumerate(((1, 64), (31, 64), (32, 96), (33, 160), (65, 256), (100, 288)))),
+    *(over(d, PHM, lead=(37,), rank=68, width=w) for d, w in ((MIXED, 68), (FP16, 132), (BF16, 180))),
+    over(MIXED, PHM, lead=(9,), rank=80, width=2144, division=1, factor_rank=2),  # 268 vectors of a row
+    over(FP16, PHM, lead=(37,), rank=64, width=128, division=8),
+    # Tiles of 8 and of 4 tokens, of 24 and 36 rows, which 16 does not divide.
+    over(FP16, PHM, lead=(9,), rank=2400, width=24, division=3, biases="up"),
+    over(MIXED, PHM, lead=(5,), rank=72, width=72, division=9, factor_rank=8),
+    over(BF16, PHM, lead=(20,), rank=64, width=256, division=16),
+    over(MIXED, PHM, lead=(11,), rank=64, width=64, division=8, factor_rank=8),
+    over(FP16_MIXED, PHM, lead=(37,), rank=72, width=96, factor_rank=3),
+]
+PHM_OPTIONS = [
+    *(over(d, PHM, lead=(37,), rank=64, width=64, activation=a, scale=0.5) for d in (MIXED, FP16) for a in ACTIVATIONS),
+    *(over(MIXED, PHM, lead=(37,), rank=64, width=64, biases=b, residual=r) for b, r in (("none", None), ("down", "other"), ("up", "input"), ("both", "other"))),
+    over(MIXED, PHM, lead=(37,), rank=64, width=64, norm_before=True, norm_after=True),
+]
+PHM_REAL = [over(MIXED, PHM, lead=(65,), width=768, rank=96), over(FP16, PHM, lead=(33,), width=1024, rank=192, residual="other", scale=0.3)]
+ALL_PHM = [
+    over(HALF[i % 4], PHM, lead=(t,), width=8 * n * w, rank=n * r, division=n, factor_rank=k, residual=("input", "other", None)[i % 3], scale=0.5)
+    for i, (n, k, w, r) in enumerate((n, k, w, r) for n in (1, 2, 3, 4, 8, 16) for k in (1, 2, 3, 8) for w, r in ((1, 1), (2, 7), (5, 24)) if n * k < 65)
+    for t in (1, 32, 75)
+]
 # More than one split of the rows, the last one ragged.
 SPLITS = [over(d, lead=(t,), rank=r, width=64, gate=True, biases=b, scale=0.5) for d, t, r, b in ((MIXED, 600, 7, "up"), (FP16, 1000, 96, "both"))]
 SPLITS += [over(BF16, Gated, lead=(3, 200), rank=24, gate_rank=40, width=64, granularity=g) for g in ("large", "middleX")]
+# And more than one tile a split, the last split of one and less.
+SPLITS += [over(MIXED, PHM, lead=(300,), width=64, rank=64), over(FP16, PHM, lead=(8210,), width=64, rank=64, biases="none")]
 CALLS = [
     over(MIXED, lead=(3, 13), residual="other", scale="tensor", gate=True),
     over(BF16, lead=(70,), width=40, rank=7),
     # Not large_full, whose gate is a product of torch's own.
     *(over(d, Gated, lead=(3, 23), granularity=g) for d, g in ((MIXED, "large"), (FP16, "middleX"), (MIXED, "middleY"), (FP16_MIXED, "small"))),
     over(MIXED, Gated, lead=(3, 13), combine="add", save_gate=False, rank=7, gate_rank=5),
+    over(MIXED, PHM, lead=(3, 13), width=64, rank=20, residual="other", scale=0.7, factor_rank=2),
+    over(FP16, PHM, lead=(37,), width=36, rank=12, activation="silu"),
 ]
 EMPTY = [
     *(over(d, lead=lead, scale="tensor", gate=True) for d in (BF16, FP16_MIXED) for lead in ((0,), (5, 0))),
     *(over(d, Gated, lead=(0, 5), granularity=g, save_gate=s) for d in (MIXED, FP16) for g in GRANULARITIES for s in (True, False)),
+    *(over(d, PHM, lead=lead, width=64) for d in (MIXED, FP16) for lead in ((0,), (5, 0))),
 ]
 PAIRS = [
     *(over(d, lead=(70,), gate=True, scale="tensor", width=72, rank=r, activation=a) for d, r, a in ((MIXED, 70, "gelu_new"), (FP16, 24, "silu"))),
     *(over(d, Gated, lead=(3, 23), granularity=g, save_gate=s, rank=30, gate_rank=20) for d, s in ((MIXED, True), (FP16, False)) for g in GRANULARITIES),
+    *(over(d, PHM, lead=(37,), width=64, rank=64, activation=a) for d, a in ((MIXED, "gelu_new"), (FP16, "silu"))),
 ]
 
 
 @on_kernels
-@specs([*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *RANDOM[:30], *RANDOM[100:140]])
+@specs([*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *RANDOM[:30], *RANDOM[100:140], *PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL, *PHM_RANDOM[:20]])
 def test_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
 @pytest.mark.full
 @on_kernels
-@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES])
+@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES, *PHM_RANDOM[20:], *ALL_PHM])
 def test_more_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
@@ -163,7 +204,7 @@ class TestCall:
         checks.assert_deterministic(spec, name, device)
 
 
-@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0]])
+@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0], PHM_SHAPES[5]])
 def test_schedules_change_no_bit(spec: Spec, emulated: None) -> None:
     """Warps and blocks in any order: sums are added in an order of their own."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
@@ -203,7 +244,7 @@ def test_activations_far_from_zero(activation: str, dtypes: tuple[torch.dtype, t
 
 
 @on_kernels
-@specs([over(d, kind, lead=(3,), width=40, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated)])
+@specs([over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM)])
 def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
     """Rows 2^30 elements apart: the offset of the third does not fit in 32 bits. The 4 GiB are reserved, not touched."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
@@ -261,9 +302,16 @@ def test_recorded_gated_bottleneck(case_id: str, dtype: torch.dtype, name: str, 
 
 
 @on_kernels
-def test_under_autocast(name: str, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case_id", test_phm_bottleneck.RECORDED)
+def test_recorded_phm_bottleneck(case_id: str, dtype: torch.dtype, name: str, device: str) -> None:
+    checks.assert_recorded(test_phm_bottleneck.build, load_case(case_id), "phm_bottleneck", name, device, dtype)
+
+
+@on_kernels
+@pytest.mark.parametrize("spec", [over(MIXED), over(MIXED, PHM, width=64)], ids=["bottleneck", "phm_bottleneck"])
+def test_under_autocast(spec: Spec, name: str, device: str) -> None:
     """fp32 parameters, activations in autocast's dtype: the kernels' own mixture, and the bits of a call without autocast."""
-    spec = over(MIXED)
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
     expected = checks.fused(spec, name, tensors, dy)
     with torch.autocast(device, torch.bfloat16):
@@ -301,6 +349,29 @@ def test_a_gate_rank_it_cannot_take(name: str, device: str) -> None:
     spec = over(BF16, Gated, gate_rank=257)
     with backend.use(name), pytest.raises(backend.BackendError, match="ranks from 1 to 256"):
         spec.call(functional, spec.draw(0, device))
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"width": 17 * 8, "rank": 17, "division": 17}, "divisions from 1 to 16"),
+        ({"width": 32, "rank": 4, "factor_rank": 9}, "factor ranks from 1 to 8"),
+        ({"width": 4, "rank": 32768}, "do not fit the 99 KB of shared memory"),
+        ({"width": 32, "dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+    ],
+    ids=["division", "factor rank", "too large", "fp32"],
+)
+def test_a_phm_it_cannot_take(changes: Mapping[str, Any], reason: str, name: str, device: str) -> None:
+    spec = replace(over(BF16, PHM), **{**changes, **({"param_dtype": changes["dtype"]} if "dtype" in changes else {})})
+    with backend.use(name), pytest.raises(backend.BackendError, match=f"'{name}' was demanded but cannot run phm_bottleneck.*{reason}"):
+        spec.call(functional, spec.draw(0, device))
+
+
+def test_the_raw_phm_op_refuses_it_too(machine: emulator.Machine) -> None:
+    tensors = list(over(BF16, PHM, biases="none", residual=None, factor_rank=9).draw(0).values())
+    with pytest.raises(RuntimeError, match=r"factor ranks from 1 to 8 \(width 48, rank 12, division 4, factor rank 9\)"):
+        torch.ops.fastadapt_cuda_emulated.phm_bottleneck(*tensors[:4], None, *tensors[4:], None, None, 1.0, 0, False, True)
 
 
 @pytest.mark.parametrize(

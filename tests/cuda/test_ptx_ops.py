@@ -10,7 +10,7 @@ import torch
 
 from tests.cuda import nvcc, ptx, ptx_device
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, Bottleneck, Gated, Spec, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, specs
 
 FP16, FP16_MIXED = DTYPES[3:]
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
@@ -25,6 +25,10 @@ def gated(dtypes: tuple[torch.dtype, torch.dtype], **options: object) -> Gated:
     return Gated(**{"dtype": dtypes[0], "param_dtype": dtypes[1], "lead": (5, 14), "width": 72, "biases": "up", "gate_bias": False, "scale": 0.5, **options})
 
 
+def phm(dtypes: tuple[torch.dtype, torch.dtype], **options: object) -> PHM:
+    return PHM(**{"dtype": dtypes[0], "param_dtype": dtypes[1], "lead": (37,), "width": 64, "rank": 64, "scale": 0.5, **options})
+
+
 # One kernel per template and dtype.
 CASES: list[Spec] = [
     plain(MIXED, rank=96),
@@ -34,6 +38,10 @@ CASES: list[Spec] = [
     gated(FP16, rank=96, gate_rank=72, biases="none"),
     gated(BF16, rank=24, granularity="middleX", save_gate=False),
     gated(FP16_MIXED, rank=24, granularity="small", save_gate=False),
+    phm(MIXED),
+    phm(FP16, width=68, residual="other", lead=(9,)),
+    phm(BF16, width=68, residual=None, lead=(9,), activation="relu"),
+    phm(FP16_MIXED, activation="silu", lead=(9,)),
 ]
 # Every instance, every option of the ops.
 ALL_CASES: list[Spec] = [
@@ -43,6 +51,10 @@ ALL_CASES: list[Spec] = [
     *(gated(d, rank=40, gate_rank=24, granularity=g, activation=a, combine=c) for d, c in ((BF16, "add"), (FP16, "multiply")) for g, a in zip(GRANULARITIES, ACTIVATIONS)),
     plain(BF16, rank=7, biases="both", scale="tensor", residual="other", lead=(3, 23)),
     plain(FP16_MIXED, rank=96, width=768, lead=(300,)),
+    *(phm(d, width=w, activation=a) for (d, w), a in zip(((MIXED, 96), (FP16, 100), (BF16, 132), (FP16_MIXED, 160), (BF16, 64)), ACTIVATIONS, strict=True)),
+    *(phm(d, division=n, factor_rank=k, width=16 * n) for d, n, k in ((MIXED, 8, 2), (FP16, 16, 1), (BF16, 4, 8))),
+    phm(BF16, width=768, rank=96, lead=(65,)),
+    phm(BF16, lead=(8210,)),
 ]
 
 
@@ -79,6 +91,6 @@ def test_every_shipped_kernel_runs(poisoned_empty: None) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("perturb", [1, -1, {"ex2": 1, "rcp": -1}, {"ex2": -1, "rcp": 1}], ids=str)
-@specs([plain(BF16, rank=24, activation="gelu_new"), plain(FP16, rank=24, activation="silu"), gated(FP16, rank=24, gate_rank=40, activation="gelu_new")])
+@specs([plain(BF16, rank=24, activation="gelu_new"), plain(FP16, rank=24, activation="silu"), gated(FP16, rank=24, gate_rank=40, activation="gelu_new"), phm(FP16, lead=(9,))])
 def test_approximations_that_are_wrong_by_their_bound(spec: Spec, perturb: ptx.Perturb, poisoned_empty: None) -> None:
     within_rule(spec, perturb)

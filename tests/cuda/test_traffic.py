@@ -12,12 +12,25 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from fastadapt.backend import Call
+from fastadapt.ops import _cost
 from tests.cuda import emulator
 from tests.ops import checks
-from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, Bottleneck, Gated, Spec
+from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
-KERNELS = ("prologue_kernel", "forward_kernel", "gated_forward_kernel", "gates_kernel", "rows_kernel", "slab_kernel", "reduce_kernel")
+KERNELS = (
+    "prologue_kernel",
+    "forward_kernel",
+    "gated_forward_kernel",
+    "gates_kernel",
+    "rows_kernel",
+    "slab_kernel",
+    "reduce_kernel",
+    "phm_forward_kernel",
+    "phm_rows_kernel",
+    "phm_reduce_kernel",
+)
 
 
 class Line(NamedTuple):
@@ -45,9 +58,11 @@ class Launch(NamedTuple):
     named: frozenset[str]
     values: dict[str, int]
     counts: bool = True
+    only: frozenset[str] = frozenset()
+    """Names that a line must have: the others count elsewhere."""
 
     def lines(self) -> Iterator[Line]:
-        return (line for line in lines() if line.kernel == self.kernel and line.named <= self.named)
+        return (line for line in lines() if line.kernel == self.kernel and self.only <= line.named <= self.named)
 
     def bytes(self, direction: str) -> int:
         return sum(eval(line.formula, {}, self.values) for line in self.lines() if line.direction == direction)
@@ -83,6 +98,9 @@ def shares(rows: int, length: int) -> int:
 
 def launches(spec: Spec, needs: frozenset[str]) -> Iterator[Launch]:
     """Of a call that trains ``needs``."""
+    if isinstance(spec, PHM):
+        yield from phm_launches(spec, needs)
+        return
     gated = spec if isinstance(spec, Gated) else None
     shapes = spec.shapes()
     given = {name for name in shapes}
@@ -187,6 +205,44 @@ def launches(spec: Spec, needs: frozenset[str]) -> Iterator[Launch]:
         yield launch("reduce_kernel", {"sums": True}, count=width, columns=1, stored=1)
 
 
+# ---- Compacter's, with the tiles of fastadapt/ops/_cost.py
+
+
+def phm_call(spec: PHM) -> Call:
+    options = (("division", spec.division), ("factor_rank", spec.factor_rank))
+    return Call("phm_bottleneck", "cpu", spec.dtype, spec.param_dtype or spec.dtype, torch.Size(spec.lead).numel(), spec.width, spec.rank, options)
+
+
+def phm_launches(spec: PHM, needs: frozenset[str]) -> Iterator[Launch]:
+    given = set(spec.shapes())
+    rows, width, rank, n, k, tokens = torch.Size(spec.lead).numel(), spec.width, spec.rank, spec.division, spec.factor_rank, _cost.cuda_phm_tokens(phm_call(spec))
+    tiles = -(-rows // tokens)
+    splits = _cost.cuda_phm_splits(rows, tokens)
+    _, slots, turns = _cost.cuda_phm_owners(n, width // n, tokens)
+    added = spec.options().get("residual") == "input"
+    base = {"N": rows, "D": width, "R": rank, "P": 4 if spec.param_dtype == torch.float32 else 2, "F": 2 * k * (width + rank) + 2 * n**3}
+    base |= {"tiles": tiles, "splits": splits, "slots": slots, "groups": -(-up_to(4, n * k) // 8), "quads": -(-n * k // 4)}
+
+    def launch(kernel: str, named: dict[str, Any], counts: bool = True, **values: int) -> Launch:
+        return Launch(f"phm_{kernel}_kernel", frozenset(name for name, there in named.items() if there), {**base, **values}, counts)
+
+    yield launch("forward", {"b_down": "b_down" in given, "b_up": "b_up" in given, "added": added, "other": "residual" in given, "z": bool(needs)})
+    if not needs - {"residual"}:
+        return
+    thin_turns = _cost.cuda_phm_owners(n, rank // n, tokens)[2]
+    numbers = {"rule": (n**3, 1), "left_down": (k * width, turns), "right_down": (k * rank, thin_turns), "b_down": (rank, 1)}
+    numbers |= {"left_up": (k * rank, thin_turns), "right_up": (k * width, turns), "b_up": (width, 1)}
+    gradients = [numbers.get(name) or numbers["rule"] for name in sorted(needs - {"x", "residual"})]
+    dx, down = "x" in needs, bool(needs & {"x", "rule_down", "left_down", "right_down", "b_down"})
+    named = {"down": down, "dy": down or needs & {"rule_up", "left_up"}, "d_right_up": "right_up" in needs, "d_b_up": "b_up" in needs, "alone": "right_up" not in needs}
+    named |= {"x": needs & {"rule_down", "right_down"}, "d_left_down": "left_down" in needs, "dx": dx, "added": added}
+    yield launch("rows", named)
+    for i, (count, times) in enumerate(gradients):
+        # The common lines are those of the launch above.
+        yield launch("rows", {"gradient": True}, False, numbers=count, turns=times)._replace(only=frozenset({"gradient"}))
+        yield launch("reduce", {"gradient": True}, i == 0, numbers=count)
+
+
 # ---- The calls
 
 
@@ -218,14 +274,28 @@ GATED = [
     *(over(BF16, Gated, lead=(3, 100), width=136, rank=190, gate_rank=201, granularity=g, save_gate=False, biases="none", gate_bias=False) for g in ("large", "middleX", "small")),
     *(over(MIXED, Gated, lead=(280, 1), width=64, rank=33, gate_rank=256, granularity=g, save_gate=True) for g in ("large", "middleY")),
 ]
-FEW = [PLAIN[1], PLAIN[4], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96))]
+# Tiles of part of the tokens, of fewer than 32 and more than one a split; rows of more vectors than a block has threads; pairs that 4 and 8 divide or not; ragged parts.
+COMPACTER = [
+    over(BF16, PHM, lead=(70,), width=64, rank=12),
+    over(MIXED, PHM, lead=(37,), width=96, rank=24, residual="other", factor_rank=2),
+    over(FP16, PHM, lead=(40,), width=36, rank=9, residual=None, division=3, factor_rank=3, biases="none"),
+    over(FP16_MIXED, PHM, lead=(9,), width=2144, rank=32, division=1, biases="up"),
+    over(BF16, PHM, lead=(20,), width=4, rank=4160, factor_rank=1, biases="down"),
+    over(BF16, PHM, lead=(11,), width=128, rank=32, division=16, factor_rank=2),
+    over(BF16, PHM, lead=(257 * 32,), width=32, rank=4),
+]
+FEW = [PLAIN[1], PLAIN[4], COMPACTER[1], COMPACTER[2], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96))]
 
 
 def cases() -> list[Any]:
     """Every call with all gradients, and some of them with none, one, or all but one."""
-    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED]]
+    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED, *COMPACTER]]
     for spec in FEW:
-        out += [(spec, frozenset()), *((spec, frozenset({name})) for name in spec.shapes()), *((spec, frozenset(spec.shapes()) - {name}) for name in ("w_up", "w_down"))]
+        out += [
+            (spec, frozenset()),
+            *((spec, frozenset({name})) for name in spec.shapes()),
+            *((spec, frozenset(spec.shapes()) - {name}) for name in ("w_up", "w_down", "right_up", "left_up") if name in spec.shapes()),
+        ]
     return [pytest.param(spec, needs, id=f"{spec.op}-{spec}-{','.join(sorted(needs)) if len(needs) < 2 else len(needs)}") for spec, needs in out]
 
 
@@ -253,3 +323,16 @@ def test_every_line_of_every_table_is_met() -> None:
     assert {line.kernel for line in lines()} == set(KERNELS)
     met = {line for case in cases() for launch in launches(*case.values) for line in launch.lines()}
     assert [line for line in lines() if line not in met] == []
+
+
+def test_the_compiled_limits_of_compacter_are_those_of_the_model(emulated: None) -> None:
+    """On both sides of where the factors, or a token's products, fill a block's shared memory."""
+    shapes = [(n, k, n * wide, n * thin) for n in (1, 2, 4, 7, 12, 16) for k in (1, 3, 8) for wide in (1, 24, 192, 1024, 3000) for thin in (1, 24, 96, 2000)]
+    shapes += [(17, 1, 136, 17), (4, 9, 64, 8)]
+    taken = {True: 0, False: 0}
+    for n, k, width, rank in shapes:
+        call = phm_call(PHM(lead=(1,), width=width, rank=rank, dtype=torch.bfloat16, division=n, factor_rank=k))
+        why = torch.ops.fastadapt_cuda_emulated.phm_why_not(1, 1, width, rank, n, k)
+        assert _cost.cuda_limits(call) == ([why] if why else []), call
+        taken[not why] += 1
+    assert min(taken.values()) > 50

@@ -1,4 +1,4 @@
-"""Mutants of the CPU kernels: `python -m tests.mutation.cpu` writes tests/data/cpu_mutants.json.
+"""Mutants of the CPU kernels: `python -m tests.mutation.cpu` writes tests/data/cpu_mutants.json, `python -m tests.mutation.cpu phm` those of phm_bottleneck, cpu_phm_mutants.json.
 
 They are compiled for AVX2, for fp32 and for bf16 over fp32 parameters, and run in memory that is full of NaN and ends at an unreadable page (guard.cpp).
 """
@@ -21,10 +21,11 @@ import torch
 from fastadapt.ops import _cpu
 from tests.mutation import calls, cpp, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, Bottleneck, Gated, Spec
+from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec
 
-SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp")
-FILES = ("csrc/cpu/tile.h", *SOURCES[1:])
+SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp")
+FILES = ("csrc/cpu/tile.h", *SOURCES[1:3])
+PHM_FILES = ("csrc/include/phm_bottleneck.h", "csrc/cpu/phm_bottleneck.cpp")
 FLAGS = "-O1 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DFASTADAPT_MUTATION".split()
 
 PAD = "what stands in this padding gives only results beyond the width or the rows, which are cleared or not stored"
@@ -102,6 +103,38 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("condition", "p.dgate_up_bias, false, false"): MORE,
 }
 
+NEARER = "without the rounding of the pre-activation, which goes to z all the same, the result is nearer to the exact one"
+LATER = "writes further into a place that is written after it: the next pair's, the next part's, the next factor's or scratch that the next step fills"
+BEYOND = "a turn too many reads a row behind the factors or behind a local array, by an address that no check watches, and writes where something is written later"
+ROWS = "also computes rows of other ranges, the same numbers, and tiles of no rows, which store nothing"
+PHM_EXPLAINED: dict[tuple[str, str], str] = {
+    **{(kind, "__builtin_prefetch("): "prefetching, from any address, changes the speed alone" for kind in ("offset", "product", "sign", "deleted")},
+    ("deleted", "load_fp32_from_fp16"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the op see it",
+    ("bound", "count >= kBlock"): SAME,
+    ("loop", "i < kBlock -> i <= kBlock in for (int64_t i = 0; i < kBlock; ++i) widen"): LATER,
+    ("loop", "q < kGroup -> q <= kGroup in for (int64_t q = 0; q < kGroup; ++q)"): BEYOND,
+    ("loop", "j < part -> j <= part in for (int64_t j = 0; j < part; j += kLanes) {"): LATER,
+    ("loop", "j + kBlock * kLanes <= part -> j + kBlock * kLanes < part"): SAME,
+    ("loop", "i + step <= width -> i + step < width"): TAIL,
+    ("loop", "g < s.pairs -> g <= s.pairs in for (int64_t g = 0"): LATER,
+    **{(kind, "round_to<A>(z"): NEARER for kind in ("offset", "deleted")},
+    **{(kind, "in for (int64_t i = 0; i < n; i += kPanel) narrow(v + i, rounded"): NEARER for kind in ("loop", "sign", "offset", "deleted")},
+    ("condition", "if constexpr (!std::is_same_v<A, float>) {"): NEARER,
+    ("loop", "pair < round_up(pairs, kGroup) -> pair <= round_up(pairs, kGroup)"): LATER,
+    ("loop", "j < ld -> j <= ld"): LATER,
+    ("offset", "kBlock * s.line -> kBlock in"): SHARE,
+    ("offset", "s.rank * kLanes -> s.rank in carve("): SHARE,
+    ("constant", "std::fill(mixed, mixed + s.thin, 0.f)"): ZERO,
+    ("constant", "std::fill(d_inner, d_inner + s.thin, 0.f)"): ZERO,
+    ("offset", "begin * kTileRows -> begin in"): ROWS,
+    ("bound", "std::min(p.rows, end * kTileRows) -> std::max(p.rows, end * kTileRows)"): ROWS,
+    ("loop", "row < std::min(p.rows, end * kTileRows) -> row <= std::min(p.rows, end * kTileRows)"): ROWS,
+    ("loop", "i < p.rank -> i <= p.rank in for (int64_t i = 0; i < p.rank; ++i) (Vec::loadu(z"): LATER,
+    ("loop", "r < m -> r <= m"): MORE,
+    ("loop", "row < chunk_end -> row <= chunk_end"): "a tile of no rows: adds zeros",
+    ("deleted", "continue; -> ; in if (!need_"): MORE,
+}
+
 
 def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck, **options: Any) -> Spec:
     return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
@@ -148,6 +181,24 @@ CALLS: list[Spec] = [
         for d, c, s in ((FP32, "multiply", False), (MIXED, "add", True))
     ),
 ]
+# Parts of less than a vector, whole vectors and beyond; one to four groups of pairs; a block and a tile less than whole, several chunks.
+PHM_SPECS: list[Spec] = [
+    over(FP32, PHM, lead=(65,), width=33, rank=9, division=3, residual="other", scale=0.7),
+    over(MIXED, PHM, lead=(9,), width=160, rank=40, scale=0.7),
+    *(over(d, PHM, lead=(64,), width=64, rank=64) for d in BOTH),
+    over(FP32, PHM, lead=(64,), width=36, rank=36, scale=0.7),
+    *(over(FP32, PHM, lead=(13,), width=40, rank=20, activation=a, scale=0.7) for a in ACTIVATIONS),
+    *(over(MIXED, PHM, lead=(30,), width=36, rank=12, activation=a, residual=None) for a in ACTIVATIONS),
+    *(over(d, PHM, lead=(130,), width=72, rank=24, biases=b, residual=r) for d in BOTH for b, r in (("none", "input"), ("up", "other"), ("down", None))),
+    *(
+        over(d, PHM, lead=(20,), width=80, rank=20, division=n, factor_rank=k, residual=r)
+        for d, n, k, r in ((FP32, 1, 1, "other"), (MIXED, 2, 3, None), (FP32, 5, 2, "input"), (MIXED, 4, 4, "other"))
+    ),
+    over(FP32, PHM, lead=(1,), width=264, rank=8),
+    over(MIXED, PHM, lead=(620,), width=72, rank=20),
+    over(FP32, PHM, lead=(620,), width=200, rank=200, factor_rank=2),
+]
+PHM_CALLS: list[Spec] = [over(MIXED, PHM, lead=(70,), width=36, rank=12, factor_rank=2, residual="other", scale=0.7), over(FP32, PHM, lead=(70,), width=64, rank=12)]
 
 
 def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
@@ -173,35 +224,61 @@ def link(folder: Path) -> list[str]:
     return ["g++", "-shared", "-fopenmp", *objects, "-o", "_cpu_avx2.so", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
 
 
-def prepare() -> schemata.Check:
+def load(folder: Path, mutant: cpp.Mutant | None) -> None:
+    _cpu._FOLDER = folder
+    assert _cpu.unavailable() is None
+    library = ctypes.CDLL(str(folder / "_cpu_avx2.so"))
+    library.fastadapt_guard()
+    if mutant is not None and not mutant.static:
+        ctypes.c_int.in_dll(library, "fastadapt_mutant").value = mutant.number
+
+
+def prepared(specs: list[Spec]) -> list[calls.Prepared]:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    prepared = [calls.prepare(spec) for spec in SPECS]
+    return [calls.prepare(spec) for spec in specs]
+
+
+def of_calls(specs: list[Spec]) -> list[Callable[[], str]]:
+    """What is checked of each call beside its numbers."""
+    return [
+        partial(calls.first_failing, checks.assert_no_grad_path, specs, "cpu"),
+        partial(calls.first_failing, checks.assert_single_gradients, specs, "cpu"),
+        partial(calls.first_failing, checks.assert_deterministic, specs, "cpu"),  # for two threads too: ranges that do not begin at 0
+        partial(calls.first_failing, checks.assert_rounds_parameters, [s for s in specs if s.param_dtype != s.dtype], "cpu"),
+        partial(calls.first_failing, checks.assert_any_layout, [s for s in specs if "large_full" not in str(s)], "cpu"),  # large_full's gate is torch's own product
+    ]
+
+
+def prepare() -> schemata.Check:
+    every = prepared(SPECS)
 
     def check(folder: Path, mutant: cpp.Mutant | None) -> str:
-        _cpu._FOLDER = folder
-        assert _cpu.unavailable() is None
-        library = ctypes.CDLL(str(folder / "_cpu_avx2.so"))
-        library.fastadapt_guard()
-        if mutant is not None and not mutant.static:
-            ctypes.c_int.in_dll(library, "fastadapt_mutant").value = mutant.number
-        concerned = [spec for spec in CALLS if concerns(mutant, spec.op)]
+        load(folder, mutant)
         steps: list[Callable[[], str]] = [
-            partial(calls.first_wrong, [p for p in prepared if concerns(mutant, p.spec.op)], "cpu"),
+            partial(calls.first_wrong, [p for p in every if concerns(mutant, p.spec.op)], "cpu"),
             partial(calls.relu_at_zero, "cpu"),
-            partial(calls.first_failing, checks.assert_no_grad_path, concerned, "cpu"),
-            partial(calls.first_failing, checks.assert_single_gradients, concerned, "cpu"),
-            partial(calls.first_failing, checks.assert_deterministic, concerned, "cpu"),  # for two threads too: ranges that do not begin at 0
             partial(calls.gates_far_from_zero, "cpu") if concerns(mutant, "gated_bottleneck") else str,
-            partial(calls.first_failing, checks.assert_rounds_parameters, [s for s in concerned if s.param_dtype != s.dtype], "cpu"),
-            partial(calls.first_failing, checks.assert_any_layout, [s for s in concerned if "large_full" not in str(s)], "cpu"),  # large_full's gate is torch's own product
+            *of_calls([spec for spec in CALLS if concerns(mutant, spec.op)]),
         ]
         return next(filter(None, (step() for step in steps)), "")
 
     return check
 
 
+def prepare_phm() -> schemata.Check:
+    every = prepared(PHM_SPECS)
+
+    def check(folder: Path, mutant: cpp.Mutant | None) -> str:
+        load(folder, mutant)
+        return next(filter(None, (step() for step in (partial(calls.first_wrong, every, "cpu"), *of_calls(PHM_CALLS)))), "")
+
+    return check
+
+
 FAMILY = schemata.Family("cpu", FILES, commands, ("cpu_ops.o", "guard.o"), link, prepare, EXPLAINED)
 
+PHM_FAMILY = schemata.Family("cpu_phm", PHM_FILES, commands, ("bottleneck.o", "gated_bottleneck.o", "guard.o"), link, prepare_phm, PHM_EXPLAINED)
+
 if __name__ == "__main__":
-    sys.exit(schemata.main(FAMILY))
+    sys.exit(schemata.main(PHM_FAMILY if sys.argv[1:2] == ["phm"] and sys.argv.pop(1) else FAMILY))

@@ -1,8 +1,8 @@
-"""Mutants of the CUDA kernels and their launch sequences: `python -m tests.mutation.cuda` writes tests/data/cuda_mutants.json.
+"""Mutants of the CUDA kernels and their launch sequences: `python -m tests.mutation.cuda` writes tests/data/cuda_mutants.json; with `phm`, of Compacter's, cuda_phm_mutants.json.
 
 They run on the emulator, in bf16 over bf16 and fp32 parameters and in fp16, for a few ranks (csrc/cuda/launch.h), with races watched in shared and global memory, copies that
 arrive at the last legal moment, every launch held to the ranges of its arguments and to the bytes of its kernel's table, and every local array to its bounds. Constants of
-csrc/include/cuda_plan.h are sizes that all of it is built from: they are not mutated.
+csrc/include/cuda_plan.h and phm_bottleneck_cuda.h are sizes that all of it is built from: they are not mutated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,16 +19,17 @@ from fastadapt.ops import _cuda
 from tests.cuda import emulator, test_traffic
 from tests.mutation import calls, cpp, forks, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, Bottleneck, Gated, Spec
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
 SHARED = ("csrc/common/activations.cuh", "csrc/common/tiles.cuh")
 FILES = (*SHARED, "csrc/cuda/bottleneck.cuh", "csrc/cuda/gated_bottleneck.cuh", "csrc/cuda/bottleneck.cu", "csrc/cuda/gated_bottleneck.cu", "csrc/cuda/sequence.h")
+PHM_FILES = ("csrc/cuda/phm_bottleneck.cuh", "csrc/cuda/phm_bottleneck.cu")
 GATED_ONLY = ("csrc/cuda/gated_bottleneck.cuh", "csrc/cuda/gated_bottleneck.cu")
 SOURCES = {
     "_cuda_ops": "csrc/cuda_ops.cpp",
-    **{Path(name).stem: name for name in ("csrc/cuda/bottleneck.cu", "csrc/cuda/gated_bottleneck.cu")},
-    **{f"{op}_{t}": f"csrc/cuda/inst/{op}_{t}.cu" for op in ("bottleneck", "gated_bottleneck") for t in ("bf16", "fp16")},
+    **{Path(name).stem: name for name in ("csrc/cuda/bottleneck.cu", "csrc/cuda/gated_bottleneck.cu", "csrc/cuda/phm_bottleneck.cu")},
+    **{f"{op}_{t}": f"csrc/cuda/inst/{op}_{t}.cu" for op in ("bottleneck", "gated_bottleneck", "phm_bottleneck") for t in ("bf16", "fp16")},
     "guard": "tests/mutation/guard.cpp",
 }
 
@@ -99,6 +100,29 @@ EXPLAINED: dict[tuple[str, str], str] = {
 }
 
 
+NO_COLUMN = "columns behind a part's meet zeros of the factor, or are not stored"
+NO_TOKEN = "rows behind the tile are read as zero and not stored: slower, the same results"
+PHM_EXPLAINED: dict[tuple[str, str], str] = {
+    ("bound", "rows - first_token < tile -> rows - first_token <= tile"): "where the two are equal, either is the smaller one",
+    ("constant", "0.f -> 0.5f in return pack(column + j < columns"): NO_COLUMN,
+    ("condition", "true -> false in bool begins = true;"): "written for every tile before it is read",
+    ("constant", "0.f -> 0.5f in ptx::store_shared(to + 2 * (pair * pitch + c)"): "meets zeros of the rows, or padded pairs, which mix leaves zero; only NaN would show",
+    ("loop", "item < groups * plan::ceil_div(rows, 16) -> item <= groups"): NO_TOKEN,
+    ("condition", "Tr::kWhole || column + j < s.wide -> static_cast<bool>(column + j < s.wide)"): "a whole part has all 8 columns: slower, the same results",
+    ("loop", "t0 < tokens -> t0 <= tokens"): NO_TOKEN,
+    ("constant", "0.f -> 0.5f in const float4 v = out ?"): "without a factor's gradient its sums are not stored",
+    ("sign", "pair + half -> pair - half in if (!out || pair + half >= pairs) break;"): MORE,
+    ("bound", "pair + half >= pairs -> pair + half > pairs in if (!out"): MORE,
+    ("condition", "!out || pair + half >= pairs -> static_cast<bool>(!out)"): MORE,
+    ("offset", "arena + tile.at.factors[0][0] -> arena - tile.at.factors[0][0]"): "this piece lies at 0",
+    ("loop", "i < p.count -> i <= p.count"): "each block has found its part before",
+    ("constant", "0.f -> 0.5f in return first + column < of.columns ?"): "sums of columns that do not exist are not stored",
+    ("condition", "false -> true in return with_type(call.activation_type"): "the forward gets as much shared memory as the backward, and uses the beginning of it",
+    ("bound", "width > kMost -> width >= kMost"): "so wide a part does not fit shared memory either",
+    ("bound", "rank > kMost -> rank >= kMost"): "so wide a part does not fit shared memory either",
+}
+
+
 def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck, **options: Any) -> Spec:
     return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
 
@@ -159,6 +183,53 @@ SHAPES = [
     *(((1, 0, 8, 8, rank), taken) for rank, taken in ((-1, False), (0, True), (256, True), (257, False))),
     *(((*types, 8, 8, 0), taken) for types, taken in (((0, 0), False), ((1, 2), False), ((2, 1), False), ((2, 2), True))),
 ]
+# The same of Compacter's: parts of a multiple of 8 columns or not, pairs that 4 and 8 divide or not, tiles of 32 tokens and of fewer, several turns over a row and tiles a split.
+PHM_SPECS: list[Spec] = [
+    over(MIXED, PHM, lead=(37,), width=64, rank=20, residual="other", scale=0.7, factor_rank=2),
+    over(FP16, PHM, lead=(40,), width=45, rank=21, division=3, factor_rank=3, scale=0.7),
+    over(BF16, PHM, lead=(11,), width=128, rank=32, division=16, factor_rank=2, residual=None),
+    over(FP16_MIXED, PHM, lead=(5,), width=56, rank=7, division=1),
+    over(BF16, PHM, lead=(70,), width=288, rank=160),
+    *(over(d, PHM, lead=(20,), width=64, rank=16, activation=a, scale=0.7) for d, a in zip((BF16, FP16, MIXED, FP16, FP16), ACTIVATIONS, strict=True)),
+    *(over(BF16, PHM, lead=(20,), width=40, rank=24, biases=b, residual=r) for b, r in (("none", "input"), ("up", "other"), ("down", None))),
+    over(BF16, PHM, lead=(9,), width=2144, rank=8, division=1),
+    over(MIXED, PHM, lead=(6,), width=8, rank=4160),
+    # Tiles of 8 and of 4 tokens, of 24 and 36 rows: they end in the lower and in the upper half of a product's 16.
+    over(BF16, PHM, lead=(9,), width=24, rank=2400, division=3),
+    over(BF16, PHM, lead=(5,), width=72, rank=18, division=9, factor_rank=8),
+    over(BF16, PHM, lead=(8210,), width=32, rank=4),
+]
+PHM_CALLS: list[Spec] = [
+    over(MIXED, PHM, lead=(20,), width=64, rank=20, residual="other", scale=0.7, factor_rank=2),
+    over(FP16, PHM, lead=(3, 13), width=36, rank=12, biases="both"),
+]
+PHM_TRAFFIC: list[tuple[Spec, tuple[str, ...] | None]] = [
+    *(
+        (over(MIXED, PHM, lead=(37,), width=64, rank=20, residual="other", scale=0.7, factor_rank=3), needs)
+        for needs in (
+            EVERYTHING,
+            NOTHING,
+            *((name,) for name in ("x", "rule_down", "left_down", "right_down", "b_down", "rule_up", "left_up", "right_up", "b_up")),
+            ("left_up", "right_up"),
+        )
+    ),
+    *((over(FP16, PHM, lead=(20,), width=36, rank=12, biases=b), EVERYTHING) for b in ("none", "both")),
+    (over(BF16, PHM, lead=(20,), width=36, rank=12, residual=None), ("x",)),
+    (over(BF16, PHM, lead=(9,), width=2144, rank=8, division=1), EVERYTHING),
+    (over(BF16, PHM, lead=(6,), width=8, rank=4160), EVERYTHING),
+    (over(BF16, PHM, lead=(11,), width=128, rank=32, division=16, factor_rank=2), EVERYTHING),
+    (over(BF16, PHM, lead=(257 * 32,), width=32, rank=4), EVERYTHING),  # the last split has one whole tile of two
+]
+LARGE = ((1 << 14, 4, True), (1 << 15, 4, False), (4, 1 << 15, False), (1 << 16, 1 << 16, False), (1 << 33, 4, False), (4, 1 << 33, False))
+# Types (activations, parameters), width, rank, division, factor rank.
+PHM_SHAPES = [
+    *(((1, 1, width, 8, 4, 1), taken) for width, taken in ((0, False), (3, False), (4, True), (6, False), (8, True))),
+    *(((2, 0, 8, rank, 4, 1), taken) for rank, taken in ((0, False), (2, False), (4, True), (7, False))),
+    *(((1, 0, 16 * n, 16 * n, n, 1), taken) for n, taken in ((-1, False), (0, False), (1, True), (16, True), (17, False))),
+    *(((1, 0, 16, 16, 4, k), taken) for k, taken in ((-1, False), (0, False), (1, True), (8, True), (9, False))),
+    *(((1, 0, width, rank, 4, 1), taken) for width, rank, taken in LARGE),
+    *(((*types, 8, 8, 4, 1), taken) for types, taken in (((0, 0), False), ((1, 2), False), ((2, 1), False), ((2, 2), True))),
+]
 SCHEDULES = (("in_order", 0), ("priority", 1), ("random", 2))
 
 
@@ -190,13 +261,24 @@ def link(folder: Path) -> list[str]:
     return ["g++", "-shared", *(f"{name}.o" for name in SOURCES), "-o", "_cuda.so", str(emulator._emulator(emulator.CSRC, False)), *emulator._torch_link().split()]
 
 
-def prepare() -> schemata.Check:
+class Trial(NamedTuple):
+    """The calls that a family's mutants go through; ``few``: those under every schedule."""
+
+    specs: list[Spec]
+    few: Callable[[list[calls.Prepared]], list[calls.Prepared]]
+    calls: list[Spec]
+    traffic: list[tuple[Spec, tuple[str, ...] | None]]
+    relu: Callable[[], str]
+    refusals: Callable[[], str]
+
+
+def prepare(trial: Trial) -> schemata.Check:
     import ctypes
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     emulator.Machine()  # builds and loads the emulator itself, which is not mutated, before the forks
-    prepared = [calls.prepare(spec) for spec in SPECS]
+    prepared = [calls.prepare(spec) for spec in trial.specs]
 
     def check(folder: Path, mutant: cpp.Mutant | None) -> str:
         _cuda.load_emulated(folder / "_cuda.so")
@@ -205,31 +287,42 @@ def prepare() -> schemata.Check:
         if mutant is not None and not mutant.static:
             ctypes.c_int.in_dll(library, "fastadapt_mutant").value = mutant.number
         own = [p for p in prepared if concerns(mutant, p.spec.op)]
-        concerned = [spec for spec in CALLS if concerns(mutant, spec.op)]
+        concerned = [spec for spec in trial.calls if concerns(mutant, spec.op)]
 
         def on(number: int, step: Callable[[], str]) -> Callable[[], str]:
             policy, seed = SCHEDULES[number]
             return partial(_on_device, policy, seed, step)
 
-        few = own[:3] + [p for p in own if p.spec.op == "gated_bottleneck"][::4]
+        few = trial.few(own)
         steps = [
             on(1, partial(calls.first_wrong, own, "emulated-cuda")),
             on(1, partial(calls.first_failing, checks.assert_single_gradients, concerned, "emulated-cuda")),
             on(1, partial(calls.first_failing, checks.assert_no_grad_path, concerned, "emulated-cuda")),
-            on(1, partial(calls.relu_at_zero, "emulated-cuda", torch.bfloat16)),
+            on(1, trial.relu),
             on(0, partial(calls.first_wrong, few, "emulated-cuda")),
             on(2, partial(calls.first_wrong, few, "emulated-cuda")),
-            on(1, partial(first_traffic, [(spec, needs) for spec, needs in TRAFFIC if concerns(mutant, spec.op)])),
-            refusals,
+            on(1, partial(first_traffic, [(spec, needs) for spec, needs in trial.traffic if concerns(mutant, spec.op)])),
+            trial.refusals,
         ]
         return next(filter(None, (step() for step in steps)), "")
 
     return check
 
 
-def refusals() -> str:
-    wrong = [shape for shape, taken in SHAPES if (torch.ops.fastadapt_cuda_emulated.why_not(*shape) == "") != taken]
+def refusals(why_not: str, shapes: Sequence[tuple[tuple[int, ...], bool]]) -> str:
+    wrong = [shape for shape, taken in shapes if (getattr(torch.ops.fastadapt_cuda_emulated, why_not)(*shape) == "") != taken]
     return f"what the kernels take: {wrong[0]}" if wrong else ""
+
+
+def phm_relu_at_zero() -> str:
+    """As `calls.relu_at_zero`."""
+    spec = over(BF16, PHM, lead=(3,), activation="relu", biases="none", residual=None)
+    tensors = spec.draw(0)
+    tensors["x"].zero_()
+    try:
+        return "d x of relu at 0" if checks.fused(spec, "emulated-cuda", tensors, spec.cotangent(0))["d x"].any() else ""
+    except Exception as error:
+        return f"relu at 0: {type(error).__name__}: {forks.last_line(error)}"
 
 
 def first_traffic(cases: Sequence[tuple[Spec, tuple[str, ...] | None]]) -> str:
@@ -252,7 +345,19 @@ def _on_device(policy: str, seed: int, step: Callable[[], str]) -> str:
 
 
 RULES = cpp.Rules(spelled=(*cpp.Rules().spelled, (r"FASTADAPT_SHARED\(arena\)", "char* arena")))  # a declaration, not a call that can be deleted
-FAMILY = schemata.Family("cuda", FILES, commands, ("guard.o",), link, prepare, EXPLAINED, RULES)
+TRIAL = Trial(
+    SPECS,
+    lambda own: own[:3] + [p for p in own if p.spec.op == "gated_bottleneck"][::4],
+    CALLS,
+    TRAFFIC,
+    partial(calls.relu_at_zero, "emulated-cuda", torch.bfloat16),
+    partial(refusals, "why_not", SHAPES),
+)
+PHM_TRIAL = Trial(PHM_SPECS, lambda own: own[:3], PHM_CALLS, PHM_TRAFFIC, phm_relu_at_zero, partial(refusals, "phm_why_not", PHM_SHAPES))
+OTHERS = tuple(f"{name}.o" for name in SOURCES if not name.startswith("phm"))
+FAMILY = schemata.Family("cuda", FILES, commands, ("guard.o",), link, partial(prepare, TRIAL), EXPLAINED, RULES)
+PHM_FAMILY = schemata.Family("cuda_phm", PHM_FILES, commands, OTHERS, link, partial(prepare, PHM_TRIAL), PHM_EXPLAINED, RULES)
 
 if __name__ == "__main__":
-    sys.exit(schemata.main(FAMILY))
+    phm = sys.argv[1:2] == ["phm"]
+    sys.exit(schemata.main(PHM_FAMILY if phm and sys.argv.pop(1) else FAMILY))

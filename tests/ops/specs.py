@@ -56,9 +56,12 @@ class Spec:
         for name, shape in self.shapes().items():
             t = torch.randn(shape, generator=g)
             if name not in self.activations:
-                t = t / max(shape[-1], 1) ** 0.5 if len(shape) == 2 else 0.3 * t + (1.0 if name in ("scale", "norm_before.weight", "norm_after.weight") else 0.0)
+                t = t * self._std(name, shape) + (1.0 if name in ("scale", "norm_before.weight", "norm_after.weight") else 0.0)
             out[name] = t.to(device, self.dtype if name in self.activations else self.param_dtype or self.dtype)
         return out
+
+    def _std(self, name: str, shape: tuple[int, ...]) -> float:
+        return 1 / max(shape[-1], 1) ** 0.5 if len(shape) == 2 else 0.3
 
     def cotangent(self, seed: int, device: str = "cpu") -> Tensor:
         return torch.randn((*self.lead, self.width), generator=torch.Generator().manual_seed(2000 + seed)).to(device, self.dtype)
@@ -191,11 +194,67 @@ class Gated(Spec):
         )
 
 
+@dataclass(frozen=True)
+class PHM(Spec):
+    division: int = 4
+    factor_rank: int = 1
+    residual: str | None = "input"
+    scale: float = 1.0
+    norm_before: bool = False
+    norm_after: bool = False
+
+    op = "phm_bottleneck"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        n, k, x = self.division, self.factor_rank, (*self.lead, self.width)
+        down, up = ((n, self.width // n, k), (n, k, self.rank // n)), ((n, self.rank // n, k), (n, k, self.width // n))
+        shapes: dict[str, tuple[int, ...]] = {"x": x, **({"residual": x} if self.residual == "other" else {})}
+        for side, (left, right) in (("down", down), ("up", up)):
+            shapes |= {f"rule_{side}": (n, n, n), f"left_{side}": left, f"right_{side}": right}
+        shapes |= {name: shape for name, shape in self._projections().items() if name.startswith("b_")}
+        for name in ("norm_before", "norm_after"):
+            if getattr(self, name):
+                shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (self.width,)
+        return shapes
+
+    def _std(self, name: str, shape: tuple[int, ...]) -> float:
+        """The sum of n k products has the variance of a Linear that keeps its input's."""
+        n, *others = shape
+        by_side = {"rule": n, "left": n * others[0], "right": others[0]} if others else {}
+        return by_side[name.split("_")[0]] ** -0.5 if others else 0.3
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"activation": self.activation, "scale": self.scale}
+        return options if self.residual == "other" else {**options, "residual": self.residual}
+
+    def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
+        norms = {n: (tensors[f"{n}.weight"], tensors[f"{n}.bias"], 1e-5) for n in ("norm_before", "norm_after") if getattr(self, n)}
+        return ops.phm_bottleneck(**{k: v for k, v in tensors.items() if "." not in k}, **norms, **self.options())
+
+    @staticmethod
+    def random(rng: random.Random) -> PHM:
+        division = rng.choice((1, 2, 3, 4, 4, 4, 8))
+        dtype, param_dtype = rng.choice(DTYPES)
+        return PHM(
+            lead=_random_lead(rng),
+            width=division * rng.randint(1, 96 // division),
+            rank=division * rng.randint(1, 40 // division),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            activation=rng.choice(ACTIVATIONS),
+            biases=rng.choice(("both", "both", "none", "down", "up")),
+            division=division,
+            factor_rank=rng.choice((1, 1, 1, 2, 3)),
+            residual=rng.choice(("input", "other", None)),
+            scale=rng.choice((1.0, 0.3, -2.0)),
+        )
+
+
 def _random_lead(rng: random.Random) -> tuple[int, ...]:
     return rng.choice(((rng.randint(1, 80),), (rng.randint(1, 5), rng.randint(1, 16)), (2, 2, rng.randint(1, 9))))
 
 
-def random_specs(kind: type[Bottleneck] | type[Gated], count: int, seed: int = 20) -> list[Spec]:
+def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM], count: int, seed: int = 20) -> list[Spec]:
     rng = random.Random(seed)
     return [kind.random(rng) for _ in range(count)]
 

@@ -1,8 +1,9 @@
-"""Mutation test of the Triton kernels: `python -m tests.triton.mutants` breaks one place of one kernel at a time and lists which test saw it.
+"""Mutation test of the Triton kernels: `python -m tests.triton.mutants` breaks one place of one kernel at a time and lists which test saw it;
+with `phm`, the kernels of Compacter's op, which are a family of their own.
 
 Mutants are every place of the listed kinds in the source of every kernel, found in the syntax tree: nothing is picked by hand. Each is tried in a fork of a process that has
 the library loaded, on a mutated copy of the source file in a temporary directory: the tree is not touched. First the interpreter runs calls of tests/triton/interpret, then, in
-a process without TRITON_INTERPRET, the survivors meet the 64-bit check of tests/triton/compiled. The table goes to tests/data/triton_mutants.json; a survivor needs an entry in
+a process without TRITON_INTERPRET, the survivors meet the 64-bit check of tests/triton/compiled. The table goes to tests/data/triton_mutants.json, or triton_phm_mutants.json; a survivor needs an entry in
 `EXPLAINED`, or the exit status is 1.
 """
 
@@ -28,7 +29,8 @@ from tests.mutation import forks, table
 
 ROOT = Path(__file__).parents[2]
 FILES = ("fastadapt/ops/_triton.py", "fastadapt/ops/bottleneck/triton.py", "fastadapt/ops/gated_bottleneck/triton.py")
-SOURCES = {file: (ROOT / file).read_text() for file in FILES}
+PHM_FILES = ("fastadapt/ops/phm_bottleneck/triton.py",)
+SOURCES = {file: (ROOT / file).read_text() for file in (*FILES, *PHM_FILES)}
 """Read once: an edit during the run changes nothing."""
 
 # (kind, a part of "before -> after in line") -> why no test can see it.
@@ -41,6 +43,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("constant", "-80.0"): "any bound below 88 keeps exp in range, and above 17 its result exact",
     ("mask", "tl.sum(d_logit[:, None]"): "the place behind the width gets the sum of dl, or the next sums, right afterwards",
 }
+PHM_EXPLAINED: dict[tuple[str, str], str] = {}
 
 
 class Mutant(NamedTuple):
@@ -125,7 +128,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 def install(mutant: Mutant | None, directory: str) -> None:
     """Loads the kernels' modules again, in place, from copies of their files of which one is mutated."""
-    for file in FILES:
+    for file in FILES if mutant is None or mutant.file in FILES else PHM_FILES:
         source = SOURCES[file]
         if mutant is not None and mutant.file == file:
             source = mutant.apply(source)
@@ -136,14 +139,14 @@ def install(mutant: Mutant | None, directory: str) -> None:
 
 
 def concerns(mutant: Mutant | None, op: str) -> bool:
-    return mutant is None or mutant.file == FILES[0] or f"/{op}/" in mutant.file
+    return mutant is None or (mutant.file == FILES[0] and op != "phm_bottleneck") or f"/{op}/" in mutant.file
 
 
 @contextmanager
 def executed_lines() -> Iterator[set[tuple[str, int]]]:
     """The lines of kernels, (file, number), that the interpreter executes in the block: a call that does not execute a line cannot see a change of it."""
     executed: set[tuple[str, int]] = set()
-    names = {str(ROOT / file): file for file in FILES}
+    names = {str(ROOT / file): file for file in SOURCES}
 
     def on_call(frame: FrameType, event: str, argument: Any) -> Any:
         file = names.get(frame.f_code.co_filename)
@@ -182,7 +185,7 @@ def statement(mutant: Mutant) -> set[tuple[str, int]]:
 Attempt = Callable[[Mutant | None], str]
 
 
-def interpreted() -> Attempt:
+def interpreted(family: str) -> Attempt:
     """Runs calls of the interpreter tests on a mutant, one seed, until one fails: the cheapest first, by their cost on the unmutated kernels."""
     import torch
 
@@ -194,7 +197,12 @@ def interpreted() -> Attempt:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     bf16.install()
     bounds.install()
-    specs = [*test_ops.CALLS, *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS]
+    phm = family == "phm"
+    specs = (
+        [*test_ops.PHM_CALLS, *test_ops.PHM_SHAPES, *test_ops.PHM_OPTIONS, *test_ops.PHM_REAL, *test_ops.PHM_LONG]
+        if phm
+        else [*test_ops.CALLS, *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS]
+    )
     prepared = []
     for spec in specs:
         call = calls.prepare(spec)
@@ -211,17 +219,23 @@ def interpreted() -> Attempt:
             install(mutant, directory)
             wrong = calls.first_wrong([call for _, call, executed in prepared if mutant is None or executed & statement(mutant)], "triton")
             if not wrong and (mutant is None or mutant.kind == "rounding"):
-                wrong = calls.first_failing(checks.assert_rounds_parameters, [s for s in test_ops.ROUNDED if concerns(mutant, s.op)], "triton")
+                wrong = calls.first_failing(
+                    checks.assert_rounds_parameters,
+                    [s for s in (*test_ops.ROUNDED, *test_ops.PHM_ROUNDED) if (s.op == "phm_bottleneck") == phm and concerns(mutant, s.op)],
+                    "triton",
+                )
             if not wrong and (mutant is None or mutant.kind == "mask"):
                 wrong = calls.relu_at_zero("triton")
             if not wrong and (mutant is None or mutant.kind == "absent tensor"):
-                wrong = calls.first_failing(checks.assert_single_gradients, [s for s in test_ops.CALLS if concerns(mutant, s.op)], "triton")
+                wrong = calls.first_failing(
+                    checks.assert_single_gradients, [s for s in (*test_ops.CALLS, *test_ops.PHM_CALLS) if (s.op == "phm_bottleneck") == phm and concerns(mutant, s.op)], "triton"
+                )
             return wrong
 
     return attempt
 
 
-def static() -> Attempt:
+def static(family: str) -> Attempt:
     """The 64-bit check on a mutant."""
     from tests.triton.compiled import aot
     from tests.triton.compiled.cases import launches
@@ -231,7 +245,7 @@ def static() -> Attempt:
         with tempfile.TemporaryDirectory() as directory:
             install(mutant, directory)
             for case in CASES:
-                if concerns(mutant, "bottleneck" if case.kind is None else "gated_bottleneck"):
+                if (case.kind == "phm") == (family == "phm") and concerns(mutant, case.op):
                     for launch in launches(case):
                         name = launch.kernel.fn.__name__
                         if narrow := narrow_offsets(aot.intermediate_code(launch), name):
@@ -244,14 +258,14 @@ def static() -> Attempt:
 STAGES = {"interpreted": interpreted, "static": static}
 
 
-def stage(name: str, mutants: list[Mutant | None], jobs: int) -> list[str]:
+def stage(name: str, family: str, mutants: list[Mutant | None], jobs: int) -> list[str]:
     """What killed each mutant, or "", in a process of its own, since interpreting and compiling exclude each other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if name == "interpreted" else "0"}
     said: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory) / "work.json"
         work.write_text(json.dumps([m and m._asdict() for m in mutants]))
-        command = [sys.executable, "-m", "tests.triton.mutants", "--stage", name, "--work", str(work), "--jobs", str(jobs)]
+        command = [sys.executable, "-m", "tests.triton.mutants", *([family] if family else []), "--stage", name, "--work", str(work), "--jobs", str(jobs)]
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:  # type: ignore[union-attr]
                 i, verdict = json.loads(line)
@@ -266,6 +280,7 @@ def stage(name: str, mutants: list[Mutant | None], jobs: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", nargs="?", choices=("phm",), default="", help="the kernels of Compacter's op; by default those of the other two")
     parser.add_argument("--sample", type=int, help="try this many mutants, evenly spread")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default 2)")
     parser.add_argument("--explain", action="store_true", help="try nothing; give the survivors of the last run the present explanations")
@@ -274,21 +289,23 @@ def main() -> int:
     options = parser.parse_args()
     if options.stage:
         mutants = [m and Mutant(**m) for m in json.loads(options.work.read_text())]
-        attempt = STAGES[options.stage]()
+        attempt = STAGES[options.stage](options.family)
         for row in forks.verdicts([partial(attempt, m) for m in mutants], options.jobs, 200):
             print(json.dumps(row), flush=True)
         return 0
+    name, files, explained = ("triton_phm", PHM_FILES, EXPLAINED | PHM_EXPLAINED) if options.family else ("triton", FILES, EXPLAINED)
+    sources = {file: SOURCES[file] for file in files}
     if options.explain:
-        return table.explain_again("triton", SOURCES, EXPLAINED)
-    every = sorted({m for file in FILES for m in mutants_of(file)}, key=lambda m: (FILES.index(m.file), m.start, m.end, m.after))
+        return table.explain_again(name, sources, explained)
+    every = sorted({m for file in files for m in mutants_of(file)}, key=lambda m: (files.index(m.file), m.start, m.end, m.after))
     chosen = every if options.sample is None else every[:: max(1, len(every) // options.sample)]
     began = time.time()
-    fate = {m: f"interpreter: {verdict}" for m, verdict in zip(chosen, stage("interpreted", [None, *chosen], options.jobs)) if verdict}
+    fate = {m: f"interpreter: {verdict}" for m, verdict in zip(chosen, stage("interpreted", options.family, [None, *chosen], options.jobs)) if verdict}
     left = [m for m in chosen if m not in fate]
-    fate |= {m: f"64-bit check: {verdict}" for m, verdict in zip(left, stage("static", [None, *left], options.jobs)) if verdict}
+    fate |= {m: f"64-bit check: {verdict}" for m, verdict in zip(left, stage("static", options.family, [None, *left], options.jobs)) if verdict}
     print(f"{time.time() - began:.0f} s, {forks.children_time():.0f} s of CPU time")
     rows = [table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, fate.get(m), table.text_of(SOURCES[m.file].splitlines(), m.line)) for m in chosen]
-    return table.write("triton", SOURCES, len(every), rows, EXPLAINED)
+    return table.write(name, sources, len(every), rows, explained)
 
 
 if __name__ == "__main__":

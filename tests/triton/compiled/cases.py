@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ from fastadapt.ops._library import ACTIVATIONS
 from fastadapt.ops.bottleneck import triton as bottleneck
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
 from fastadapt.ops.gated_bottleneck.reference import KINDS
+from fastadapt.ops.phm_bottleneck import triton as phm_bottleneck
 from tests.triton.compiled.aot import Launch, recorded
 
 
 class Case(NamedTuple):
-    """One call of an op; ``kind`` is None for the plain bottleneck. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
+    """One call of an op; ``kind`` is None for the plain bottleneck, "phm" for Compacter's, which alone has a division and a factor rank. Widths that 64 does not divide need masks; 4096
+    rows are many tiles and several splits."""
 
     kind: str | None
     rank: int
@@ -27,11 +30,18 @@ class Case(NamedTuple):
     add: bool = False
     options: bool = True
     save_gate: bool = False
+    division: int = 4
+    factor_rank: int = 1
+
+    @property
+    def op(self) -> str:
+        return {None: "bottleneck", "phm": "phm_bottleneck"}.get(self.kind, "gated_bottleneck")
 
     def __str__(self) -> str:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         extra = [f"d{self.width}"] * (self.width != 768) + [f"t{self.rows}"] * (self.rows != 4096) + [self.activation] * (self.activation != "gelu_new")
         extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate
+        extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm")
         return "-".join([self.kind or "bottleneck", f"r{self.rank}", names[self.dtype], f"p{names[self.param_dtype]}", *extra])
 
 
@@ -45,6 +55,8 @@ def launches(case: Case) -> list[Launch]:
     def optional(*shape: int) -> Tensor | None:
         return parameter(*shape) if case.options else None
 
+    if case.kind == "phm":
+        return phm_launches(case, parameter, optional)
     x, wd, wu, bd, bu = torch.empty(t, d, dtype=case.dtype), parameter(r, d), parameter(d, r), optional(r), optional(d)
     with recorded() as made:
         if case.kind is None:
@@ -65,4 +77,15 @@ def launches(case: Case) -> list[Launch]:
             _, *saved = gated_bottleneck.forward(x, other, wd, bd, wu, bu, g, gb, gu, gub, *common, int(case.save_gate), True)
             needs = [p is not None for p in (x, other, wd, bd, wu, bu, g, gb, gu, gub)]
             gated_bottleneck.backward(x, x, other, *saved, wd, bd, wu, bu, g, gb, gu, gub, *common, needs)
+    return made
+
+
+def phm_launches(case: Case, parameter: Callable[..., Tensor | None], optional: Callable[..., Tensor | None]) -> list[Launch]:
+    t, d, r, n, k = case.rows, case.width, case.rank, case.division, case.factor_rank
+    x, bd, bu = torch.empty(t, d, dtype=case.dtype), optional(r), optional(d)
+    down, up = ([parameter(n, n, n), parameter(n, wide // n, k), parameter(n, k, out // n)] for wide, out in ((d, r), (r, d)))
+    activation = ACTIVATIONS.index(case.activation)
+    with recorded() as made:
+        phm_bottleneck.forward(x, *down, bd, *up, bu, x if case.options else None, 0.5, activation, True, True)
+        phm_bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), *down, *up, 0.5, activation, True, [True] * 4 + [bd is not None] + [True] * 3 + [bu is not None])
     return made

@@ -10,11 +10,13 @@ import torch
 from tests.triton.compiled import aot
 from tests.triton.compiled.cases import Case, launches
 
-ROW_AXIS = {"forward_kernel": "x", "rows_kernel": "x", "gates_kernel": "x", "means_kernel": "x", "weights_kernel": "y"}
+ROW_AXIS = {"forward_kernel": "x", "rows_kernel": "x", "backward_kernel": "x", "gates_kernel": "x", "means_kernel": "x", "weights_kernel": "y"}
 """The grid axis along which rows are cut."""
 CASES = [
     *(Case(kind, 24, torch.bfloat16, torch.float32, save_gate=s) for kind in (None, "large", "logits", "middleX", "middleY", "small") for s in (False, True)),
     *(Case(kind, 96, torch.float32, torch.float32, width=33, options=False) for kind in (None, "small")),
+    Case("phm", 24, torch.bfloat16, torch.float32),
+    Case("phm", 96, torch.float32, torch.float32, width=36, options=False),
 ]
 
 
@@ -24,7 +26,7 @@ def narrow_offsets(ttir: str, kernel: str) -> list[str]:
     if kernel in ROW_AXIS:
         wide += re.findall(rf"(%\w+) = tt.get_program_id {ROW_AXIS[kernel]} ", ttir)
         assert wide, "the intermediate code was not understood"
-    elif kernel == "columns_kernel":
+    elif kernel in ("columns_kernel", "sums_kernel"):
         return [] if re.search(r"arith.extsi %C ", ttir) else ["parts x columns"]
     uses = [line.strip() for line in ttir.splitlines() if not line.lstrip().startswith("tt.func") for name in wide if re.search(rf"= .*{name}\b", line)]
     return [line for line in uses if "arith.extsi" not in line]

@@ -14,7 +14,7 @@ import torch
 
 from fastadapt.ops import _triton
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, Bottleneck, Gated, Spec, random_specs, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, random_specs, specs
 
 TRITON = ("triton", "cpu")
 FP16, FP16_MIXED = DTYPES[3:]
@@ -87,6 +87,36 @@ PAIRS = [
         for g, s in (("large", True), ("small", False))
     ),
 ]
+# Parts of 24, 9 (and 6), 6, 24 (and 25), 9 and 1 columns; parts of 16 and more pairs, and padded divisions and factor ranks.
+PHM_SHAPES = [
+    over(FP32, PHM, lead=(37,), width=96, rank=96, biases="up"),
+    over(FP16, PHM, lead=(37,), width=36, rank=24, factor_rank=3, biases="none", activation="gelu"),
+    over(BF16, PHM, lead=(19,), width=96, rank=96, division=16),
+    over(MIXED, PHM, lead=(19,), width=96, rank=100, factor_rank=4, residual="other", scale=0.3, activation="silu"),
+    over(FP32, PHM, lead=(19,), width=27, rank=18, division=3, factor_rank=3, scale=-2.0),
+    over(FP16_MIXED, PHM, lead=(5,), width=2, rank=50, division=2, factor_rank=2, residual=None),
+]
+PHM_OPTIONS = [
+    *(over(MIXED, PHM, lead=(37,), width=96, rank=96, activation=a) for a in ("gelu", "identity")),
+    over(FP32, PHM, lead=(37,), width=96, rank=96, activation="relu", biases="none", residual=None),
+    over(FP32, PHM, lead=(23,), width=72, rank=72, division=1, factor_rank=1, biases="down"),
+]
+PHM_REAL = [over(MIXED, PHM, lead=(65,), width=768, rank=96)]
+# More row tiles than one step of their sums takes.
+PHM_LONG = [over(FP32, PHM, lead=(1040,), width=8, rank=8, division=2, residual=None, biases="none")]
+PHM_CALLS = [over(MIXED, PHM, lead=(2, 20), residual="other", scale=0.7), over(FP32, PHM, lead=(9,), width=36, rank=24, factor_rank=2)]
+PHM_ROUNDED = [over(MIXED, PHM, lead=(13,), factor_rank=2)]
+
+
+@specs([*PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL])
+def test_phm_within_rule(spec: Spec) -> None:
+    checks.assert_within_rule(spec, *TRITON)
+
+
+@pytest.mark.full
+@specs([*random_specs(PHM, 60, seed=33), *PHM_LONG])
+def test_phm_random(spec: Spec) -> None:
+    checks.assert_within_rule(spec, *TRITON)
 
 
 @specs([*SHAPES, *WIDTHS, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *REAL])
@@ -113,7 +143,7 @@ def test_several_splits(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
 
 
-@specs(EMPTY)
+@specs([*EMPTY, *(over(d, PHM, lead=(0,)) for d in (FP32, MIXED))])
 def test_no_rows(spec: Spec) -> None:
     """Zero rows: an empty output, gradients of zero, nothing launched."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
@@ -130,13 +160,13 @@ def check_call(spec: Spec) -> None:
     checks.assert_same_bits(checks.fused(spec, "triton", tensors, dy), checks.fused(spec, "triton", tensors, dy))
 
 
-@specs(CALLS)
+@specs([*CALLS, *PHM_CALLS])
 def test_calls(spec: Spec) -> None:
     """Gradients alone and together, no gradients, arguments untouched, and a rerun: all with the same bits."""
     check_call(spec)
 
 
-@specs(ROUNDED)
+@specs([*ROUNDED, *PHM_ROUNDED])
 def test_parameters_are_rounded_first(spec: Spec) -> None:
     checks.assert_rounds_parameters(spec, *TRITON)
 
@@ -147,13 +177,19 @@ def test_more_calls(spec: Spec) -> None:
     check_call(spec)
 
 
-@specs([over(MIXED, lead=(2, 7), residual="other", gate=True), over(FP32, Gated, lead=(2, 7), granularity="middleX", biases="none", gate_bias=False)])
+@specs(
+    [
+        over(MIXED, lead=(2, 7), residual="other", gate=True),
+        over(FP32, Gated, lead=(2, 7), granularity="middleX", biases="none", gate_bias=False),
+        over(MIXED, PHM, lead=(2, 7), residual="other"),
+    ]
+)
 def test_any_layout(spec: Spec) -> None:
     checks.assert_any_layout(spec, *TRITON)
 
 
 @pytest.mark.parametrize(("forward", "backward"), [("reference", "triton"), ("triton", "reference")])
-@specs(PAIRS)
+@specs([*PAIRS, over(MIXED, PHM, lead=(39,), width=72, rank=72)])
 def test_any_backward_after_any_forward(spec: Spec, forward: str, backward: str) -> None:
     checks.assert_within_rule(spec, forward, "cpu", backward=backward)
 

@@ -1,0 +1,3 @@
+#include "phm_bottleneck.cuh"
+
+FASTADAPT_INSTANTIATE(bf16)

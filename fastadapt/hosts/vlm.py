@@ -1,0 +1,94 @@
+"""What whole vision-and-language models say of their parts: the projectors between the towers, and what never runs, or runs for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fastadapt.hosts.roles import OTHER, Host, Place
+from fastadapt.nn import Init
+
+FAMILY = "projector"
+PROJECTORS: dict[str, str] = {
+    "multi_modal_projector": "LLaVA, LLaVA-NeXT, PaliGemma, Gemma 3, InternVL, Florence-2, Mllama",
+    "language_projection": "BLIP-2, InstructBLIP",
+    "connector": "Idefics2, Idefics3, SmolVLM",
+    "merger": "Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
+    "deepstack_merger_list": "Qwen3-VL",
+}
+"""Names under which models keep the module that maps image features to the language model's width -> those models. An adapter acts on what it gives."""
+
+# Models that read the image's tokens, though their vision tower may pool them.
+_READ_TOKENS = ("PaliGemmaModel", "Gemma3Model")
+
+
+def projectors(model: nn.Module, taken: Sequence[str]) -> list[tuple[str, nn.Module, Host]]:
+    """The projectors of a model, as `fastadapt.hosts.find` gives blocks; none that holds or is one of ``taken``, blocks with hosts of their own."""
+    found: list[tuple[str, nn.Module, Host]] = []
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        name = parts[-2] if len(parts) > 1 and parts[-1].isdigit() else parts[-1]
+        if name not in PROJECTORS or isinstance(module, nn.ModuleList) or any(other == path or other.startswith(path + ".") for other in taken):
+            continue
+        if not any(path.startswith(f"{other}.") for other, *_ in found) and (width := _width(module)) is not None:
+            found.append((path, module, _host(module, width)))
+    return found
+
+
+def _host(module: nn.Module, width: int) -> Host:
+    # It is a feed-forward network, in no residual stream.
+    places = (Place("encoder.feed_forward", "", "sequential_adapter", behind=True),)
+    return Host(
+        family=FAMILY,
+        block=type(module),
+        places=lambda _: places,
+        width=lambda _: width,
+        adapted={},
+        sources={},
+        norms=(nn.LayerNorm,),
+        init=lambda _: Init(std=0.02),
+        stack=lambda _: "projector",
+        published=OTHER,
+    )
+
+
+def _width(projector: nn.Module) -> int | None:
+    """The width of what a projector gives, that of its last projection; Gemma 3 keeps it as a bare weight."""
+    if (weight := getattr(projector, "mm_input_projection_weight", None)) is not None:
+        return weight.shape[1]
+    linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
+    return linears[-1].out_features if linears else None
+
+
+def dead(model: nn.Module) -> dict[str, str]:
+    """Paths of modules whose output the model never uses, so that what is trained in them would get no gradient (which DDP refuses), and why."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        any_module: Any = module
+        config = getattr(module, "config", None)
+        tower = getattr(module, "vision_tower", None)
+        if tower is not None and (feature := getattr(config, "vision_feature_layer", None)) is not None:
+            found |= _behind_feature(f"{prefix}vision_tower", tower, feature if isinstance(feature, (list, tuple)) else [feature])
+        elif tower is not None and type(module).__name__ in _READ_TOKENS:
+            found[f"{prefix}vision_tower.head"] = f"{type(module).__name__} reads the image's tokens, not the pooled ones"
+        if type(module).__name__ == "InstructBlipQFormerModel":
+            layers = any_module.encoder.layer
+            found |= {f"{prefix}encoder.layer.{len(layers) - 1}.{name}": "only the queries leave the last layer" for name in ("intermediate", "output")}
+    return found
+
+
+def _behind_feature(path: str, tower: nn.Module, feature: Sequence[int]) -> dict[str, str]:
+    """What runs behind the last of the hidden states that a model reads, 0 the embeddings and -1 the last layer's output."""
+    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList) and name.endswith(("layers", "layer"))]
+    if not lists:
+        return {}
+    stack, layers = lists[0]
+    last = max(index if index >= 0 else len(layers) + 1 + index for index in feature)
+    why = f"vision_feature_layer={feature[0] if len(feature) == 1 else list(feature)} reads what comes before"
+    unused = {f"{path}.{stack}.{number}": why for number in range(last, len(layers))}
+    # CLIP's and SigLIP's last norm is behind every hidden state, InternVL's belongs to the last one.
+    norms = ("post_layernorm", "head", "layernorm") if unused else ("post_layernorm", "head")
+    return unused | {f"{path}.{name}": why for name, _ in tower.named_modules() if name.rpartition(".")[2] in norms and "." not in name}
