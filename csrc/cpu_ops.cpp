@@ -3,8 +3,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/phm_bottleneck.h"
@@ -89,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
   carve(p, storage);
   const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows));
   Tensor partials = floats(chunks * PartialLayout(padded(p.width), p.rank, padded(p.rank)).total), dscale = floats(panels);
-  p.partials = partials.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
+  p.chunks = chunks, p.partials = partials.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
   cpu::bottleneck_prepare(p);
   parallel(padded(p.rank) / kPanel + panels, [&](int64_t b, int64_t e) { cpu::bottleneck_pack_backward(p, b, e); });
   parallel(chunks, [&](int64_t b, int64_t e) { cpu::bottleneck_backward(p, b, e); });
@@ -100,6 +106,130 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
     ds.fill_(total);
   }
   return {dx, dwd, dbd, dwu, dbu, dg, ds};
+}
+
+// The rows of each task in ascending order, those of no task behind them, and where each task's begin.
+struct Routing {
+  std::vector<int64_t> order, begin;
+  Routing(const Tensor& task_ids, int64_t rows, int64_t tasks) : order(rows), begin(tasks + 2) {
+    const int64_t *ids = task_ids.const_data_ptr<int64_t>(), count = task_ids.numel(), each = count ? rows / count : 0;
+    const auto task = [&](int64_t i) { return ids[i] >= 0 && ids[i] < tasks ? ids[i] : tasks; };
+    for (int64_t i = 0; i < count; ++i) begin[task(i) + 1] += each;
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    std::vector<int64_t> at(begin);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t row = i * each; row < (i + 1) * each; ++row) order[at[task(i)]++] = row;
+  }
+  int64_t tasks() const { return static_cast<int64_t>(begin.size()) - 2; }
+  int64_t rows_of(int64_t task) const { return begin[task + 1] - begin[task]; }
+
+  // Rows of no task: a copy of those of `from`, or zeros.
+  void fill_outside(const Tensor& to, const Tensor* from) const {
+    const int64_t bytes = to.size(1) * to.element_size();
+    for (int64_t i = begin[tasks()]; i < begin[tasks() + 1]; ++i) {
+      char* row = static_cast<char*>(to.mutable_data_ptr()) + order[i] * bytes;
+      if (from)
+        std::memcpy(row, static_cast<const char*>(from->const_data_ptr()) + order[i] * from->stride(0) * from->element_size(), bytes);
+      else
+        std::memset(row, 0, bytes);
+    }
+  }
+};
+
+// One task's part of tasks' parameters or gradients, (G, ...), or what all share, (1, ...).
+void* part(const Tensor& bank, int64_t task) {
+  return static_cast<char*>(const_cast<void*>(bank.const_data_ptr())) + (bank.size(0) > 1 ? task * bank.stride(0) * bank.element_size() : 0);
+}
+const void* part(const optional<Tensor>& bank, int64_t task) { return bank ? part(*bank, task) : nullptr; }
+
+// The calls of a routed bottleneck: one a task that has rows.
+struct RoutedCalls {
+  Routing routing;
+  std::vector<BottleneckParams> calls;
+  std::vector<int64_t> tasks;
+  std::vector<Tensor> storages;
+
+  RoutedCalls(const Tensor& x, const Tensor& task_ids, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, double scale, int64_t activation,
+              bool add_input)
+      : routing(task_ids, x.size(0), std::max({w_down.size(0), w_up.size(0), b_down ? b_down->size(0) : 1, b_up ? b_up->size(0) : 1})) {
+    const Tensor down = w_down.select(0, 0), up = w_up.select(0, 0);
+    for (int64_t task = 0; task < routing.tasks(); ++task) {
+      if (routing.rows_of(task) == 0) continue;
+      BottleneckParams p = common(x, down, up, {}, {}, {}, scale, activation, add_input);
+      p.rows = routing.rows_of(task), p.order = routing.order.data() + routing.begin[task];
+      p.w_down = part(w_down, task), p.b_down = part(b_down, task), p.w_up = part(w_up, task), p.b_up = part(b_up, task);
+      carve(p, storages.emplace_back());
+      calls.push_back(p), tasks.push_back(task);
+    }
+  }
+
+  // f(call, begin, end) over the `count(call)` pieces of work of every call.
+  template <class Count, class F>
+  void over_all(Count&& count, F&& f) const {
+    std::vector<int64_t> first{0};
+    for (const BottleneckParams& p : calls) first.push_back(first.back() + count(p));
+    parallel(first.back(), [&](int64_t begin, int64_t end) {
+      for (size_t i = 0; i < calls.size(); ++i) {
+        const int64_t b = std::max(begin, first[i]) - first[i], e = std::min(end, first[i + 1]) - first[i];
+        if (b < e) f(calls[i], b, e);
+      }
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> routed_bottleneck(const Tensor& x, const Tensor& task_ids, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up,
+                                             const optional<Tensor>& residual, double scale, int64_t activation, bool add_input, bool save) {
+  RoutedCalls routed(x, task_ids, w_down, b_down, w_up, b_up, scale, activation, add_input);
+  Tensor y = output(true, x.sizes(), x), z = save ? at::empty({x.size(0), w_down.size(1)}, x.options()) : output(false, {}, x);
+  for (BottleneckParams& p : routed.calls) {
+    p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0;
+    p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
+    cpu::bottleneck_prepare(p);
+  }
+  routed.over_all([](const BottleneckParams& p) { return (padded(p.rank) + padded(p.width)) / kPanel; }, cpu::bottleneck_pack_forward);
+  routed.over_all([](const BottleneckParams& p) { return ceil_div(p.rows, kTileRows); }, cpu::bottleneck_forward);
+  routed.routing.fill_outside(y, residual ? &*residual : add_input ? &x : nullptr);
+  if (save) routed.routing.fill_outside(z, nullptr);
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor& task_ids, const Tensor& z, const Tensor& w_down,
+                                                                              const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, double scale, int64_t activation,
+                                                                              bool add_input, int64_t needs) {
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  RoutedCalls routed(x, task_ids, w_down, b_down, w_up, b_up, scale, activation, add_input);
+  Tensor dx = output(need(0), x.sizes(), x), dwd = output(need(1), w_down.sizes(), w_down), dbd = need(2) ? at::empty_like(*b_down) : output(false, {}, w_down),
+         dwu = output(need(3), w_up.sizes(), w_down), dbu = need(4) ? at::empty_like(*b_up) : output(false, {}, w_down);
+  const bool absent = static_cast<int64_t>(routed.calls.size()) < routed.routing.tasks();
+  if (absent)
+    for (Tensor* t : {&dwd, &dbd, &dwu, &dbu}) t->zero_();
+  if (need(0)) routed.routing.fill_outside(dx, add_input ? &dy : nullptr);
+  if (routed.calls.empty()) return {dx, dwd, dbd, dwu, dbu};
+  const int64_t width = padded(x.size(1)), rank = w_down.size(1), partial = PartialLayout(width, rank, padded(rank)).total;
+  int64_t chunks = 0;
+  for (BottleneckParams& p : routed.calls) p.chunks = ceil_div(p.rows, chunk_rows(p.rows)), chunks += p.chunks;
+  Tensor partials = floats(chunks * partial);
+  float* at = partials.mutable_data_ptr<float>();
+  for (BottleneckParams& p : routed.calls) {
+    p.dy = data(dy), p.dy_stride = dy.stride(0), p.z = const_cast<void*>(data(z)), p.dx = pointer(need(0), dx);
+    p.partials = at, at += p.chunks * partial;
+    cpu::bottleneck_prepare(p);
+  }
+  // The gradients of one task, or, over the chunks of all tasks, of what they share.
+  const auto set = [&](BottleneckParams& p, int64_t task, bool shared) {
+    const auto wanted = [&](int i, const Tensor& t) { return need(i) && (t.size(0) == 1) == shared ? part(t, task) : nullptr; };
+    p.dw_down = wanted(1, dwd), p.db_down = wanted(2, dbd), p.dw_up = wanted(3, dwu), p.db_up = wanted(4, dbu);
+  };
+  for (BottleneckParams& p : routed.calls) p.dw_down = pointer(need(1), dwd), p.db_down = pointer(need(2), dbd), p.dw_up = pointer(need(3), dwu), p.db_up = pointer(need(4), dbu);
+  routed.over_all([&](const BottleneckParams& p) { return (padded(p.rank) + width) / kPanel; }, cpu::bottleneck_pack_backward);
+  routed.over_all([](const BottleneckParams& p) { return p.chunks; }, cpu::bottleneck_backward);
+  const auto panels = [width](const BottleneckParams&) { return width / kPanel; };
+  for (size_t i = 0; i < routed.calls.size(); ++i) set(routed.calls[i], routed.tasks[i], false);
+  if (needs > 1 && routed.routing.tasks() > 1) routed.over_all(panels, cpu::bottleneck_reduce);
+  BottleneckParams all = routed.calls[0];
+  all.chunks = chunks, set(all, 0, true);
+  if (needs > 1) parallel(width / kPanel, [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(all, b, e); });
+  return {dx, dwd, dbd, dwu, dbu};
 }
 
 struct GatedWorkspace {
@@ -256,6 +386,12 @@ TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
   m.def(
       "bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor w_down, Tensor w_up, Tensor? b_up, Tensor? gate, Tensor? scale_tensor, float scale, int activation, bool add_input,"
       " int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "routed_bottleneck(Tensor x, Tensor task_ids, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? residual, float scale, int activation, bool add_input, bool save)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "routed_bottleneck_backward(Tensor dy, Tensor x, Tensor task_ids, Tensor z, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, float scale, int activation, bool add_input,"
+      " int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 #define FASTADAPT_GATED                                                                                                                                        \
   "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_up_weight, Tensor? gate_up_bias,"            \
   " float input_scale, float adapter_scale, float scale, int activation, int kind, bool add, int samples, "
@@ -271,6 +407,8 @@ TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
 TORCH_LIBRARY_IMPL(fastadapt_cpu, CPU, m) {
   m.impl("gated_bottleneck", &gated_bottleneck);
   m.impl("gated_bottleneck_backward", &gated_bottleneck_backward);
+  m.impl("routed_bottleneck", &routed_bottleneck);
+  m.impl("routed_bottleneck_backward", &routed_bottleneck_backward);
   m.impl("bottleneck", &bottleneck);
   m.impl("bottleneck_backward", &bottleneck_backward);
   m.impl("phm_bottleneck", &phm_bottleneck);

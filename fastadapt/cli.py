@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -29,6 +30,14 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+# The options that only one op has, with their defaults.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "gated_bottleneck": {"granularity": "large", "gate_rank": None},
+    "phm_bottleneck": {"division": 4, "factor_rank": 1},
+    "routed_bottleneck": {"tasks": 4},
+}
+
+
 def _explain(options: argparse.Namespace) -> int:
     import torch
 
@@ -40,19 +49,25 @@ def _explain(options: argparse.Namespace) -> int:
     if param_dtype not in (dtype, torch.float32):
         print(f"fastadapt explain: --param-dtype must be {options.dtype} or fp32, not {options.param_dtype}", file=sys.stderr)
         return 2
-    gate: dict[str, object] = {}
-    if options.op == "gated_bottleneck":
-        large = options.granularity == "large"
-        if options.gate_rank and not large:
-            print(f"fastadapt explain: --gate-rank is an option of granularity large, not of {options.granularity}", file=sys.stderr)
+    own: dict[str, Any] = {}
+    for op, names in _OPTIONS.items():
+        given = {name: value for name in names if (value := getattr(options, name)) is not None}
+        if op == options.op:
+            own = {name: default for name, default in names.items() if default is not None} | given
+        elif given:
+            flags = " and ".join("--" + name.replace("_", "-") for name in names)
+            what = "are options" if len(names) > 1 else "is an option"
+            print(f"fastadapt explain: {flags} {what} of {op}, not of {options.op}", file=sys.stderr)
             return 2
-        gate = {"gate_rank": (options.gate_rank or options.rank) if large else 0, "granularity": "logits" if options.granularity == "large_full" else options.granularity}
-    elif options.gate_rank or options.granularity != "large":
-        print(f"fastadapt explain: --granularity and --gate-rank are options of gated_bottleneck, not of {options.op}", file=sys.stderr)
-        return 2
+    if options.op == "gated_bottleneck":
+        large = own["granularity"] == "large"
+        if "gate_rank" in own and not large:
+            print(f"fastadapt explain: --gate-rank is an option of granularity large, not of {own['granularity']}", file=sys.stderr)
+            return 2
+        own = {"gate_rank": own.get("gate_rank", options.rank) if large else 0, "granularity": "logits" if own["granularity"] == "large_full" else own["granularity"]}
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        told = backend.explain(options.op, rows=options.rows, width=options.width, rank=options.rank, dtype=dtype, param_dtype=param_dtype, device=device, **gate)
+        told = backend.explain(options.op, rows=options.rows, width=options.width, rank=options.rank, dtype=dtype, param_dtype=param_dtype, device=device, **own)
     except backend.BackendError as error:  # FASTADAPT_BACKEND demands one
         print(f"fastadapt explain: {error}", file=sys.stderr)
         return 1
@@ -120,15 +135,18 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, default=1, help="one is fastest for so small a model as soon as anything else runs")
     demo.set_defaults(run=_demo)
     explain = commands.add_parser("explain", help="say which backend a call would run on, why, and on a CUDA device in what time")
-    explain.add_argument("op", type=_op, help="bottleneck or gated_bottleneck")
+    explain.add_argument("op", type=_op, help="bottleneck, gated_bottleneck, phm_bottleneck or routed_bottleneck")
     explain.add_argument("--rows", type=_positive, required=True, help="T, all leading dimensions together")
     explain.add_argument("--width", type=_positive, required=True, help="D")
     explain.add_argument("--rank", type=_positive, required=True, help="R")
     explain.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="bf16", help="of the activations (default: bf16)")
     explain.add_argument("--param-dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the parameters (default: fp32, and fp64 over fp64)")
     explain.add_argument("--device", type=_device, help="cpu, cuda, or an architecture such as sm_90, which need not be here (default: cuda where there is one, else cpu)")
-    explain.add_argument("--granularity", choices=("large", "large_full", "middleX", "middleY", "small"), default="large", help="of gated_bottleneck (default: large)")
+    explain.add_argument("--granularity", choices=("large", "large_full", "middleX", "middleY", "small"), help="of gated_bottleneck (default: large)")
     explain.add_argument("--gate-rank", type=_positive, help="of granularity large (default: the rank)")
+    explain.add_argument("--division", type=_positive, help="n of phm_bottleneck (default: 4)")
+    explain.add_argument("--factor-rank", type=_positive, help="k of phm_bottleneck (default: 1)")
+    explain.add_argument("--tasks", type=_positive, help="of routed_bottleneck (default: 4)")
     explain.add_argument("--json", action="store_true", help="with every kernel's modelled time")
     explain.set_defaults(run=_explain)
     convert = commands.add_parser("convert", help="read a state dict of VL-Adapter, VL-PET or Compacter into an adapter directory, or write one")

@@ -24,8 +24,10 @@ from fastadapt.ops.gated_bottleneck.function import gated_bottleneck as _gated_b
 from fastadapt.ops.gated_bottleneck.schema import KINDS
 from fastadapt.ops.phm_bottleneck import reference as _phm_reference
 from fastadapt.ops.phm_bottleneck.function import phm_bottleneck as _phm_bottleneck
+from fastadapt.ops.routed_bottleneck import reference as _routed_reference
+from fastadapt.ops.routed_bottleneck.function import routed_bottleneck as _routed_bottleneck
 
-__all__ = ["bottleneck", "gated_bottleneck", "phm_bottleneck"]
+__all__ = ["bottleneck", "gated_bottleneck", "phm_bottleneck", "routed_bottleneck"]
 
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
@@ -206,8 +208,8 @@ def phm_bottleneck(
         y = LN_{after}\bigl(s\,(\phi(LN_{before}(x) H_d + b_d) H_u + b_u)\bigr) + residual, \qquad
         H = \sum_{i<n} A_i \otimes (L_i R_i), \quad H[a\,in/n + j,\ c\,out/n + p] = \sum_{i,q} A_i[a, c]\, L_i[j, q]\, R_i[q, p]
 
-    With x's n parts :math:`x_a` a projection is :math:`y_c = \sum_i \bigl(\sum_a A_i[a, c]\, x_a L_i\bigr) R_i`: k (n in + n^3 + n out) multiply-adds a row instead of in out, 3,520
-    instead of 73,728 at n = 4, k = 1, in = 768, out = 96.
+    With x's n parts :math:`x_a` a projection is :math:`y_c = \sum_i \bigl(\sum_a A_i[a, c]\, x_a L_i\bigr) R_i`: k (n in + n^3 + n out) multiply-adds a row instead of in out,
+    3,520 instead of 73,728 at n = 4, k = 1, in = 768, out = 96.
 
     Args:
         x: input, (..., D), any strides.
@@ -246,6 +248,73 @@ def phm_bottleneck(
     return _normed(call, x, other, add_input, norm_before, norm_after)
 
 
+def routed_bottleneck(
+    x: Tensor,
+    task_ids: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str = "gelu_new",
+    residual: Tensor | Literal["input"] | None = "input",
+    scale: float = 1.0,
+) -> Tensor:
+    r"""Bottleneck adapters of several tasks over a batch that mixes them, as one operation (VL-Adapter, section 3.3: an adapter per task, or half-shared ones).
+
+    .. math:: y_t = s\,(\phi(x_t W_d[g]^\top + b_d[g]) W_u[g]^\top + b_u[g]) + residual_t, \qquad g = \text{the id of row } t
+
+    Row for row what `bottleneck` with the parameters of the row's task gives. The ids are a tensor that is never read on the host: other tasks need no other graph and no
+    synchronisation. A row whose id is none of 0 .. G - 1, for instance -1, has no adapter: its y is the residual alone. Tasks that have no row get gradients of zero.
+
+    Args:
+        x: input, (..., D), any strides.
+        task_ids: g, int64, (N,) with N a divisor of the number of rows: each id is that of as many consecutive rows. One id a sample for x of shape (N, L, D), or one a row.
+        w_down: down-projections, (G, R, D), or (1, R, D): shared by all tasks.
+        w_up: up-projections, (G, D, R) or (1, D, R).
+        b_down: biases, (G, R) or (1, R), or None.
+        b_up: biases, (G, D) or (1, D), or None.
+        activation, residual: as in `bottleneck`.
+        scale: s, a Python number.
+
+    Returns:
+        y, of x's shape and dtype A.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong; raised before any kernel runs.
+        fastadapt.backend.BackendError: a demanded backend cannot run the call.
+    """
+    act = activation_index(activation)
+    other, add_input = _residual(residual)
+    _is_tensor("scale", scale)
+    scale, _ = _scale("scale", scale)
+    x, other = _activations(x=x, residual=other)
+    _banks(x, task_ids, w_down, w_up, b_down, b_up)
+    return _call(_routed_bottleneck, _routed_reference.composed, x, task_ids, w_down, b_down, w_up, b_up, _rows(other), scale, act, add_input)
+
+
+def _banks(x: Tensor, task_ids: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None) -> None:
+    """Checks the ids and the tasks' parameters of a `routed_bottleneck` over x."""
+    for name, t in (("task_ids", task_ids), ("w_down", w_down), ("w_up", w_up)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
+    width, count = x.shape[-1], x.numel() // x.shape[-1]
+    if task_ids.dtype != torch.int64:
+        raise TypeError(f"task_ids: dtype {task_ids.dtype} must be int64")
+    if task_ids.dim() != 1 or (count % len(task_ids) if len(task_ids) else count):
+        raise ValueError(f"task_ids: shape {tuple(task_ids.shape)} must be (N,) with N a divisor of the number of rows, {count}")
+    if task_ids.device != x.device:
+        raise ValueError(f"task_ids: is on {task_ids.device}, but the input is on {x.device}")
+    if w_down.dim() != 3 or w_down.shape[2] != width or 0 in w_down.shape:
+        raise ValueError(f"w_down: shape {tuple(w_down.shape)} must be (G, R, {width}) with G >= 1 and R >= 1")
+    rank = w_down.shape[1]
+    given = {"w_down": (w_down, (rank, width)), "w_up": (w_up, (width, rank)), "b_down": (b_down, (rank,)), "b_up": (b_up, (width,))}
+    lengths = {name: len(p) if isinstance(p, Tensor) and p.dim() else 1 for name, (p, _) in given.items()}
+    tasks = max([*lengths.values()])
+    shapes = {name: (p, (1 if lengths[name] == 1 else tasks, *shape)) for name, (p, shape) in given.items()}
+    _parameters(x, w_down.dtype, **shapes)
+
+
 def _residual(residual: Tensor | str | None) -> tuple[Tensor | None, bool]:
     """Another tensor to add, and whether the input is added."""
     if isinstance(residual, Tensor):
@@ -255,9 +324,7 @@ def _residual(residual: Tensor | str | None) -> tuple[Tensor | None, bool]:
     return None, residual is not None
 
 
-def _normed(
-    call: Callable[[Tensor, Tensor | None, bool], Tensor], x: Tensor, other: Tensor | None, add_input: bool, before: LayerNorm | None, after: LayerNorm | None
-) -> Tensor:
+def _normed(call: Callable[[Tensor, Tensor | None, bool], Tensor], x: Tensor, other: Tensor | None, add_input: bool, before: LayerNorm | None, after: LayerNorm | None) -> Tensor:
     """``call(u, residual, add_input)`` between layer norms: the residual is the un-normalised x, and is added behind the last norm."""
     u = x
     if before is not None:

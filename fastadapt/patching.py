@@ -254,6 +254,46 @@ class Handle:
         finally:
             self._select(before)
 
+    @contextlib.contextmanager
+    def route(self, task_ids: Sequence[str] | Tensor) -> Iterator[Handle]:
+        """A batch that mixes tasks: inside the ``with`` block each sample gets the adapters of its own task, row for row what batches of one task give at the same padded length.
+
+        Every task's parameters get gradients, zero where no sample is of the task. Ids on a GPU are never read on the host: other mixes need no synchronisation and no other
+        compiled graph. With gradient checkpointing backward runs layers again: keep it inside the block. Methods whose adapters serve all tasks do the same as without.
+
+        Args:
+            task_ids: a task's name for each sample, or an int64 tensor (batch,) of places in ``tasks``, on the model's device. Beams of a sample follow it.
+
+        Raises:
+            ValueError: a name or a place is unknown (places on a GPU are not read), or the model was patched without tasks.
+            TypeError: neither names nor an int64 tensor of one dimension.
+        """
+        ids = self._places(task_ids)
+        parts = [part for module in self._adapters() for part in module.modules() if hasattr(part, "set_route")]
+        before = [part.task_ids for part in parts]
+        for part in parts:
+            part.set_route(ids)  # type: ignore[operator]
+        try:
+            yield self
+        finally:
+            for part, old in zip(parts, before, strict=True):
+                part.set_route(old)  # type: ignore[operator]
+
+    def _places(self, task_ids: Sequence[str] | Tensor) -> Tensor:
+        if not self.tasks:
+            raise ValueError("task_ids: the model was patched without tasks")
+        if not isinstance(task_ids, Tensor):
+            if isinstance(task_ids, str) or not all(isinstance(task, str) for task in task_ids):
+                raise TypeError(f"task_ids: must be a task's name for each sample or an int64 tensor, not {task_ids!r}")
+            if unknown := [task for task in task_ids if task not in self.tasks]:
+                raise ValueError(f"task_ids: {unknown[0]!r} is unknown; must be one of {', '.join(self.tasks)}")
+            return torch.tensor([self.tasks.index(task) for task in task_ids], device=next(self.model.parameters()).device)
+        if task_ids.dtype != torch.int64 or task_ids.dim() != 1:
+            raise TypeError(f"task_ids: must be an int64 tensor of one dimension, not {task_ids.dtype} of shape {tuple(task_ids.shape)}")
+        if task_ids.device.type == "cpu" and ((task_ids < 0) | (task_ids >= len(self.tasks))).any():
+            raise ValueError(f"task_ids: must be places from 0 to {len(self.tasks) - 1} of the tasks {', '.join(self.tasks)}, got {task_ids.tolist()}")
+        return task_ids
+
     # Off and on, in and out.
 
     @contextlib.contextmanager

@@ -21,9 +21,11 @@ from fastadapt.ops.bottleneck import reference as bottleneck_reference
 from fastadapt.ops.bottleneck.plan import PLAN as BOTTLENECK
 from fastadapt.ops.gated_bottleneck import reference as gated_reference
 from fastadapt.ops.gated_bottleneck.plan import PLAN as GATED
+from fastadapt.ops.phm_bottleneck import reference as phm_reference
+from fastadapt.ops.phm_bottleneck.plan import PLAN as PHM
 
 ROOT = Path(__file__).parents[1]
-PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED}
+PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED, "phm_bottleneck": PHM}
 ARCHS = (80, 86, 89, 90, 100, 120)
 KINDS = ("large", "logits", "middleX", "middleY", "small")
 
@@ -43,11 +45,13 @@ def _forget() -> None:
     backend._choice.cache_clear()
 
 
-def call(op: str = "bottleneck", *, kind: str = "large", gate_rank: int | None = None, **changes: Any) -> Call:
+def call(op: str = "bottleneck", *, kind: str = "large", gate_rank: int | None = None, division: int = 4, factor_rank: int = 1, **changes: Any) -> Call:
     shape = {"device": "cuda", "dtype": torch.bfloat16, "param_dtype": torch.float32, "rows": 16384, "width": 768, "rank": 96, "arch": 90, **changes}
     if op == "gated_bottleneck":
         rank = shape["rank"] if gate_rank is None else gate_rank
         shape["options"] = (("gate_rank", rank if kind == "large" else 0), ("granularity", kind))
+    elif op == "phm_bottleneck":
+        shape["options"] = (("division", division), ("factor_rank", factor_rank))
     return Call(op=op, **shape)
 
 
@@ -82,6 +86,14 @@ class Counted(TorchDispatchMode):
         return out
 
 
+def phm_arguments(of: Call) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Factors of the down- and of the up-projection, and biases."""
+    n, k = of.option("division"), of.option("factor_rank")
+    sides = ((of.width, of.rank), (of.rank, of.width))
+    down, up = ([torch.randn(s, dtype=of.param_dtype) for s in ((n, n, n), (n, wide // n, k), (n, k, out // n))] for wide, out in sides)
+    return down, up, *(torch.randn(s, dtype=of.param_dtype) for s in (of.rank, of.width))
+
+
 def eager_operations(of: Call) -> list[Counted]:
     """Forward and backward of the reference, run and counted."""
     a, p, t, d, r = of.dtype, of.param_dtype, of.rows, of.width, of.rank
@@ -89,6 +101,13 @@ def eager_operations(of: Call) -> list[Counted]:
     wd, _, wu, bu = projections
     x, dy = torch.randn(t, d, dtype=a), torch.randn(t, d, dtype=a)
     counts = [Counted(), Counted()]
+    if of.op == "phm_bottleneck":
+        down, up, bd, bu = phm_arguments(of)
+        with counts[0]:
+            _, z = phm_reference.forward(x, *down, bd, *up, bu, None, 1.0, 3, True, True)
+        with counts[1]:
+            phm_reference.backward(dy, x, z, *down, *up, 1.0, 3, True, [True] * 9)
+        return counts
     if of.op == "bottleneck":
         with counts[0]:
             _, z = bottleneck_reference.forward(x, *projections, None, None, None, 1.0, 3, True, True)
@@ -112,6 +131,16 @@ def test_the_reference_is_modelled_as_it_runs(op: str, kind: str, param_dtype: t
     """The same number of operations, and their bytes to 3 %."""
     of = call(op, kind=kind, param_dtype=param_dtype, rows=512, width=192, rank=24)
     model = PLANS[op].models["reference"](of)
+    for kernels, counted in zip((model.forward, model.backward), eager_operations(of), strict=True):
+        assert sum(kernel.launches for kernel in kernels) == counted.launches
+        assert sum(kernel.hbm + kernel.again + kernel.l2 for kernel in kernels) == pytest.approx(counted.bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("division", "factor_rank"), [(1, 1), (1, 2), (4, 1), (4, 3), (8, 2)])
+def test_compacter_s_reference_is_modelled_as_it_runs(division: int, factor_rank: int, param_dtype: torch.dtype) -> None:
+    of = call("phm_bottleneck", division=division, factor_rank=factor_rank, param_dtype=param_dtype, rows=512, width=192, rank=24)
+    model = PHM.models["reference"](of)
     for kernels, counted in zip((model.forward, model.backward), eager_operations(of), strict=True):
         assert sum(kernel.launches for kernel in kernels) == counted.launches
         assert sum(kernel.hbm + kernel.again + kernel.l2 for kernel in kernels) == pytest.approx(counted.bytes, rel=0.03)
@@ -149,6 +178,20 @@ def test_triton_is_modelled_with_the_launches_it_makes(launches: list[str], op: 
         module.backward(dy, x, x, z, z, torch.zeros(t), empty, empty, wd, bd, wu, bu, *gates, *options, [True] * 6 + [g is not None for g in gates])
     assert sum(kernel.launches for kernel in model.forward) == forward + casts
     assert sum(kernel.launches for kernel in model.backward) == len(launches) - forward + casts
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_triton_runs_compacter_in_one_launch_and_two(launches: list[str], param_dtype: torch.dtype) -> None:
+    """Factors are rounded as they are loaded: none more for fp32 parameters."""
+    of = call("phm_bottleneck", param_dtype=param_dtype, rows=300, width=64, rank=24)
+    module, model = PHM.module("triton"), PHM.models["triton"](of)
+    down, up, bd, bu = phm_arguments(of)
+    x, z = torch.zeros(of.rows, of.width, dtype=of.dtype), torch.zeros(of.rows, of.rank, dtype=of.dtype)
+    module.forward(x, *down, bd, *up, bu, None, 1.0, 3, True, True)
+    module.backward(x, x, z, *down, *up, 1.0, 3, True, [True] * 9)
+    assert launches == ["forward_kernel", "backward_kernel", "sums_kernel"]
+    assert [kernel.launches for kernel in (*model.forward, *model.backward)] == [1, 1, 1]
 
 
 PLAN_H = ROOT / "csrc" / "include" / "cuda_plan.h"
@@ -202,6 +245,16 @@ def test_the_study_s_bytes() -> None:
     assert large.backward.bytes == pytest.approx(24 * td + 24 * tr, rel=0.05)
 
 
+def test_compacter_s_bytes() -> None:
+    """kernels.md, D.6 (3): forward 4 T d + 2 T r bytes; backward reads dy, x and z and writes dx."""
+    of = call("phm_bottleneck", rows=200_000)
+    td, tr = of.rows * of.width, of.rows * of.rank
+    for name in ("cuda", "triton"):
+        found = estimate(name, of)
+        assert found.forward.bytes == pytest.approx(4 * td + 2 * tr, rel=0.01)
+        assert found.backward.bytes == pytest.approx(6 * td + 2 * tr, rel=0.01)
+
+
 def test_launches_of_cuda() -> None:
     for param_dtype, rank, packs in ((torch.bfloat16, 96, 0), (torch.float32, 96, 1), (torch.bfloat16, 100, 1)):
         found = estimate("cuda", call(param_dtype=param_dtype, rank=rank))
@@ -229,8 +282,12 @@ def test_more_is_never_cheaper(name: str, op: str, arch: int) -> None:
     rows = [gpu(rows=n) for n in (1, 64, 1024, 4096, 16384, 65536, 262144)]
     widths = [gpu(width=n) for n in (256, 512, 1024, 2048, 4096)]
     assert rows == sorted(rows) and widths == sorted(widths)
-    ranks = [gpu(rank=n) for n in ((16, 64, 96) if name == "triton" else (16, 64, 96, 192, 256))]  # Triton's tiles change shape above
+    of_ranks = (16, 64, 96) if name == "triton" else (16, 64, 96, 192, 256)  # Triton's tiles change shape above, and below where 8 does not divide a part of z
+    ranks = [gpu(rank=n) for n in ((32, 64, 96, 192, 256) if op == "phm_bottleneck" else of_ranks)]
     assert ranks == sorted(ranks)
+    if op == "phm_bottleneck":
+        divided = [gpu(division=4, factor_rank=k) for k in (1, 2, 4, 8)]
+        assert divided == sorted(divided)
 
 
 def test_a_term_grows_with_its_bytes() -> None:

@@ -3,6 +3,7 @@
 // Forward per tile of 64 rows: z = x Wd' + bd and a = phi(z) stay in L1, the up-projection is finished and stored in blocks of 128 columns.
 // Backward per tile: da = dy (s g Wu), dz = da phi'(z), dx = dz Wd (+ dy); dWd += dz' x and P += a' dy go to the chunk's partial. With P and S = column sums of dy the gradients of
 // w_up, b_up, gate and scale need no up-projection: dWu = s g P, dbu = s g S, dg = s b, ds = sum g b, b = rowsum(Wu P) + bu S.
+// A routed call is one call a task, over its rows wherever they lie.
 // Memory traffic a row of D: forward reads x, writes y; backward reads x and dy, writes dx; weights come from L2/L3.
 #include "kernels.h"
 #include "tile.h"
@@ -47,14 +48,15 @@ void pack_backward(const BottleneckParams& p, int64_t begin, int64_t end) {
 template <class A, class P>
 void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
+  const RowIndex at{p.order};
   float* x_tile = scratch(kTileRows * (s.width + s.rank + kBlockColumns) + kBlockColumns);
   float *z_tile = x_tile + kTileRows * s.width, *u_tile = z_tile + kTileRows * s.rank, *line = u_tile + kTileRows * kBlockColumns;
   const float *bd = p.vectors, *bias = bd + s.rank + s.width;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
-    const Rows x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
+    const Rows x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
     matmul(height, p.width, p.rank, x.data, x.stride, p.packed_down, z_tile, s.rank, 0, p.rank);
-    activate_rows<A>(z_tile, m, p.rank, s.rank, bd, p.activation, p.z ? static_cast<A*>(p.z) + row * p.rank : nullptr);
+    activate_rows<A>(z_tile, m, p.rank, s.rank, bd, p.activation, static_cast<A*>(p.z), at, row);
     for (int64_t c = 0; c < p.width; c += kBlockColumns) {
       const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
       matmul(height, p.rank, p.width, z_tile, s.rank, p.packed_up, u_tile, kBlockColumns, c, c + n);
@@ -66,10 +68,10 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
           vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(in + j)).store(u + j); });
         }
         if (p.residual) {
-          widen(static_cast<const A*>(p.residual) + (row + i) * p.residual_stride + c, line, n, whole);
+          widen(static_cast<const A*>(p.residual) + at(row + i) * p.residual_stride + c, line, n, whole);
           vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(line + j)).store(u + j); });
         }
-        narrow(u, static_cast<A*>(p.y) + (row + i) * p.width + c, n);
+        narrow(u, static_cast<A*>(p.y) + at(row + i) * p.width + c, n);
       }
     }
   }
@@ -79,6 +81,7 @@ template <class A, class P>
 void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const PartialLayout layout(s.width, p.rank, s.rank);
+  const RowIndex at{p.order};
   const bool need_dz = p.dx || p.dw_down || p.db_down, need_p = p.dw_up || p.dgate || p.need_scale;
   const int64_t tile_floats = kTileRows * s.width, rank_floats = kTileRows * s.rank;
   float* dy_tile = scratch(3 * tile_floats + 3 * rank_floats + kTileRows * kBlockColumns);
@@ -90,10 +93,9 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
     for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
       const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
       const bool add = row != chunk_begin;
-      const A* z = static_cast<const A*>(p.z) + row * p.rank;
-      const Rows dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
+      const Rows dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.width, dy_tile, s.width);
       if (need_dz) matmul(height, p.width, p.rank, dy.data, dy.stride, p.packed_up, dz, s.rank, 0, p.rank);
-      backprop_rows<A>(z, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
+      backprop_rows<A>(static_cast<const A*>(p.z), need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd, at, row);
       if (p.dx)
         for (int64_t c = 0; c < p.width; c += kBlockColumns) {
           const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
@@ -101,13 +103,13 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
           for (int64_t i = 0; i < m; ++i) {
             float* u = u_tile + i * kBlockColumns;
             if (p.add_input) vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(dy.data + i * dy.stride + c + j)).store(u + j); });
-            narrow(u, static_cast<A*>(p.dx) + (row + i) * p.width + c, n);
+            narrow(u, static_cast<A*>(p.dx) + at(row + i) * p.width + c, n);
           }
         }
       if (need_p || p.db_up) to_panels(dy, m, height, p.width, panels, sums);
       if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, pt, work);
       if (p.dw_down) {
-        to_panels(load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width), m, height, p.width, panels, nullptr);
+        to_panels(load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width), m, height, p.width, panels, nullptr);
         accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, dwd, work);
       }
     }
@@ -118,7 +120,6 @@ template <class A, class P>
 void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const PartialLayout layout(s.width, p.rank, s.rank);
-  const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows));
   float* panel = scratch(p.rank * kPanel + s.rank + 3 * kPanel);
   float *wu = panel + p.rank * kPanel, *sums = wu + s.rank, *bu = sums + kPanel, *gate = bu + kPanel;
   float scale = p.scale, tensor;
@@ -126,7 +127,7 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
   for (int64_t q = begin; q < end; ++q) {
     const int64_t j0 = q * kPanel, n = std::min(kPanel, p.width - j0);
     const bool bracket_needed = p.dgate || p.need_scale;
-    reduce_pair<P>(p.partials, layout, layout.total, chunks, q, n, p.width, p.rank, p.vectors + s.rank, p.dw_down, p.dw_up, p.db_up, bracket_needed, bracket_needed, panel, sums);
+    reduce_pair<P>(p.partials, layout, layout.total, p.chunks, q, n, p.width, p.rank, p.vectors + s.rank, p.dw_down, p.dw_up, p.db_up, bracket_needed, bracket_needed, panel, sums);
     if (!bracket_needed) continue;
     vector_or<P, A>(p.b_up ? static_cast<const P*>(p.b_up) + j0 : nullptr, bu, n, kPanel, 0.f);
     vector_or<P, A>(p.gate ? static_cast<const P*>(p.gate) + j0 : nullptr, gate, n, kPanel, 1.f);
@@ -140,7 +141,7 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
     }
     if (p.need_scale) p.dscale_panels[q] = static_cast<float>(p.scale * total);
   }
-  if (begin == 0) reduce_vector<P>(p.partials + 2 * layout.outer + s.width, layout.total, chunks, p.rank, p.db_down, wu);
+  if (begin == 0) reduce_vector<P>(p.partials + 2 * layout.outer + s.width, layout.total, p.chunks, p.rank, p.db_down, wu);
 }
 
 }  // namespace

@@ -208,38 +208,50 @@ struct Rows {
   int64_t stride;
 };
 
+// Where the rows of a call lie: one after the other, or, with `order`, a task's rows among those of other tasks.
+struct RowIndex {
+  const int64_t* order;
+  int64_t operator()(int64_t i) const { return order ? order[i] : i; }
+  bool consecutive(int64_t i, int64_t m) const { return !order || order[i + m - 1] - order[i] == m - 1; }  // a task's rows are in ascending order
+};
+
 template <class A>
-inline Rows load_rows(const void* base, int64_t stride, int64_t row, int64_t m, int64_t height, int64_t width, float* buffer, int64_t padded_width) {
-  const A* src = static_cast<const A*>(base) + row * stride;
+inline Rows load_rows(const void* base, int64_t stride, RowIndex at, int64_t row, int64_t m, int64_t height, int64_t width, float* buffer, int64_t padded_width) {
+  const A* src = static_cast<const A*>(base);
   if constexpr (std::is_same_v<A, float>)
-    if (m == height && width % Vec::size() == 0) return {src, stride};
-  for (int64_t i = 0; i < m; ++i) widen(src + i * stride, buffer + i * padded_width, width, padded_width);
+    if (m == height && width % Vec::size() == 0 && at.consecutive(row, m)) return {src + at(row) * stride, stride};
+  for (int64_t i = 0; i < m; ++i) widen(src + at(row + i) * stride, buffer + i * padded_width, width, padded_width);
   std::fill(buffer + m * padded_width, buffer + height * padded_width, 0.f);
   return {buffer, padded_width};
 }
 
-// z := rounded(z + bias), stored unpadded if asked for; then z := phi(z).
 template <class A>
-inline void activate_rows(float* z, int64_t m, int64_t rank, int64_t ld, const float* bias, Activation f, A* out) {
+inline Rows load_rows(const void* base, int64_t stride, int64_t row, int64_t m, int64_t height, int64_t width, float* buffer, int64_t padded_width) {
+  return load_rows<A>(base, stride, RowIndex{nullptr}, row, m, height, width, buffer, padded_width);
+}
+
+// z := rounded(z + bias), stored unpadded if asked for; then z := phi(z). Row i goes to row at(first + i) of `out`.
+template <class A>
+inline void activate_rows(float* z, int64_t m, int64_t rank, int64_t ld, const float* bias, Activation f, A* out, RowIndex at = {nullptr}, int64_t first = 0) {
   A rounded[kPanel];
   for (int64_t i = 0; i < m; ++i) {
     float* row = z + i * ld;
     for (int64_t j0 = 0; j0 < rank; j0 += kPanel) {
       const int64_t n = std::min(kPanel, rank - j0);
       vectors(round_up(n, 8), [&](int64_t j) { (Vec::loadu(row + j0 + j) + Vec::loadu(bias + j0 + j)).store(row + j0 + j); });
-      if (out) narrow(row + j0, out + i * rank + j0, n);
+      if (out) narrow(row + j0, out + at(first + i) * rank + j0, n);
       if constexpr (!std::is_same_v<A, float>) narrow(row + j0, rounded, n), widen(rounded, row + j0, n);
       vectors(round_up(n, 8), [&](int64_t j) { activate(Vec::loadu(row + j0 + j), f).store(row + j0 + j); });
     }
   }
 }
 
-// From z and da (height x ld): a = phi(z), dz = da . phi'(z), dbias += column sums of dz. Null da: only a. Rows beyond m become zero.
+// From rows at(first + i) of z and da (height x ld): a = phi(z), dz = da . phi'(z), dbias += column sums of dz. Null da: only a. Rows beyond m become zero.
 template <class A>
-inline void backprop_rows(const A* z, float* da, float* a, int64_t m, int64_t height, int64_t rank, int64_t ld, Activation f, float* dbias) {
+inline void backprop_rows(const A* z, float* da, float* a, int64_t m, int64_t height, int64_t rank, int64_t ld, Activation f, float* dbias, RowIndex at = {nullptr}, int64_t first = 0) {
   for (int64_t i = 0; i < m; ++i) {
     float *row = a + i * ld, *grad = da + i * ld;
-    widen(z + i * rank, row, rank, ld);
+    widen(z + at(first + i) * rank, row, rank, ld);
     vectors(round_up(rank, 8), [&](int64_t j) {
       const Vec v = Vec::loadu(row + j);
       activate(v, f).store(row + j);

@@ -26,15 +26,16 @@ struct RankConstant {
   static constexpr int value = kRank;
 };
 // f(bucket as a constant), for the kernels of the plain bottleneck or, of which there are fewer, the gated ones. Mutants are compiled for few ranks: of four and of eight warps, of one and of
-// two parts of a down-projection, of one and of two stages, of four and of two fragments a step of an up-projection.
+// two parts of a down-projection, of one and of two stages, of four and of two fragments a step of an up-projection, of tiles that the threads
+// divide and do not.
 template <class F>
 int with_gated_rank(int rank, F f) {
   switch (plan::gated_bucket(rank)) {
     case 32: return f(RankConstant<32>{});
+    case 192: return f(RankConstant<192>{});
     case 256: return f(RankConstant<256>{});
 #ifndef FASTADAPT_MUTATION
     case 96: return f(RankConstant<96>{});
-    case 192: return f(RankConstant<192>{});
 #endif
     default: return -1;
   }

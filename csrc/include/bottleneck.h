@@ -10,6 +10,8 @@ enum Activation : int { kIdentity, kRelu, kGelu, kGeluNew, kSilu };
 struct BottleneckParams {
   Type activation_type, parameter_type;
   int64_t rows, width, rank;
+  const int64_t* order;  // routed: the rows of one task, in ascending order; else null
+  int64_t chunks;        // of rows, each with a partial
   const void *x, *residual, *dy;
   int64_t x_stride, residual_stride, dy_stride;
   const void *w_down, *b_down, *w_up, *b_up, *gate, *scale_tensor;
@@ -22,7 +24,7 @@ struct BottleneckParams {
   bool need_scale;
   // Scratch of one call, filled by prepare_*: packed weights and fp32 vectors padded to whole panels.
   float *packed_down, *packed_up, *vectors;
-  // One partial per chunk of rows, see BottleneckLayout.
+  // One partial per chunk of rows, see PartialLayout.
   float* partials;
   float* dscale_panels;  // one summand per panel of columns
 };

@@ -66,7 +66,7 @@ class _Prepend(Hook):
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = owner.embed_tokens(inputs["input_ids"])
-        prompt = self.prompt().to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+        prompt = _of_batch(self.prompt(), embeds)
         mask = inputs.get("attention_mask")
         return {**inputs, "input_ids": None, "inputs_embeds": torch.cat([prompt, embeds], 1), "attention_mask": _longer(mask, prompt.shape[1])}
 
@@ -117,7 +117,7 @@ class _Remember(Hook):
             cache = EncoderDecoderCache(DynamicCache(config=owner.config), DynamicCache(config=owner.config))
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         prompt = self.prompt()
-        prompt = prompt.to(owner.embed_tokens.weight.dtype).expand(tokens.shape[0], -1, -1)
+        prompt = _of_batch(prompt.to(owner.embed_tokens.weight.dtype), tokens)
         owner.forward(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
         return {**inputs, "past_key_values": cache, "attention_mask": _longer(inputs.get("attention_mask"), prompt.shape[1])}
 
@@ -162,6 +162,12 @@ def _longer(mask: Tensor | None, length: int) -> Tensor | None:
     if mask.ndim != 2:
         raise ValueError(f"attention_mask: shape {tuple(mask.shape)} must be (batch, tokens), so that a prompt can be put before it")
     return torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
+
+
+def _of_batch(prompt: Tensor, like: Tensor) -> Tensor:
+    """A prompt for every sample; where samples have prompts of their own, for each of its beams."""
+    prompt = prompt.to(like.dtype) if like.is_floating_point() else prompt
+    return prompt.expand(len(like), -1, -1) if prompt.dim() == 2 else prompt.repeat_interleave(len(like) // len(prompt), 0)
 
 
 def _length(prompt: Any) -> int:

@@ -90,23 +90,33 @@ class Bottleneck(nn.Module):
         """y of h's shape (..., D) and dtype. ``x``, the residual stream that hosts hand to every module behind a sub-layer, has no part in it."""
         return self._run(h, self._residual if self.input_scale == 1.0 else self.input_scale * h)
 
-    def _run(self, h: Tensor, residual: Tensor | Literal["input"] | None) -> Tensor:
-        children = self._modules
-        down: Any = children["down_sampler"]
-        up: Any = children["up_sampler"]
-        before: Any = children["pre_layer_norm"]
-        after: Any = children["post_layer_norm"]
-        gate = self._parameters["gate"]
-        common: dict[str, Any] = {
+    def bottleneck_call(self, h: Tensor, x: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The input and the other arguments of the `fastadapt.functional.bottleneck` that `forward` is, whatever its projections are made of."""
+        return h, self._arguments(self._residual if self.input_scale == 1.0 else self.input_scale * h)
+
+    def _arguments(self, residual: Tensor | Literal["input"] | None) -> dict[str, Any]:
+        children, gate = self._modules, self._parameters["gate"]
+        (w_down, b_down), (w_up, b_up) = weights(children["down_sampler"]), weights(children["up_sampler"])  # type: ignore[arg-type]
+        scale = self.scale if gate is None else self.scale * gate
+        return {"w_down": w_down, "w_up": w_up, "b_down": b_down, "b_up": b_up, "scale": scale, "heads": self._blocks, **self._common(residual)}
+
+    def _common(self, residual: Tensor | Literal["input"] | None) -> dict[str, Any]:
+        before: Any = self._modules["pre_layer_norm"]
+        after: Any = self._modules["post_layer_norm"]
+        return {
             "activation": self.activation,
             "residual": residual,
             "norm_before": None if before is None else (before.weight, before.bias, before.eps),
             "norm_after": None if after is None else (after.weight, after.bias, after.eps),
         }
-        if gate is None and low_rank_phm(down, up):
-            return functional.phm_bottleneck(h, *down.factors(), *up.factors(), b_down=down.bias, b_up=up.bias, scale=self.scale, **common)
-        (w_down, b_down), (w_up, b_up) = weights(down), weights(up)
-        return functional.bottleneck(h, w_down, w_up, b_down, b_up, scale=self.scale if gate is None else self.scale * gate, heads=self._blocks, **common)
+
+    def _run(self, h: Tensor, residual: Tensor | Literal["input"] | None) -> Tensor:
+        down: Any = self._modules["down_sampler"]
+        up: Any = self._modules["up_sampler"]
+        if self._parameters["gate"] is None and low_rank_phm(down, up):
+            factors: Any = (*down.factors(), *up.factors(), down.bias, up.bias)
+            return functional.phm_bottleneck(h, *factors, scale=self.scale, **self._common(residual))
+        return functional.bottleneck(h, **self._arguments(residual))
 
     def call(self) -> dict[str, Any]:
         """The op that `forward` calls and the sizes that decide its backend, as `fastadapt.backend.explain` takes them."""
@@ -158,6 +168,10 @@ class ValueParallelAdapter(Bottleneck):
     def forward(self, kv: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         """v' of v's shape; kv (..., D) is the projection's input, v (..., D) its output."""
         return self._run(kv, v)
+
+    def bottleneck_call(self, kv: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """As `Bottleneck.bottleneck_call`."""
+        return kv, self._arguments(v)
 
 
 def check_projections(width: int, rank: int, heads: int, pair: bool, activation: str) -> int:

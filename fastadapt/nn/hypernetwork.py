@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.init import TORCH, Init, positive
+from fastadapt.nn.per_task import routed
 
 BLOCKS = ("feed_forward", "self_attention", "cross_attention")
 
@@ -28,6 +29,7 @@ class TaskEmbeddings(nn.Module):
         super().__init__()
         if not tasks:
             raise ValueError("tasks: must name the tasks, each of which has an embedding")
+        self.tasks = tuple(tasks)  # a ParameterDict sorts
         self.task_to_embeddings = nn.ParameterDict({task: nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) for task in tasks})
         self.reset_parameters()
 
@@ -39,7 +41,7 @@ class TaskEmbeddings(nn.Module):
 
 
 class Generated(NamedTuple):
-    """One adapter's weights, with generated layer norms or None."""
+    """One adapter's weights, with generated layer norms or None; in a batch that mixes tasks those of all tasks, (G, ...), with each sample's task."""
 
     w_down: Tensor
     b_down: Tensor
@@ -47,6 +49,7 @@ class Generated(NamedTuple):
     b_up: Tensor
     norm_before: tuple[Tensor, Tensor] | None = None
     norm_after: tuple[Tensor, Tensor] | None = None
+    task_ids: Tensor | None = None
 
 
 class GeneratedBottleneck(nn.Module):
@@ -80,8 +83,16 @@ class GeneratedBottleneck(nn.Module):
         """
         if (w := self.weights) is None:
             raise RuntimeError("the hypernetwork has not generated weights for this adapter: call the model's encoder or decoder, not its layers")
+        if w.task_ids is None:
+            return functional.bottleneck(h, **self._arguments(w))
+        tensors = (w.w_down.unbind(), w.b_down.unbind(), w.w_up.unbind(), w.b_up.unbind())
+        norms = ([None] * len(w.w_down) if norm is None else list(zip(*(t.unbind() for t in norm), strict=True)) for norm in (w.norm_before, w.norm_after))
+        return routed(w.task_ids, [(h, self._arguments(Generated(*of_task))) for of_task in zip(*tensors, *norms, strict=True)])
+
+    def _arguments(self, w: Generated) -> dict[str, Any]:
         before, after = (None if norm is None else (*norm, 1e-5) for norm in (w.norm_before, w.norm_after))
-        return functional.bottleneck(h, w.w_down, w.w_up, w.b_down, w.b_up, activation=self.activation, norm_before=before, norm_after=after)
+        weights = {"w_down": w.w_down, "w_up": w.w_up, "b_down": w.b_down, "b_up": w.b_up}
+        return {**weights, "activation": self.activation, "residual": "input", "scale": 1.0, "heads": 1, "norm_before": before, "norm_after": after}
 
     def call(self) -> dict[str, Any]:
         """As `Bottleneck.call`."""
@@ -146,6 +157,7 @@ class HyperNetwork(nn.Module):
         self.norms = tuple(side for side, wanted in (("pre", norm_before), ("post", norm_after)) if wanted)
         self.task_embeddings = embeddings
         self.task: str | None = None
+        self.task_ids: Tensor | None = None
         self.sites: list[tuple[str, int, GeneratedBottleneck]] = []
         self._made: tuple[str | None, tuple[tuple[int, int], ...]] | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -191,43 +203,51 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"task: {task!r} has no embedding here; must be one of {', '.join(known.keys())}")
         self.task = task
 
+    def set_route(self, task_ids: Tensor | None) -> None:
+        """As `PerTask.set_route`; places are those among the embeddings' tasks."""
+        self.task_ids = task_ids
+
     def forward(self) -> dict[str, list[Generated]]:
-        """For each kind of block the adapters of all layers.
+        """For each kind of block the adapters of all layers; in a batch that mixes tasks, those of all tasks.
 
         Raises:
             RuntimeError: no task is selected.
         """
-        if self.task is None:
+        if self.task is None and self.task_ids is None:
             raise RuntimeError(f"no task is selected: use `handle.set_task(...)` or `with handle.task(...)`; tasks: {', '.join(self.task_embeddings.task_to_embeddings.keys())}")
-        task = self.task_embeddings.task_to_embeddings[self.task]
+        embeddings: Any = self.task_embeddings.task_to_embeddings
         layer = self.layer_id_embeddings.weight
-        given = [torch.cat([task.expand_as(layer), layer], 1)]
+        task = embeddings[self.task] if self.task_ids is None else torch.stack([embeddings[name] for name in self.task_embeddings.tasks])[:, None]
+        layer = layer if self.task_ids is None else layer.expand(len(embeddings), -1, -1)
+        given = [torch.cat([task.expand_as(layer), layer], -1)]
         if self.one:
             kinds = self.adapters_block_type.weight[[BLOCKS.index(block) for block in self.blocks]]
-            given = [torch.cat([given[0], kind.expand_as(layer)], 1) for kind in kinds]
+            given = [torch.cat([given[0], kind.expand_as(layer)], -1) for kind in kinds]
         projected = [self.task_hypernet["task_embeding_generator"](e) for e in given]
         projected = projected if self.LayerNorm is None else [self.LayerNorm(p) for p in projected]
         return {block: self._adapters("" if self.one else f"{block}_", projected[i if self.one else 0]) for i, block in enumerate(self.blocks)}
 
     def _adapters(self, prefix: str, p: Tensor) -> list[Generated]:
         parts: list[Any] = []
+        layers = p.dim() - 2
         for side, rows, columns in (("down", self.rank, self.width), ("up", self.width, self.rank)):
             net: Any = self._modules[f"{prefix}{side}_sampler_hyper_net"]
-            parts += [net["weight_generator"](p).view(-1, rows, columns).unbind(), net["bias_generator"](p).unbind()]
+            parts += [net["weight_generator"](p).unflatten(-1, (rows, columns)).unbind(layers), net["bias_generator"](p).unbind(layers)]
         norms = {}
         for side in self.norms:
             net = self._modules[f"{prefix}{side}_layernorm_hypernet"]
-            norms[side] = list(zip(*(net[f"{kind}_generator"](p).unbind() for kind in ("weight", "bias")), strict=True))
-        none = [None] * p.shape[0]
-        return [Generated(*row) for row in zip(*parts, norms.get("pre", none), norms.get("post", none), strict=True)]
+            norms[side] = list(zip(*(net[f"{kind}_generator"](p).unbind(layers) for kind in ("weight", "bias")), strict=True))
+        none = [None] * p.shape[layers]
+        ids = [self.task_ids] * p.shape[layers]
+        return [Generated(*row) for row in zip(*parts, norms.get("pre", none), norms.get("post", none), ids, strict=True)]
 
     def hand_out(self) -> None:
         """Generates the weights of all layers and gives them to the adapters in ``sites``; without gradients, as in ``generate``, only if something changed since the last time."""
         made = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The address too: `.to()` gives a parameter new storage under its old version.
-            made = (self.task, tuple((p._version, p.data_ptr()) for p in self.parameters()))
-            if self._made == made and all(site.weights is not None for _, _, site in self.sites):
+            made = (self.task if self.task_ids is None else None, tuple((p._version, p.data_ptr()) for p in self.parameters()))
+            if self._made == made and all(site.weights is not None and site.weights.task_ids is self.task_ids for _, _, site in self.sites):
                 return
         generated = self.forward()
         for block, layer, site in self.sites:

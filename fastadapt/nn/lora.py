@@ -71,6 +71,14 @@ class LoRA(nn.Module):
             return functional.bottleneck(x, a, b, activation="identity", residual=y, scale=self.scale)
         return y + self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(y.dtype)
 
+    def bottleneck_call(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Any]] | None:
+        """As `Bottleneck.bottleneck_call`; None where `forward` is no bottleneck, or drops elements of x first."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if a.shape[1] != b.shape[0] or (self.training and self.dropout):
+            return None
+        none = dict.fromkeys(("b_down", "b_up", "norm_before", "norm_after"))
+        return x, {"w_down": a, "w_up": b, "activation": "identity", "residual": y, "scale": self.scale, "heads": 1, **none}
+
     def merged_delta(self) -> Tensor:
         """What merging adds to the projection's weight (out, in): alpha / r * B A."""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)

@@ -21,7 +21,7 @@ import torch
 from fastadapt.ops import _cpu
 from tests.mutation import calls, cpp, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec
+from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec
 
 SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp")
 FILES = ("csrc/cpu/tile.h", *SOURCES[1:3])
@@ -35,9 +35,15 @@ TAIL = "the last whole vector is then left to the loop over single numbers: the 
 MORE = "computes, packs or loads what nobody reads then: slower, the same results"
 WHOLE = "computes whole panels or blocks, whose further columns nobody reads: slower, the same results"
 SAME = "the other path of the two gives the same numbers, slower"
+COPIES = "a tile of a task's rows that lie one after the other is then copied too: the same numbers, slower; no check watches reads behind the list of rows"
 SHARE = "two pieces of scratch then share memory, but are not in use at the same time"
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
+    ("sign", "i - m in bool consecutive("): COPIES,
+    ("sign", "i + m + 1 in bool consecutive("): COPIES,
+    ("sign", "m + 1 in bool consecutive("): COPIES,
+    ("sign", "order[i + m - 1] + order[i] in bool consecutive("): COPIES,
+    ("condition", "static_cast<bool>(!order) in bool consecutive("): COPIES,
     ("loop", "i + step < n in"): TAIL,
     ("loop", "i + 4 * v < n in"): TAIL,
     ("constant", "std::fill(dst + n, dst + to, 0.f)"): PAD,
@@ -157,6 +163,10 @@ SPECS: list[Spec] = [
     over(FP32, lead=(1,), width=264, rank=8, residual="other"),
     over(MIXED, lead=(620,), width=72, rank=20, scale="tensor", gate=True),
     over(FP32, lead=(620,), width=200, rank=200, gate=True),
+    over(FP32, Routed, lead=(5, 23), width=33, rank=7, outside=True, residual="other"),
+    over(FP32, Routed, lead=(6, 64), width=64, rank=32),
+    over(FP32, Routed, lead=(300,), width=40, rank=20, ids="row", tasks=2, residual=None),
+    over(MIXED, Routed, lead=(130,), width=72, rank=20, ids="row", shared="down"),
     *(
         over(d, Gated, lead=(2, 33), width=33, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s, **SCALES)
         for g in GRANULARITIES
@@ -175,6 +185,7 @@ SPECS: list[Spec] = [
 CALLS: list[Spec] = [
     over(MIXED, lead=(70,), width=33, rank=7, residual="other", scale="tensor", gate=True),
     over(FP32, lead=(70,), width=40, rank=7),
+    over(FP32, Routed, lead=(70,), width=40, rank=7, residual="other"),
     *(
         over(d, Gated, lead=(2, 9), width=40, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s)
         for g in GRANULARITIES
@@ -202,7 +213,7 @@ PHM_CALLS: list[Spec] = [over(MIXED, PHM, lead=(70,), width=36, rank=12, factor_
 
 
 def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
-    return mutant is None or mutant.file == FILES[0] or mutant.file.endswith(f"/{op}.cpp")
+    return mutant is None or mutant.file == FILES[0] or mutant.file.endswith(f"/{op.removeprefix('routed_')}.cpp")
 
 
 def includes() -> list[str]:

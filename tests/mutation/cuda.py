@@ -147,6 +147,7 @@ SPECS: list[Spec] = [
     ),
     *(over(BF16, Gated, lead=(3, 23), width=40, rank=8, gate_rank=8, granularity=g, biases="none", gate_bias=False) for g in GRANULARITIES),
     *(over(BF16, Gated, lead=(2, 70), width=72, rank=200, gate_rank=130, granularity=g, save_gate=False) for g in GRANULARITIES),
+    *(over(BF16, Gated, lead=(2, 70), width=136, rank=192, gate_rank=q, granularity=g, save_gate=False) for g, q in (("middleX", 8), ("large", 170))),
     *(over(BF16, Gated, lead=(2, 300), width=64, rank=8, gate_rank=8, granularity=g, save_gate=False) for g in ("large", "middleX", "middleY", "small")),
 ]
 CALLS: list[Spec] = [

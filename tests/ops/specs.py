@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -250,11 +251,69 @@ class PHM(Spec):
         )
 
 
+@dataclass(frozen=True)
+class Routed(Spec):
+    lead: tuple[int, ...] = (5, 13)
+    tasks: int = 3
+    ids: str = "sample"
+    """Whether an id is one of the first dimension's ("sample") or of each row ("row")."""
+    outside: bool = False
+    """Some rows are of no task, and the last task has no rows."""
+    shared: str = ""
+    """What all tasks share: "down" (with its bias), "up" or nothing."""
+    residual: str | None = "input"
+    scale: float = 1.0
+
+    op = "routed_bottleneck"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        x = (*self.lead, self.width)
+        shapes = {"x": x, **({"residual": x} if self.residual == "other" else {})}
+        for name, shape in self._projections().items():
+            shapes[name] = (1 if self.shared and name.endswith(self.shared) else self.tasks, *shape)
+        return shapes
+
+    def _std(self, name: str, shape: tuple[int, ...]) -> float:
+        return super()._std(name, shape[1:])
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"activation": self.activation, "scale": self.scale}
+        return options if self.residual == "other" else {**options, "residual": self.residual}
+
+    def task_ids(self, device: str | torch.device = "cpu") -> Tensor:
+        g = torch.Generator().manual_seed(3000)
+        low, high = (-1, max(self.tasks - 1, 1)) if self.outside else (0, self.tasks)
+        count = self.lead[0] if self.ids == "sample" else math.prod(self.lead)
+        return torch.randint(low, high, (count,), generator=g).to(device)
+
+    def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
+        return ops.routed_bottleneck(task_ids=self.task_ids(tensors["x"].device), **tensors, **self.options())
+
+    @staticmethod
+    def random(rng: random.Random) -> Routed:
+        dtype, param_dtype = rng.choice(DTYPES)
+        return Routed(
+            lead=_random_lead(rng),
+            width=rng.randint(1, 96),
+            rank=rng.randint(1, 40),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            activation=rng.choice(ACTIVATIONS),
+            biases=rng.choice(("both", "both", "none", "down", "up")),
+            tasks=rng.choice((1, 2, 3, 4, 7)),
+            ids=rng.choice(("sample", "row")),
+            outside=rng.random() < 0.3,
+            shared=rng.choice(("", "", "down", "up")),
+            residual=rng.choice(("input", "other", None)),
+            scale=rng.choice((1.0, 0.3, -2.0)),
+        )
+
+
 def _random_lead(rng: random.Random) -> tuple[int, ...]:
     return rng.choice(((rng.randint(1, 80),), (rng.randint(1, 5), rng.randint(1, 16)), (2, 2, rng.randint(1, 9))))
 
 
-def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM], count: int, seed: int = 20) -> list[Spec]:
+def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM] | type[Routed], count: int, seed: int = 20) -> list[Spec]:
     rng = random.Random(seed)
     return [kind.random(rng) for _ in range(count)]
 

@@ -37,11 +37,11 @@ EVERYTHING = PHM(lead=(3, 23), residual="other", scale=0.7, factor_rank=2)
 SHAPES = [over(d, lead=(t,), rank=r, width=64) for d in (FP32, MIXED) for t in (0, 1, 63, 65, 300) for r in (4, 24, 96, 100)] + [
     over(d, width=w, rank=r) for d in (FP32, MIXED) for w in (4, 36, 768) for r in (12, 96)
 ]
-ALL_SHAPES = [
-    over(d, lead=(t,), rank=r, width=w, factor_rank=k) for d in DTYPES for t in (0, 1, 63, 65, 300) for r in (4, 24, 96, 100) for w in (4, 36, 64, 768) for k in (1, 2)
-]
+ALL_SHAPES = [over(d, lead=(t,), rank=r, width=w, factor_rank=k) for d in DTYPES for t in (0, 1, 63, 65, 300) for r in (4, 24, 96, 100) for w in (4, 36, 64, 768) for k in (1, 2)]
 REAL = [over(d, lead=(2, 65), width=w, rank=r) for d in (FP32, MIXED, DTYPES[4]) for w in (768, 1024) for r in (24, 96, 192)]
-ALL_REAL = [over(d, lead=(2, 165), width=w, rank=r, division=n, factor_rank=k) for d in DTYPES for w in (768, 1024) for r in (24, 96, 192) for n, k in ((2, 1), (4, 1), (4, 4), (8, 1))]
+ALL_REAL = [
+    over(d, lead=(2, 165), width=w, rank=r, division=n, factor_rank=k) for d in DTYPES for w in (768, 1024) for r in (24, 96, 192) for n, k in ((2, 1), (4, 1), (4, 4), (8, 1))
+]
 
 
 @specs([s for s in OPTIONS if not (s.norm_before or s.norm_after)])

@@ -3,8 +3,8 @@ with `phm`, the kernels of Compacter's op, which are a family of their own.
 
 Mutants are every place of the listed kinds in the source of every kernel, found in the syntax tree: nothing is picked by hand. Each is tried in a fork of a process that has
 the library loaded, on a mutated copy of the source file in a temporary directory: the tree is not touched. First the interpreter runs calls of tests/triton/interpret, then, in
-a process without TRITON_INTERPRET, the survivors meet the 64-bit check of tests/triton/compiled. The table goes to tests/data/triton_mutants.json, or triton_phm_mutants.json; a survivor needs an entry in
-`EXPLAINED`, or the exit status is 1.
+a process without TRITON_INTERPRET, the survivors meet the 64-bit check of tests/triton/compiled. The table goes to tests/data/triton_mutants.json or triton_phm_mutants.json; a
+survivor needs an entry in `EXPLAINED`, or the exit status is 1.
 """
 
 from __future__ import annotations

@@ -29,13 +29,16 @@ class Plan:
     def reasons(self, backend: str, call: Call) -> list[str]:
         if backend == "reference":
             return []
+        return self._absent(backend, call) or list(self.module(backend).reasons(call)) or self._too_large(backend, call)
+
+    def _absent(self, backend: str, call: Call) -> list[str]:
         try:
-            module = self.module(backend)
+            self.module(backend)
         except ModuleNotFoundError as error:
-            if error.name != f"{self.package}.{backend}":
+            if error.name != f"{self.package}.{backend}" and not (backend == "emulated-cuda" and error.name == f"{self.package}.cuda"):
                 raise
             return [f"{call.op} has no {backend} kernels"]
-        return list(module.reasons(call)) or self._too_large(backend, call)
+        return []
 
     def limits(self, backend: str, call: Call) -> list[str]:
         """Those of the reasons that hold on every machine with the call's architecture: a small call of bfloat16, which every kernel takes, has only the others."""
@@ -43,6 +46,8 @@ class Plan:
             return []
         if call.arch < 80:
             return [f"needs compute capability 8.0, sm_{call.arch} is older"]
+        if absent := self._absent(backend, call):
+            return absent
         small = call._replace(dtype=torch.bfloat16, param_dtype=torch.bfloat16, rows=64, width=64, rank=16, options=())
         here = self.reasons(backend, small)
         return [why for why in self.reasons(backend, call) if why not in here] or (_cost.cuda_limits(call) if backend == "cuda" else []) or self._too_large(backend, call)

@@ -1,8 +1,9 @@
 """Compacter's bottleneck on CUDA devices of compute capability 8.0 and newer.
 
-A projection H = sum_i A_i (x) (L_i R_i) is three products with thin tiles (rows, M): inner = x L, mixed = inner A, y = mixed R. Column m = (a, i, q) of a thin tile belongs to part a of the row,
-factor i and direction q; each of the three counts is padded to a power of two, and M to at least 16, the smallest depth of a matrix product: n = 4 and k = 1 fill 16 columns exactly. L and R are
-block diagonal in the parts, A in (i, q): their tiles are gathered from the factors, a few KiB in all, with zeros elsewhere, and rounded as they are loaded, so no launch packs them.
+A projection H = sum_i A_i (x) (L_i R_i) is three products with thin tiles (rows, M): inner = x L, mixed = inner A, y = mixed R. Column m = (a, i, q) of a thin tile belongs to part
+a of the row, factor i and direction q; each of the three counts is padded to a power of two, and M to at least 16, the smallest depth of a matrix product: n = 4 and k = 1 fill 16
+columns exactly. L and R are block diagonal in the parts: their tiles are spread from the factors, a few KiB in all, with zeros elsewhere, and rounded as they are loaded, so no
+launch packs them. A, diagonal in (i, q), acts in registers.
 
 Backward is one kernel over row tiles and one that adds its partials: a tile's share of all factors' gradients is about 2 k (D + R) + 2 n^3 numbers.
 """
@@ -27,14 +28,14 @@ __all__ = ["backward", "forward", "reasons"]
 
 @jit
 def pair_offsets(W, LEFT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, J: tl.constexpr):
-    """Where each of the J pairs (i, q) begins in a left factor (n, W, k) or a right one (n, k, W); the padding behind its end."""
+    """Where each of the J pairs (i, q) begins in a left factor (n, W, k) or a right one (n, k, W); padding, of i by itself, behind its end."""
     j = tl.arange(0, J)
-    return tl.where((j // K2 < N) & (j % K2 < K), j // K2 * (W * K) + j % K2 * (1 if LEFT else W), N * W * K)
+    return tl.where(j % K2 < K, j // K2 * (W * K) + j % K2 * (1 if LEFT else W), N * W * K)
 
 
 @jit
 def factor_down(F, part, p, W, LEFT: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, M: tl.constexpr, dtype: tl.constexpr):
-    """A factor's tile (p, M), zero outside the part's columns: what a part of a row is multiplied with. Every element is loaded once and spread in registers, which saves many addresses."""
+    """A factor's tile (p, M), zero outside the part's columns: what a part of a row is multiplied with. Spread in registers, which saves many addresses."""
     f = load_weight(F, p, K if LEFT else 1, W, pair_offsets(W, LEFT, N, K, K2, N2 * K2), 1, N * W * K, EVEN, False).to(dtype)
     own = (tl.arange(0, M // (N2 * K2)) == part)[None, :, None]
     return tl.reshape(tl.where(own, f[:, None, :], 0.0).to(dtype), (p.shape[0], M))
@@ -83,7 +84,7 @@ def contract(
 
 @jit
 def mix(thin, RULE, parts, STEP: tl.constexpr, STEP_OUT: tl.constexpr, N: tl.constexpr, K2: tl.constexpr, J: tl.constexpr, dtype: tl.constexpr):
-    """The parts of a thin tile mixed by the rule, rounded. The rule's index that is summed over lies STEP apart, the other STEP_OUT: forward the first and the second, backward the reverse."""
+    """The parts of a thin tile mixed by the rule, rounded. The rule's index that is summed over lies STEP apart, the other STEP_OUT: in forward a and c, in backward c and a."""
     P: tl.constexpr = thin.shape[1] // J
     i, c = tl.arange(0, J) // K2, tl.arange(0, P)
     exists = (c < N)[:, None] & (i < N)[None, :]
@@ -271,8 +272,8 @@ MAX_PAIRS, MAX_PAIRS_FP32 = 32, 16
 MAX_COLUMNS = 256
 """Of a whole thin tile, half as many with more than 16 a part. Above these bounds the backward spills whatever the tile."""
 
-# By the columns of a thin tile: (bound, half precision, fp32). tests/triton/compiled holds each entry to no spills. Parts of a row that 64 does not divide, or of z that 8 does not, need masks and
-# narrow loads, and with them the registers of four times the columns.
+# By the columns of a thin tile: (bound, half precision, fp32). tests/triton/compiled holds each entry to no spills. Parts of a row that 64 does not divide, or of z that 8 does
+# not, need masks and narrow loads, and with them the registers of four times the columns.
 _TILES = {
     "forward": (
         (16, Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),

@@ -17,8 +17,8 @@ from tests.triton.compiled.aot import Launch, recorded
 
 
 class Case(NamedTuple):
-    """One call of an op; ``kind`` is None for the plain bottleneck, "phm" for Compacter's, which alone has a division and a factor rank. Widths that 64 does not divide need masks; 4096
-    rows are many tiles and several splits."""
+    """One call of an op; ``kind`` is None for the plain bottleneck, "phm" for Compacter's, which alone has a division, a factor rank and numbers of
+    gradients that nobody asks for. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
 
     kind: str | None
     rank: int
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     save_gate: bool = False
     division: int = 4
     factor_rank: int = 1
+    frozen: tuple[int, ...] = ()
 
     @property
     def op(self) -> str:
@@ -41,7 +42,7 @@ class Case(NamedTuple):
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         extra = [f"d{self.width}"] * (self.width != 768) + [f"t{self.rows}"] * (self.rows != 4096) + [self.activation] * (self.activation != "gelu_new")
         extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate
-        extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm")
+        extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm") + [f"frozen{''.join(map(str, self.frozen))}"] * bool(self.frozen)
         return "-".join([self.kind or "bottleneck", f"r{self.rank}", names[self.dtype], f"p{names[self.param_dtype]}", *extra])
 
 
@@ -87,5 +88,6 @@ def phm_launches(case: Case, parameter: Callable[..., Tensor | None], optional: 
     activation = ACTIVATIONS.index(case.activation)
     with recorded() as made:
         phm_bottleneck.forward(x, *down, bd, *up, bu, x if case.options else None, 0.5, activation, True, True)
-        phm_bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), *down, *up, 0.5, activation, True, [True] * 4 + [bd is not None] + [True] * 3 + [bu is not None])
+        needs = [p is not None and i not in case.frozen for i, p in enumerate((x, *down, bd, *up, bu))]
+        phm_bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), *down, *up, 0.5, activation, True, needs)
     return made

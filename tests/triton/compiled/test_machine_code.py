@@ -15,7 +15,7 @@ from tests.triton.compiled.cases import Case, launches
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
-PRODUCTS = ("forward_kernel", "rows_kernel", "weights_kernel", "gates_kernel")
+PRODUCTS = ("forward_kernel", "rows_kernel", "weights_kernel", "gates_kernel", "backward_kernel")
 """The kernels that multiply matrices; `gates_kernel` only where it computes again what forward did not save."""
 
 QUICK = [
@@ -24,8 +24,19 @@ QUICK = [
     (80, Case("large", 96, BF16, FP32)),
     (90, Case("small", 7, FP16, FP32, width=33)),
     (80, Case(None, 24, FP32, FP32)),
+    (80, Case("phm", 96, BF16, FP32)),
+    (90, Case("phm", 96, BF16, FP32)),
+    (90, Case("phm", 100, FP16, FP16, activation="gelu", width=772)),
+    (80, Case("phm", 96, FP32, FP32)),
 ]
 ARCHES = (80, 86, 90, 100, 120)
+# Every entry of the table of Compacter's tiles, with the costliest activations: (dtype, activation, division, factor rank).
+PHM = [
+    *((BF16, "gelu", 4, 1), (FP16, "silu", 4, 1), (FP32, "gelu", 4, 1)),
+    *((BF16, "gelu_new", n, k) for n, k in ((1, 1), (2, 16), (4, 2), (4, 4), (4, 8), (8, 2), (16, 1))),
+    *((FP32, "gelu_new", n, k) for n, k in ((4, 4), (16, 1))),
+]
+FROZEN = ((0,), (1, 5), (2, 3, 6, 7), (1, 4, 5, 8), (0, 1, 5), (1, 2, 3, 4, 5, 6, 7, 8), (0, 1, 2, 3, 4), (0, 5, 6, 7, 8))
 FULL = [
     (90, Case("large", 96, FP16, FP32)),
     *((a, Case(None, r, d, FP32)) for a in ARCHES for r in (1, 32, 48, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
@@ -35,6 +46,10 @@ FULL = [
     *((a, Case(k, r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for k in (None, "large") for r in (96, 192, 512)),
     *((a, Case(None, 64, FP16, FP32, activation="silu", width=33, options=False)) for a in ARCHES),
     *((a, Case(None, 7, BF16, BF16, activation="identity", width=1, rows=1)) for a in (80, 90)),
+    *((a, Case("phm", 192, d, FP32, width=1024, activation=act, division=n, factor_rank=k)) for a in ARCHES for d, act, n, k in PHM),
+    *((a, Case("phm", 144, d, d, width=144, activation="gelu", division=n, factor_rank=k)) for a in (80, 90, 120) for d, _, n, k in PHM),
+    *((a, Case("phm", 96, BF16, FP32, frozen=f)) for a in (80, 120) for f in FROZEN),
+    *((a, Case("phm", 4, d, FP32, width=4, rows=1, options=False)) for a in (80, 90) for d in (BF16, FP32)),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from fastadapt import backend
 from fastadapt.ops import _triton
 from fastadapt.ops.bottleneck import triton as bottleneck
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
+from fastadapt.ops.phm_bottleneck import triton as phm_bottleneck
 
 
 def call(**changes: Any) -> backend.Call:
@@ -51,6 +52,38 @@ def test_it_cannot(device: pytest.MonkeyPatch, changes: dict[str, Any], text: st
     assert text in reason
 
 
+def phm(division: int, factor_rank: int, **changes: Any) -> backend.Call:
+    return call(op="phm_bottleneck", options=(("division", division), ("factor_rank", factor_rank)), **changes)
+
+
+@pytest.mark.parametrize("division", range(1, 17))
+def test_compacter(device: pytest.MonkeyPatch, division: int) -> None:
+    """Factor rank 1 runs at every division, 8 up to 4 in half precision; whatever runs has tiles."""
+    for factor_rank in range(1, 17):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            told = phm_bottleneck.reasons(phm(division, factor_rank, dtype=dtype))
+            assert not told or (factor_rank > 1 and (division > 4 or factor_rank > 8 or (dtype == torch.float32 and division * factor_rank > 8)))
+            for kernel in ("forward", "backward") if not told else ():
+                for width, rank in ((768, 96), (division, division)):
+                    phm_bottleneck.tile(kernel, division, factor_rank, width, rank, dtype)
+
+
+@pytest.mark.parametrize(
+    ("of", "text"),
+    [
+        (phm(4, 9), "division 4 and factor rank 9 takes 64 columns a part of a row, more than 32"),
+        (phm(4, 5, dtype=torch.float32), "torch.float32 with division 4 and factor rank 5 takes 32 columns a part of a row, more than 16"),
+        (phm(8, 3), "division 8 with factor rank 3 takes 256 columns a row, more than 128"),
+        (phm(17, 1), "division 17 with factor rank 1 takes 1024 columns a row, more than 128"),
+        (phm(4, 1, rank=516), "rank 516 is above 512"),
+        (phm(4, 1, device="cpu"), "needs a CUDA device, not cpu"),
+    ],
+)
+def test_compacter_cannot(device: pytest.MonkeyPatch, of: backend.Call, text: str) -> None:
+    (reason,) = phm_bottleneck.reasons(of)
+    assert text in reason
+
+
 def test_old_and_absent_devices(device: pytest.MonkeyPatch) -> None:
     device.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert bottleneck.reasons(call()) == ["needs compute capability 8.0, the device has 7.5"]
@@ -82,8 +115,9 @@ def test_every_rank_has_chunks_and_tiles() -> None:
         "import fastadapt, fastadapt.functional, sys; assert 'triton' not in sys.modules",
         "import sys; sys.modules['triton'] = None; import fastadapt; from fastadapt import backend\n"
         "from fastadapt.ops.bottleneck import triton as b; from fastadapt.ops.gated_bottleneck import triton as g\n"
+        "from fastadapt.ops.phm_bottleneck import triton as p\n"
         "import torch; call = backend.Call('bottleneck', 'cuda', torch.float32, torch.float32, 4, 8, 2)\n"
-        "assert b.reasons(call) == g.reasons(call) == ['triton is not installed']",
+        "assert b.reasons(call) == g.reasons(call) == p.reasons(call) == ['triton is not installed']",
     ],
     ids=["lazy", "absent"],
 )

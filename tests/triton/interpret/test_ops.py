@@ -91,15 +91,15 @@ PAIRS = [
 PHM_SHAPES = [
     over(FP32, PHM, lead=(37,), width=96, rank=96, biases="up"),
     over(FP16, PHM, lead=(37,), width=36, rank=24, factor_rank=3, biases="none", activation="gelu"),
-    over(BF16, PHM, lead=(19,), width=96, rank=96, division=16),
+    over(BF16, PHM, lead=(5,), width=64, rank=64, division=16),
     over(MIXED, PHM, lead=(19,), width=96, rank=100, factor_rank=4, residual="other", scale=0.3, activation="silu"),
-    over(FP32, PHM, lead=(19,), width=27, rank=18, division=3, factor_rank=3, scale=-2.0),
+    over(FP32, PHM, lead=(17,), width=27, rank=18, division=3, factor_rank=3, scale=-2.0),
     over(FP16_MIXED, PHM, lead=(5,), width=2, rank=50, division=2, factor_rank=2, residual=None),
 ]
 PHM_OPTIONS = [
     *(over(MIXED, PHM, lead=(37,), width=96, rank=96, activation=a) for a in ("gelu", "identity")),
     over(FP32, PHM, lead=(37,), width=96, rank=96, activation="relu", biases="none", residual=None),
-    over(FP32, PHM, lead=(23,), width=72, rank=72, division=1, factor_rank=1, biases="down"),
+    over(FP32, PHM, lead=(5,), width=72, rank=72, division=1, factor_rank=1, biases="down"),
 ]
 PHM_REAL = [over(MIXED, PHM, lead=(65,), width=768, rank=96)]
 # More row tiles than one step of their sums takes.

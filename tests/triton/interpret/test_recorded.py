@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.golden import load_case
-from tests.ops import checks, test_bottleneck, test_gated_bottleneck
+from tests.ops import checks, test_bottleneck, test_gated_bottleneck, test_phm_bottleneck
 
-OPS = {"bottleneck": test_bottleneck, "gated_bottleneck": test_gated_bottleneck}
-# One of each kind: plain, both layer norms, a residual of its own, a tensor scale, pairs of heads; every granularity, the added gate, T5's scales.
+OPS = {"bottleneck": test_bottleneck, "gated_bottleneck": test_gated_bottleneck, "phm_bottleneck": test_phm_bottleneck}
+# One of each kind: plain, both layer norms, a residual of its own, a tensor scale, pairs of heads; every granularity, the added gate, T5's scales; Compacter.
 QUICK = {
     "vla_adapter_relu",
     "comp_adapter_prepost_ln",
@@ -21,6 +21,7 @@ QUICK = {
     "vlpet_bart_ff_site_middleY",
     "vlpet_bart_ff_site_small",
     "vlpet_t5_attn_site_large_scale0.3",
+    "vla_phm_n4_rank1",
 }
 CASES = [(op, case_id) for op, module in OPS.items() for case_id in module.RECORDED]
 
@@ -32,4 +33,4 @@ def test_recorded_in_fp32(op: str, case_id: str) -> None:
 
 def test_quick_cases_are_recorded_ones() -> None:
     assert {case_id for _, case_id in CASES} >= QUICK
-    assert len(CASES) == 36
+    assert len(CASES) == 41

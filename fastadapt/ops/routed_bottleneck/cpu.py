@@ -1,0 +1,21 @@
+"""The routed bottleneck on the compiled CPU kernels: those of the bottleneck, over the rows of one task after the other (csrc/cpu/bottleneck.cpp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.ops._cpu import mask, reasons
+
+__all__ = ["backward", "forward", "reasons"]
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.fastadapt_cpu.routed_bottleneck(*args)
+
+
+def backward(*args: Any) -> tuple[Tensor, ...]:
+    *tensors_and_options, needs = args
+    return torch.ops.fastadapt_cpu.routed_bottleneck_backward(*tensors_and_options, mask(needs))
