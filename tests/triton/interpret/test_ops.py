@@ -104,7 +104,7 @@ PHM_OPTIONS = [
 PHM_REAL = [over(MIXED, PHM, lead=(65,), width=768, rank=96)]
 # More row tiles than one step of their sums takes.
 PHM_LONG = [over(FP32, PHM, lead=(1040,), width=8, rank=8, division=2, residual=None, biases="none")]
-PHM_CALLS = [over(MIXED, PHM, lead=(2, 20), residual="other", scale=0.7), over(FP32, PHM, lead=(9,), width=36, rank=24, factor_rank=2)]
+PHM_CALLS = [over(MIXED, PHM, lead=(2, 20), residual="other", scale=0.7), over(FP32, PHM, lead=(9,), width=36, rank=24, division=3, factor_rank=2)]
 PHM_ROUNDED = [over(MIXED, PHM, lead=(13,), factor_rank=2)]
 
 
@@ -181,7 +181,7 @@ def test_more_calls(spec: Spec) -> None:
     [
         over(MIXED, lead=(2, 7), residual="other", gate=True),
         over(FP32, Gated, lead=(2, 7), granularity="middleX", biases="none", gate_bias=False),
-        over(MIXED, PHM, lead=(2, 7), residual="other"),
+        over(MIXED, PHM, lead=(2, 3), division=2, residual="other"),
     ]
 )
 def test_any_layout(spec: Spec) -> None:
