@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from fastadapt.ops import _cost
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "data" / "gpu_check.json"
 ROWS = (1024, 4096, 16384)
+OPS = tuple(op for op in functional.__all__ if find_spec(f"fastadapt.ops.{op}.cuda"))
+"""The ops that have kernels for GPUs."""
 # Options of the calls that are compared: the papers'.
 OPTIONS: dict[str, dict[str, Any]] = {"gated_bottleneck": {"granularity": "large", "gate_rank": 96}, "phm_bottleneck": {"division": 4, "factor_rank": 1}}
 # Triton's interpreter needs a process of its own, and no GPU.
@@ -92,7 +95,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
              "--rounds", str(options.rounds), "--rows", *map(str, options.rows), "--json", f"{out}/{op}-{backend}.json"],
             missing="; ".join(explained(op, options.rows[0]).reasons[backend]) or None if here else None,
         )
-        for op in functional.__all__
+        for op in OPS
         for backend in BACKENDS[:2]
     ]  # fmt: skip
     return tests + benchmarks
@@ -193,7 +196,7 @@ def compared(options: argparse.Namespace) -> list[dict[str, Any]]:
     _cost.calibration.cache_clear()
     fastadapt.backend._choice.cache_clear()
     rows: list[dict[str, Any]] = []
-    for op in functional.__all__:
+    for op in OPS:
         for t in options.rows:
             told = explained(op, t)
             able = [name for name in BACKENDS if told.reasons.get(name) == []]
@@ -266,7 +269,7 @@ def write(record: dict[str, Any], out: Path) -> list[Path]:
 
 def dry(options: argparse.Namespace) -> int:
     """What can be checked without a device; raises or returns 1 where something is wrong."""
-    for op in functional.__all__:
+    for op in OPS:
         import_module(f"benchmarks.ops.{op}")
     collect = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", *TESTS]
     print(f"collects: {shlex.join(collect)}")
@@ -298,7 +301,7 @@ def check(options: argparse.Namespace) -> int:
     record: dict[str, Any] = {"environment": environment(), "steps": [run(step) for step in steps(options)], "tests": {}, "benchmarks": []}
     if (junit := options.out / "tests.xml").exists():
         record["tests"] = counts_of(junit)
-    for op in functional.__all__:
+    for op in OPS:
         for backend in BACKENDS[:2]:
             if (path := options.out / f"{op}-{backend}.json").exists():
                 record["benchmarks"] += json.loads(path.read_text())

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from fastadapt import functional
 from tests.ops import checks
-from tests.ops.checks import CPU, REFERENCE, every_backend, every_kernel, every_pair
+from tests.ops.checks import CPU, REFERENCE
 from tests.ops.specs import ACTIVATIONS, DTYPES, FP32, MIXED, Routed, random_specs, specs
 
 RANDOM = random_specs(Routed, 200)
+# GPUs have no kernels of this op.
+every_backend = pytest.mark.parametrize(("name", "device"), [REFERENCE, CPU])
+every_kernel = pytest.mark.parametrize(("name", "device"), [CPU])
+every_pair = pytest.mark.parametrize(
+    ("forward", "backward", "device"), [pytest.param(*names, "cpu", id="-".join(names), marks=CPU.marks) for names in (("reference", "cpu"), ("cpu", "reference"))]
+)
 
 
 def over(dtypes: tuple[torch.dtype, torch.dtype], **options: Any) -> Routed:
@@ -129,7 +135,7 @@ def test_any_backward_after_any_forward(spec: Routed, forward: str, backward: st
     checks.assert_within_rule(spec, forward, device, backward=backward)
 
 
-@pytest.mark.parametrize(("name", "device"), [REFERENCE, CPU])
+@every_backend
 def test_rows_beyond_2_31_elements(name: str, device: str) -> None:
     """Rows 2^30 elements apart: the offset of the third does not fit in 32 bits. The 4 GiB are reserved, not touched."""
     spec = over(DTYPES[4], lead=(3,), width=40, rank=8, tasks=2)
