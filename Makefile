@@ -51,6 +51,8 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.ops.bottleneck --rows 16 64 128 512 4096
 	$(BIN)/python -m benchmarks.ops.gated_bottleneck --rows 16 64 128 512 4096
+	$(BIN)/python -m benchmarks.ops.phm_bottleneck --rows 16 512 4096 --param-dtype fp32
+	$(BIN)/python -m benchmarks.ops.routed_bottleneck --rows 512 4096 --param-dtype fp32
 
 # Ready to run on a machine with a GPU, where it builds the CUDA kernels; anywhere else it says why its GPU part is left out.
 gpu-check: .venv/.cuda
