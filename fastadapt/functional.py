@@ -326,6 +326,8 @@ def _residual(residual: Tensor | str | None) -> tuple[Tensor | None, bool]:
 
 def _normed(call: Callable[[Tensor, Tensor | None, bool], Tensor], x: Tensor, other: Tensor | None, add_input: bool, before: LayerNorm | None, after: LayerNorm | None) -> Tensor:
     """``call(u, residual, add_input)`` between layer norms: the residual is the un-normalised x, and is added behind the last norm."""
+    if before is None and after is None:
+        return call(x, other, add_input)
     u = x
     if before is not None:
         u, other, add_input = layer_norm(x, before), x if add_input else other, False

@@ -95,12 +95,19 @@ class Bottleneck(nn.Module):
         return h, self._arguments(self._residual if self.input_scale == 1.0 else self.input_scale * h)
 
     def _arguments(self, residual: Tensor | Literal["input"] | None) -> dict[str, Any]:
-        children, gate = self._modules, self._parameters["gate"]
-        (w_down, b_down), (w_up, b_up) = weights(children["down_sampler"]), weights(children["up_sampler"])  # type: ignore[arg-type]
-        scale = self.scale if gate is None else self.scale * gate
-        return {"w_down": w_down, "w_up": w_up, "b_down": b_down, "b_up": b_up, "scale": scale, "heads": self._blocks, **self._common(residual)}
+        w_down, w_up, b_down, b_up = self._weights()
+        return {"w_down": w_down, "w_up": w_up, "b_down": b_down, "b_up": b_up, "scale": self._scale(), "heads": self._blocks, **self._options(residual)}
 
-    def _common(self, residual: Tensor | Literal["input"] | None) -> dict[str, Any]:
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        children = self._modules
+        (w_down, b_down), (w_up, b_up) = weights(children["down_sampler"]), weights(children["up_sampler"])  # type: ignore[arg-type]
+        return w_down, w_up, b_down, b_up
+
+    def _scale(self) -> float | Tensor:
+        gate = self._parameters["gate"]
+        return self.scale if gate is None else self.scale * gate
+
+    def _options(self, residual: Tensor | Literal["input"] | None) -> dict[str, Any]:
         before: Any = self._modules["pre_layer_norm"]
         after: Any = self._modules["post_layer_norm"]
         return {
@@ -115,8 +122,8 @@ class Bottleneck(nn.Module):
         up: Any = self._modules["up_sampler"]
         if self._parameters["gate"] is None and low_rank_phm(down, up):
             factors: Any = (*down.factors(), *up.factors(), down.bias, up.bias)
-            return functional.phm_bottleneck(h, *factors, scale=self.scale, **self._common(residual))
-        return functional.bottleneck(h, **self._arguments(residual))
+            return functional.phm_bottleneck(h, *factors, scale=self.scale, **self._options(residual))
+        return functional.bottleneck(h, *self._weights(), scale=self._scale(), heads=self._blocks, **self._options(residual))
 
     def call(self) -> dict[str, Any]:
         """The op that `forward` calls and the sizes that decide its backend, as `fastadapt.backend.explain` takes them."""

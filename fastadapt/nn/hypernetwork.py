@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.init import TORCH, Init, positive
-from fastadapt.nn.per_task import routed
+from fastadapt.nn.per_task import check_ids, select
 
 BLOCKS = ("feed_forward", "self_attention", "cross_attention")
 
@@ -85,14 +85,16 @@ class GeneratedBottleneck(nn.Module):
             raise RuntimeError("the hypernetwork has not generated weights for this adapter: call the model's encoder or decoder, not its layers")
         if w.task_ids is None:
             return functional.bottleneck(h, **self._arguments(w))
+        if w.norm_before is None and w.norm_after is None:
+            return functional.routed_bottleneck(h, check_ids(w.task_ids, h), w.w_down, w.w_up, w.b_down, w.b_up, activation=self.activation)
         tensors = (w.w_down.unbind(), w.b_down.unbind(), w.w_up.unbind(), w.b_up.unbind())
         norms = ([None] * len(w.w_down) if norm is None else list(zip(*(t.unbind() for t in norm), strict=True)) for norm in (w.norm_before, w.norm_after))
-        return routed(w.task_ids, [(h, self._arguments(Generated(*of_task))) for of_task in zip(*tensors, *norms, strict=True)])
+        return select(w.task_ids, [functional.bottleneck(h, **self._arguments(Generated(*of_task))) for of_task in zip(*tensors, *norms, strict=True)])
 
     def _arguments(self, w: Generated) -> dict[str, Any]:
         before, after = (None if norm is None else (*norm, 1e-5) for norm in (w.norm_before, w.norm_after))
         weights = {"w_down": w.w_down, "w_up": w.w_up, "b_down": w.b_down, "b_up": w.b_up}
-        return {**weights, "activation": self.activation, "residual": "input", "scale": 1.0, "heads": 1, "norm_before": before, "norm_after": after}
+        return {**weights, "activation": self.activation, "norm_before": before, "norm_after": after}
 
     def call(self) -> dict[str, Any]:
         """As `Bottleneck.call`."""

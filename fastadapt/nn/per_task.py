@@ -104,7 +104,7 @@ def routed(task_ids: Tensor, calls: Sequence[Call]) -> Tensor:
     if not all(_plain(call) and call["scale"] == first["scale"] for _, call in calls):
         return select(task_ids, [functional.bottleneck(x, **call) for x, call in calls])
     banks = {name: _bank([call[name] for _, call in calls]) for name in _BANKS}
-    return functional.routed_bottleneck(x, _check(task_ids, x), **banks, activation=first["activation"], residual=first["residual"], scale=first["scale"])  # type: ignore[arg-type]
+    return functional.routed_bottleneck(x, check_ids(task_ids, x), **banks, activation=first["activation"], residual=first["residual"], scale=first["scale"])  # type: ignore[arg-type]
 
 
 def _plain(call: dict[str, Any]) -> bool:
@@ -121,13 +121,13 @@ def _bank(of_tasks: list[Any]) -> Tensor | None:
 def select(task_ids: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """Each sample's own among the outputs of all tasks."""
     y = outputs[0]
-    ids = _check(task_ids, y).repeat_interleave(y.shape[0] // len(task_ids), output_size=y.shape[0]).view(-1, *(1,) * (y.dim() - 1))
+    ids = check_ids(task_ids, y).repeat_interleave(y.shape[0] // len(task_ids), output_size=y.shape[0]).view(-1, *(1,) * (y.dim() - 1))
     for task, other in enumerate(outputs[1:], 1):
         y = torch.where(ids == task, other, y)
     return y
 
 
-def _check(task_ids: Tensor, x: Tensor) -> Tensor:
+def check_ids(task_ids: Tensor, x: Tensor) -> Tensor:
     """Several rows of the first dimension may belong to one id: a flattened sequence, or the beams of a sample."""
     if len(task_ids) == 0 or x.shape[0] % len(task_ids):
         raise ValueError(f"task_ids: {len(task_ids)} ids do not divide a batch of {x.shape[0]}")
