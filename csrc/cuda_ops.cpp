@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <initializer_list>
@@ -79,7 +80,7 @@ struct Kind {
     STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "fastadapt: the cuda kernels take bfloat16, float16 and float32 parameters, not dtype number ", dtype);
     return kFloat;
   }
-  int64_t size() const { return dtype == aoti_torch_dtype_float32() ? 4 : dtype == aoti_torch_dtype_uint8() ? 1 : 2; }
+  int64_t size() const { return dtype == aoti_torch_dtype_float32() ? 4 : dtype == aoti_torch_dtype_uint8() ? 1 : dtype == aoti_torch_dtype_int64() ? 8 : 2; }
 };
 
 Tensor allocate(Shape shape, const Kind& kind) {
@@ -122,6 +123,17 @@ class Arguments {
     return data;
   }
   const void* whole(const optional<Tensor>& t) { return t ? whole(*t) : nullptr; }
+  // Rows of whole pairs: what lies behind a ragged one is not read.
+  const void* paired_rows(const optional<Tensor>& t, int64_t& stride) {
+    if (!t || t->size(0) == 1 || t->size(1) % 2 == 0) return stride = t ? t->size(1) : 0, whole(t);
+    stride = t->size(1) + 1;
+    copies_.push_back(empty({t->size(0), stride}, Kind(*t)));
+    const int64_t sizes[] = {t->size(0), t->size(1)}, strides[] = {stride, 1};
+    AtenTensorHandle rows;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(copies_.back().get(), 2, sizes, strides, 0, &rows));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(Tensor(rows).get(), t->get(), 0));
+    return copies_.back().const_data_ptr();
+  }
   // A tensor saved by forward, null where it is the placeholder.
   void* saved(const Tensor& t) { return t.numel() ? const_cast<void*>(whole(t)) : nullptr; }
 
@@ -204,6 +216,56 @@ SevenTensors bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor
   p.dgate = pointer(need(5), dg), p.dscale = pointer(need(6), ds), p.need_scale = need(6);
   launch(p, cuda::bottleneck_backward_workspace(p), cuda::bottleneck_backward, wide, 0);
   return {dx, dwd, dbd, dwu, dbu, dg, ds};
+}
+
+cuda::RoutedCall routed_call(Arguments& in, const Tensor& x, const Tensor& ids, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up,
+                             double scale, int64_t activation, bool add_input) {
+  cuda::RoutedCall p{};
+  p.activation_type = Kind(x).type(), p.parameter_type = Kind(w_down).type();
+  p.rows = x.size(0), p.width = x.size(1), p.rank = w_down.size(1), p.count = ids.numel();
+  const auto shared = [&p](const Tensor& bank) { return p.tasks = std::max(p.tasks, bank.size(0)), bank.size(0) == 1; };
+  p.shares_w_down = shared(w_down), p.shares_w_up = shared(w_up), p.shares_b_down = b_down && shared(*b_down), p.shares_b_up = b_up && shared(*b_up);
+  STD_TORCH_CHECK(p.rows < int64_t{1} << 31, "fastadapt: the cuda kernels route fewer than 2^31 rows (rows ", p.rows, ")");
+  p.ids = static_cast<const int64_t*>(in.whole(ids));
+  p.x = in.rows(x, p.x_stride);
+  p.w_down = in.whole(w_down), p.b_down = in.paired_rows(b_down, p.b_down_stride), p.w_up = in.whole(w_up), p.b_up = in.whole(b_up);
+  p.scale = static_cast<float>(scale), p.activation = static_cast<Activation>(activation), p.add_input = add_input;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> routed_bottleneck(const Tensor& x, const Tensor& ids, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up,
+                                             const optional<Tensor>& residual, double scale, int64_t activation, bool add_input, bool save) {
+  const Kind wide(x);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = x.size(0), rank = w_down.size(1);
+  Tensor y = empty(x.sizes(), wide), z = output(save, {rows, rank}, wide);
+  if (rows == 0) return {y, z};
+  Arguments in;
+  cuda::RoutedCall p = routed_call(in, x, ids, w_down, b_down, w_up, b_up, scale, activation, add_input);
+  p.residual = in.rows(residual, p.residual_stride);
+  p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
+  launch(p, cuda::routed_forward_workspace(p), cuda::routed_forward, wide, 0);
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& z, const Tensor& w_down,
+                                                                              const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, double scale, int64_t activation,
+                                                                              bool add_input, int64_t needs) {
+  const Kind wide(x), parameters(w_down);
+  const DeviceGuard guard(wide.device);
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  const auto gradient = [&](int i, const optional<Tensor>& t) { return need(i) ? empty(t->sizes(), parameters) : empty({0}, parameters); };
+  Tensor dx = need(0) ? empty(x.sizes(), wide) : empty({0}, wide), dwd = gradient(1, w_down), dbd = gradient(2, b_down), dwu = gradient(3, w_up), dbu = gradient(4, b_up);
+  if (x.size(0) == 0) {
+    for (const Tensor* t : {&dwd, &dbd, &dwu, &dbu}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
+    return {dx, dwd, dbd, dwu, dbu};
+  }
+  Arguments in;
+  cuda::RoutedCall p = routed_call(in, x, ids, w_down, b_down, w_up, b_up, scale, activation, add_input);
+  p.dy = in.rows(dy, p.dy_stride), p.z = in.saved(z);
+  p.dx = pointer(need(0), dx), p.dw_down = pointer(need(1), dwd), p.db_down = pointer(need(2), dbd), p.dw_up = pointer(need(3), dwu), p.db_up = pointer(need(4), dbu);
+  launch(p, cuda::routed_backward_workspace(p), cuda::routed_backward, wide, 0);
+  return {dx, dwd, dbd, dwu, dbu};
 }
 
 cuda::GatedCall gated_call(Arguments& in, const Tensor& h, const optional<Tensor>& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up,
@@ -366,6 +428,10 @@ FASTADAPT_LIBRARY(FASTADAPT_NAMESPACE, m) {
   m.def(
       "phm_bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor rule_down, Tensor left_down, Tensor right_down, Tensor rule_up, Tensor left_up, Tensor right_up, float scale,"
       " int activation, bool add_input, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#define FASTADAPT_ROUTED "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, "
+  m.def("routed_bottleneck(Tensor x, Tensor task_ids, " FASTADAPT_ROUTED "Tensor? residual, float scale, int activation, bool add_input, bool save) -> (Tensor, Tensor)");
+  m.def("routed_bottleneck_backward(Tensor dy, Tensor x, Tensor task_ids, Tensor z, " FASTADAPT_ROUTED
+        "float scale, int activation, bool add_input, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("device_count() -> int");
   m.def("driver_version() -> int");
   m.def("runtime_version() -> int");
@@ -380,6 +446,8 @@ FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
   m.impl("gated_bottleneck_backward", TORCH_BOX(&gated_bottleneck_backward));
   m.impl("phm_bottleneck", TORCH_BOX(&phm_bottleneck));
   m.impl("phm_bottleneck_backward", TORCH_BOX(&phm_bottleneck_backward));
+  m.impl("routed_bottleneck", TORCH_BOX(&routed_bottleneck));
+  m.impl("routed_bottleneck_backward", TORCH_BOX(&routed_bottleneck_backward));
 }
 
 FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {

@@ -33,12 +33,12 @@ def with_includes(paths: list[Path]) -> set[Path]:
     return found
 
 
-GROUPS = {"": ("bottleneck", "gated_bottleneck"), "_phm": ("phm_bottleneck",)}
+GROUPS = {"": ("bottleneck", "gated_bottleneck", "routed_bottleneck"), "_phm": ("phm_bottleneck",)}
 """End of a family's name -> the ops whose kernels it has, so that a change of one group's own files leaves the others proved."""
 
 
 def cpu(ops: Sequence[str]) -> set[Path]:
-    return with_includes([ROOT / "csrc" / "cpu" / f"{op}.cpp" for op in ops])
+    return with_includes([path for op in ops if (path := ROOT / "csrc" / "cpu" / f"{op}.cpp").exists()])  # an op may run on another's kernels
 
 
 def triton(ops: Sequence[str]) -> set[Path]:

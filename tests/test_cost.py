@@ -23,9 +23,11 @@ from fastadapt.ops.gated_bottleneck import reference as gated_reference
 from fastadapt.ops.gated_bottleneck.plan import PLAN as GATED
 from fastadapt.ops.phm_bottleneck import reference as phm_reference
 from fastadapt.ops.phm_bottleneck.plan import PLAN as PHM
+from fastadapt.ops.routed_bottleneck import reference as routed_reference
+from fastadapt.ops.routed_bottleneck.plan import PLAN as ROUTED
 
 ROOT = Path(__file__).parents[1]
-PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED, "phm_bottleneck": PHM}
+PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED, "phm_bottleneck": PHM, "routed_bottleneck": ROUTED}
 ARCHS = (80, 86, 89, 90, 100, 120)
 KINDS = ("large", "logits", "middleX", "middleY", "small")
 
@@ -45,13 +47,15 @@ def _forget() -> None:
     backend._choice.cache_clear()
 
 
-def call(op: str = "bottleneck", *, kind: str = "large", gate_rank: int | None = None, division: int = 4, factor_rank: int = 1, **changes: Any) -> Call:
+def call(op: str = "bottleneck", *, kind: str = "large", gate_rank: int | None = None, tasks: int = 4, division: int = 4, factor_rank: int = 1, **changes: Any) -> Call:
     shape = {"device": "cuda", "dtype": torch.bfloat16, "param_dtype": torch.float32, "rows": 16384, "width": 768, "rank": 96, "arch": 90, **changes}
     if op == "gated_bottleneck":
         rank = shape["rank"] if gate_rank is None else gate_rank
         shape["options"] = (("gate_rank", rank if kind == "large" else 0), ("granularity", kind))
     elif op == "phm_bottleneck":
         shape["options"] = (("division", division), ("factor_rank", factor_rank))
+    elif op == "routed_bottleneck":
+        shape["options"] = (("tasks", tasks),)
     return Call(op=op, **shape)
 
 
@@ -114,6 +118,13 @@ def eager_operations(of: Call) -> list[Counted]:
         with counts[1]:
             bottleneck_reference.backward(dy, x, z, wd, wu, bu, None, None, 1.0, 3, True, [True] * 5 + [False] * 2)
         return counts
+    if of.op == "routed_bottleneck":
+        ids, banks = torch.zeros(8, dtype=torch.int64), [p.expand(of.option("tasks"), *p.shape) for p in projections]
+        with counts[0]:
+            _, z = routed_reference.forward(x, ids, *banks, x, 1.0, 3, False, True)
+        with counts[1]:
+            routed_reference.backward(dy, x, ids, z, *banks, 1.0, 3, False, [True] * 5)
+        return counts
     kind = of.option("granularity")
     shapes = {"large": ((r, d), (r,), (d, r), (d,)), "logits": (), "middleX": ((d,), (1,)), "middleY": ((d,),), "small": ((2 * d,), (1,))}[kind]
     gates = [torch.randn(s, dtype=p) for s in shapes] + [None] * (4 - len(shapes))
@@ -126,7 +137,7 @@ def eager_operations(of: Call) -> list[Counted]:
 
 
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), *(("gated_bottleneck", kind) for kind in KINDS)])
+@pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), ("routed_bottleneck", ""), *(("gated_bottleneck", kind) for kind in KINDS)])
 def test_the_reference_is_modelled_as_it_runs(op: str, kind: str, param_dtype: torch.dtype) -> None:
     """The same number of operations, and their bytes to 3 %."""
     of = call(op, kind=kind, param_dtype=param_dtype, rows=512, width=192, rank=24)
@@ -156,7 +167,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), *(("gated_bottleneck", kind) for kind in KINDS)])
+@pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), ("routed_bottleneck", ""), *(("gated_bottleneck", kind) for kind in KINDS)])
 def test_triton_is_modelled_with_the_launches_it_makes(launches: list[str], op: str, kind: str, param_dtype: torch.dtype) -> None:
     """And one more, of torch's own, to round fp32 weights."""
     of = call(op, kind=kind, param_dtype=param_dtype, rows=300, width=64, rank=24)
@@ -169,6 +180,11 @@ def test_triton_is_modelled_with_the_launches_it_makes(launches: list[str], op: 
         module.forward(x, wd, bd, wu, bu, None, None, None, 1.0, 3, True, True)
         forward = len(launches)
         module.backward(dy, x, z, wd, wu, bu, None, None, 1.0, 3, True, [True] * 5 + [False] * 2)
+    elif op == "routed_bottleneck":
+        ids, banks = torch.zeros(3, dtype=torch.int64), [p.repeat(of.option("tasks"), *[1] * p.dim()) for p in (wd, bd, wu, bu)]
+        module.forward(x, ids, *banks, None, 1.0, 3, True, True)
+        forward = len(launches)
+        module.backward(dy, x, ids, z, *banks, 1.0, 3, True, [True] * 5)
     else:
         shapes = {"large": ((r, d), (r,), (d, r), (d,)), "logits": (), "middleX": ((d,), (1,)), "middleY": ((d,),), "small": ((2 * d,), (1,))}[kind]
         gates = [torch.zeros(s, dtype=param_dtype) for s in shapes] + [None] * (4 - len(shapes))

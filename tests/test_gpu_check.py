@@ -47,7 +47,7 @@ def test_without_a_gpu_it_says_so_and_checks_itself(capsys: pytest.CaptureFixtur
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "gpu-check: there is no CUDA device here, so nothing is measured; the dry part follows"
     assert any(int(found[1]) > 10 for line in rest if (found := re.search(r"(\d+) tests need a GPU", line)))
-    assert sum(line.startswith("would run: ") for line in rest) == 9
+    assert sum(line.startswith("would run: ") for line in rest) == 11
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
 
 

@@ -25,17 +25,28 @@ struct Rows {
   uint32_t v[2][kTiles];
 };
 
-// Fills the tile (kRows, kColumns) at `tile` with from[first_row + r][first_column + c], zero outside of rows x columns.
-template <class T, int kThreads, int kRows, int kColumns>
-FASTADAPT_DEVICE void load_tile(char* tile, const void* from, int64_t stride, int64_t first_row, int64_t rows, int first_column, int columns) {
+// Which rows of a tensor a tile takes: those from `first` on. Asked for row r of the tile, of which the thread's it-th chunk is a part.
+struct Consecutive {
+  int64_t first, rows;
+  FASTADAPT_DEVICE bool valid(int, int r) const { return first + r < rows; }
+  FASTADAPT_DEVICE int64_t operator()(int, int r) const { return first + r; }
+};
+
+// Fills the tile (kRows, kColumns) at `tile` with from[rows(r)][first_column + c], zero outside of the rows and of `columns`.
+template <class T, int kThreads, int kRows, int kColumns, class Of>
+FASTADAPT_DEVICE void load_tile(char* tile, const void* from, int64_t stride, const Of& rows, int first_column, int columns) {
   constexpr int kChunks = kColumns / 8, kAll = kRows * kChunks;
 #pragma unroll
   for (int it = 0; it < (kAll + kThreads - 1) / kThreads; ++it) {  // a constant trip count: an open loop costs spills on two architectures
     const int i = it * kThreads + static_cast<int>(threadIdx.x), r = i / kChunks, c = i % kChunks * 8;
     if (kAll % kThreads != 0 && i >= kAll) break;
-    const bool valid = first_row + r < rows && first_column + c < columns;
-    ptx::cp_async16(tile + 2 * (r * plan::pitch(kColumns) + c), static_cast<const T*>(from) + (valid ? (first_row + r) * stride + first_column + c : 0), valid);
+    const bool valid = rows.valid(it, r) && first_column + c < columns;
+    ptx::cp_async16(tile + 2 * (r * plan::pitch(kColumns) + c), static_cast<const T*>(from) + (valid ? rows(it, r) * stride + first_column + c : 0), valid);
   }
+}
+template <class T, int kThreads, int kRows, int kColumns>
+FASTADAPT_DEVICE void load_tile(char* tile, const void* from, int64_t stride, int64_t first_row, int64_t rows, int first_column, int columns) {
+  load_tile<T, kThreads, kRows, kColumns>(tile, from, stride, Consecutive{first_row, rows}, first_column, columns);
 }
 
 // kStages - 1 loads ahead of the step that uses them. next(step) returns the step's stage once all of the block sees it; the barrier in it also frees the stage before it.
@@ -129,11 +140,12 @@ struct Place {
   int64_t row;   // of this lane's upper row; the lower is 8 below
   int64_t rows;  // of the tensor
   FASTADAPT_DEVICE bool valid(int i) const { return row + 8 * i < rows; }
+  FASTADAPT_DEVICE int64_t operator()(int i) const { return row + 8 * i; }
 };
 
 // Columns first and up of the place's rows, zero outside; 16 bytes a lane and access. Strides and `columns` are multiples of 8.
-template <class T, int kTiles>
-FASTADAPT_DEVICE Rows<kTiles> load_rows(const void* from, int64_t stride, Place at, int first, int columns) {
+template <class T, int kTiles, class At>
+FASTADAPT_DEVICE Rows<kTiles> load_rows(const void* from, int64_t stride, At at, int first, int columns) {
   Rows<kTiles> out;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -141,7 +153,7 @@ FASTADAPT_DEVICE Rows<kTiles> load_rows(const void* from, int64_t stride, Place 
     for (int j = 0; j < kTiles; j += 4) {
       const int own = j + (lane() & 3), c = first + 8 * own;
       uint4 q{0, 0, 0, 0};
-      if (own < kTiles && at.valid(i) && c < columns) q = ptx::load_global<uint4>(static_cast<const T*>(from) + (at.row + 8 * i) * stride + c);
+      if (own < kTiles && at.valid(i) && c < columns) q = ptx::load_global<uint4>(static_cast<const T*>(from) + at(i) * stride + c);
       uint32_t v[4] = {q.x, q.y, q.z, q.w};
       transpose(v);
 #pragma unroll
@@ -149,8 +161,8 @@ FASTADAPT_DEVICE Rows<kTiles> load_rows(const void* from, int64_t stride, Place 
     }
   return out;
 }
-template <class T, int kTiles>
-FASTADAPT_DEVICE void store_rows(void* to, int64_t stride, Place at, int first, int columns, const Rows<kTiles>& rows) {
+template <class T, int kTiles, class At>
+FASTADAPT_DEVICE void store_rows(void* to, int64_t stride, At at, int first, int columns, const Rows<kTiles>& rows) {
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -160,7 +172,7 @@ FASTADAPT_DEVICE void store_rows(void* to, int64_t stride, Place at, int first, 
       for (int k = 0; k < 4; ++k) v[k] = j + k < kTiles ? rows.v[i][j + k < kTiles ? j + k : 0] : 0;
       transpose(v);
       const int own = j + (lane() & 3), c = first + 8 * own;
-      if (own < kTiles && at.valid(i) && c < columns) ptx::store_global(static_cast<T*>(to) + (at.row + 8 * i) * stride + c, uint4{v[0], v[1], v[2], v[3]});
+      if (own < kTiles && at.valid(i) && c < columns) ptx::store_global(static_cast<T*>(to) + at(i) * stride + c, uint4{v[0], v[1], v[2], v[3]});
     }
 }
 
@@ -262,15 +274,15 @@ FASTADAPT_DEVICE void in_groups(Rows<kTiles>& rows, F f) {
   }
 }
 // phi of the pre-activations z, which are stored first where they are asked for.
-template <class T, int kTiles>
-FASTADAPT_DEVICE void store_and_activate(Rows<kTiles>& z, void* to, int stride, Place at, Activation activation) {
+template <class T, int kTiles, class At>
+FASTADAPT_DEVICE void store_and_activate(Rows<kTiles>& z, void* to, int stride, At at, Activation activation) {
   in_groups(z, [&](auto& group, int first) {
     if (to) store_rows<T>(to, stride, at, first, stride, group);
     activate_rows<T>(group, activation);
   });
 }
-template <class T, int kTiles>
-FASTADAPT_DEVICE Rows<kTiles> load_activated(const void* z, int stride, Place at, Activation activation) {
+template <class T, int kTiles, class At>
+FASTADAPT_DEVICE Rows<kTiles> load_activated(const void* z, int stride, At at, Activation activation) {
   Rows<kTiles> a;
   in_groups(a, [&](auto& group, int first) {
     group = load_rows<T, sizeof(group) / 8>(z, stride, at, first, stride);

@@ -17,6 +17,22 @@
 
 namespace fastadapt::cuda {
 
+// A block's share of the work, of row kernels: one tile of all rows, which one adapter takes. (routed_bottleneck.cuh has those of several adapters.)
+template <class Tr>
+struct RowShare {
+  using At = Place;
+  int64_t rows;
+
+  template <class Params>
+  explicit FASTADAPT_DEVICE RowShare(const Params& p) : rows(p.rows) {}
+  FASTADAPT_DEVICE bool empty() const { return false; }
+  FASTADAPT_DEVICE bool adapts() const { return true; }  // the rows have an adapter
+  FASTADAPT_DEVICE Consecutive tile() const { return {Tr::first_row(), rows}; }
+  FASTADAPT_DEVICE Place place() const { return Tr::place(rows); }
+  FASTADAPT_DEVICE Place position() const { return place(); }  // of the rows in tensors that the launches of one direction keep for each other
+  FASTADAPT_DEVICE const Projections& weights(const Projections& w) const { return w; }
+};
+
 template <class T_, int kRank_, bool kDual_ = false>
 struct RowTraits {
   using T = T_;
@@ -29,31 +45,34 @@ struct RowTraits {
 
   static FASTADAPT_DEVICE int64_t first_row() { return static_cast<int64_t>(blockIdx.x) * kBlockT; }
   static FASTADAPT_DEVICE Place place(int64_t rows) { return {first_row() + warp() * 16 + lane() / 4, rows}; }
+  using Share = RowShare<RowTraits>;
 };
 
 // Tiles of x and, beside each, of part of Wd's rows.
-template <class Tr>
+template <class Tr, class Of>
 struct DownLoad {
   const void* x;
-  int64_t stride, rows;
+  int64_t stride;
+  const Of& rows;
   const Projections& w;
   int width, part;
   static constexpr int kX = plan::tile_bytes(Tr::kBlockT, Tr::kDepth), kBytes = kX + plan::tile_bytes(Tr::kPart, Tr::kDepth);
   FASTADAPT_DEVICE void operator()(char* stage, int step) const {
-    load_tile<typename Tr::T, Tr::kThreads, Tr::kBlockT, Tr::kDepth>(stage, x, stride, Tr::first_row(), rows, step * Tr::kDepth, width);
+    load_tile<typename Tr::T, Tr::kThreads, Tr::kBlockT, Tr::kDepth>(stage, x, stride, rows, step * Tr::kDepth, width);
     const void* const from = static_cast<const typename Tr::T*>(w.w_down) + static_cast<int64_t>(part) * Tr::kPart * width;
     load_tile<typename Tr::T, Tr::kThreads, Tr::kPart, Tr::kDepth>(stage + kX, from, width, 0, w.rank - part * Tr::kPart, step * Tr::kDepth, width);
   }
 };
 // The pre-activations x Wd' + bd of one tile of rows. Where registers are short, in two parts of the rank, and x is read again.
-template <class Tr>
-FASTADAPT_DEVICE Rows<Tr::kTiles> project(char* arena, const void* x, int64_t stride, int64_t rows, const Projections& w, int width, bool float_parameters) {
+template <class Tr, class Of>
+FASTADAPT_DEVICE Rows<Tr::kTiles> project(char* arena, const void* x, int64_t stride, const Of& rows, const Projections& w, int width, bool float_parameters, bool adapts) {
   using T = typename Tr::T;
-  const int steps = static_cast<int>(plan::ceil_div(width, Tr::kDepth));
+  using Load = DownLoad<Tr, Of>;
+  const int steps = adapts ? static_cast<int>(plan::ceil_div(width, Tr::kDepth)) : 0;
   Rows<Tr::kTiles> z;
 #pragma unroll
   for (int part = 0; part < Tr::kRank / Tr::kPart; ++part) {
-    auto tiles = pipeline<Tr::kStages, DownLoad<Tr>::kBytes>(arena, steps, DownLoad<Tr>{x, stride, rows, w, width, part});
+    auto tiles = pipeline<Tr::kStages, Load::kBytes>(arena, steps, Load{x, stride, rows, w, width, part});
     auto sum = biases<T, Tr::kPart / 8>(w.b_down, float_parameters, part * Tr::kPart, w.rank);
     for (int step = 0; step < steps; ++step) {
       const char* stage = tiles.next(step);
@@ -61,7 +80,7 @@ FASTADAPT_DEVICE Rows<Tr::kTiles> project(char* arena, const void* x, int64_t st
       for (int k = 0; k < Tr::kDepth; k += 16) {
         uint32_t a[4];
         load_a<Tr::kDepth>(a, stage, 16 * warp(), k);
-        multiply<T, Tr::kDepth, false>(sum, a, stage + DownLoad<Tr>::kX, k);
+        multiply<T, Tr::kDepth, false>(sum, a, stage + Load::kX, k);
       }
     }
     const auto own = rounded<T>(sum);
@@ -99,11 +118,15 @@ FASTADAPT_DEVICE Fragments<Tr::kColumns / 8> up(const Rows<Tr::kTiles>& a, const
 //
 // Epilogue has reads_z(p) (z is there: no down-projection), ends_early(p) (no up-projection), second(p) (the other bottleneck's projections and z), a constructor that sees a, load(column) for
 // what it needs of the rows, and finish(column, u, second u).
-template <class Tr, template <class> class Epilogue>
-FASTADAPT_DEVICE void forward(const typename Epilogue<Tr>::Params& p) {
+template <class Tr, template <class> class Epilogue, class Params>
+FASTADAPT_DEVICE void forward(const Params& p) {
   using T = typename Tr::T;
   FASTADAPT_SHARED(arena);
-  const Place at = Tr::place(p.rows);
+  const typename Tr::Share share(p);
+  if (share.empty()) return;
+  const auto at = share.place();
+  const auto tile = share.tile();
+  const Projections& adapter = share.weights(p.adapter);
   const auto& second = Epilogue<Tr>::second(p);
   const int ups = Epilogue<Tr>::ends_early(p) ? 0 : static_cast<int>(plan::ceil_div(p.width, Tr::kColumns));
 
@@ -111,21 +134,21 @@ FASTADAPT_DEVICE void forward(const typename Epilogue<Tr>::Params& p) {
   if (Epilogue<Tr>::reads_z(p)) {
     a = load_activated<T, Tr::kTiles>(p.z, p.adapter.up_stride, at, p.activation);
   } else {
-    a = project<Tr>(arena, p.x, p.x_stride, p.rows, p.adapter, p.width, p.float_parameters);
+    a = project<Tr>(arena, p.x, p.x_stride, tile, adapter, p.width, p.float_parameters, share.adapts());
     store_and_activate<T>(a, p.z, p.adapter.up_stride, at, p.activation);
   }
   if constexpr (Tr::kDual) {
-    a_second = project<Tr>(arena, p.other, p.other_stride, p.rows, second, p.width, p.float_parameters);
+    a_second = project<Tr>(arena, p.other, p.other_stride, tile, second, p.width, p.float_parameters, true);
     store_and_activate<T>(a_second, Epilogue<Tr>::second_z(p), second.up_stride, at, p.activation);
   }
 
-  auto tiles = pipeline<Tr::kStages, UpLoad<Tr>::kBytes>(arena, ups, UpLoad<Tr>{p.adapter, second, p.width, true, true});
+  auto tiles = pipeline<Tr::kStages, UpLoad<Tr>::kBytes>(arena, ups, UpLoad<Tr>{adapter, second, p.width, share.adapts(), true});
   Epilogue<Tr> epilogue(p, at, a);
   for (int step = 0; step < ups; ++step) {
     const char* stage = tiles.next(step);
     const int column = step * Tr::kColumns;
     epilogue.load(column);
-    const auto u = up<Tr>(a, stage, p.adapter, p.float_parameters, column, p.width);
+    const auto u = share.adapts() ? up<Tr>(a, stage, adapter, p.float_parameters, column, p.width) : zeros<Tr::kColumns / 8>();
     if constexpr (Tr::kDual) epilogue.finish(column, u, up<Tr>(a_second, stage + UpLoad<Tr>::kTile, second, p.float_parameters, column, p.width));
     else epilogue.finish(column, u, u);
   }
@@ -142,11 +165,11 @@ struct PlainEpilogue {
   static FASTADAPT_DEVICE const Projections& second(const Params& p) { return p.adapter; }
 
   const Params& p;
-  Place at;
+  typename Tr::Share::At at;
   float scale;
   Rows<kTiles> x, other;
 
-  FASTADAPT_DEVICE PlainEpilogue(const Params& p, Place at, const Rows<Tr::kTiles>&) : p(p), at(at), scale(p.scale) {
+  FASTADAPT_DEVICE PlainEpilogue(const Params& p, typename Tr::Share::At at, const Rows<Tr::kTiles>&) : p(p), at(at), scale(p.scale) {
     if (p.scale_tensor) scale *= parameter<T>(p.scale_tensor, p.float_parameters, 0);
   }
   FASTADAPT_DEVICE void load(int column) {
@@ -208,34 +231,20 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) forward_kernel(const __grid_constant__ Forward
 // dz = s ((dy (.) g) Wu) (.) phi'(z) and a = phi(z) for one tile of rows of one problem, and the tile's column sums of dz before rounding.
 //
 // a is stored because each of the D / 64 blocks of the slab kernel would have to evaluate it again.
-//
-// rows_kernel's bytes, of a problem (d_z: where dx, dWd or dbd is asked for):
-//   reads    -                      2*N*S
-//   reads    scale                  tiles*threads*P
-//   reads    d_z                    2*N*D + tiles*2*D*S
-//   reads    d_z gate               tiles*threads//4*P*D
-//   writes   a                      2*N*S
-//   writes   dz                     2*N*S
-//   writes   d_b_down               tiles*4*R
-//
-// rows_kernel's resources:
-//   rank        threads   shared   registers             blocks
-//   32              128    28672   110 / 110 / 110 / 117 4 / 4 / 4 / 3
-//   64              128    36864   122 / 128 / 128 / 128 4 / 4 / 4 / 2
-//   96              128    45056   162 / 168 / 166 / 154 3 / 3 / 3 / 2
-//   128             256    71680   163 / 168 / 168 / 168 1 / 1 / 1 / 1
-//   192             256    46080   195 / 200 / 200 / 207 1 / 1 / 1 / 1
-//   256             256    54272   238 / 240 / 240 / 245 1 / 1 / 1 / 1
-template <class Tr>
-FASTADAPT_KERNEL(Tr::kThreads, 1) rows_kernel(const __grid_constant__ BackwardParams p) {
+template <class Tr, class Params>
+FASTADAPT_DEVICE void rows(const Params& p) {
   using T = typename Tr::T;
   const BackwardProblem& problem = p.problems[blockIdx.y];
   const int rank = problem.weights.rank, stride = problem.weights.up_stride;
   FASTADAPT_SHARED(arena);
-  const int steps = problem.needs_dz ? static_cast<int>(plan::ceil_div(p.width, Tr::kDepth)) : 0;
+  const typename Tr::Share share(p);
+  if (share.empty()) return;
+  const auto tile = share.tile();
+  const Projections& weights = share.weights(problem.weights);
+  const int steps = problem.needs_dz && share.adapts() ? static_cast<int>(plan::ceil_div(p.width, Tr::kDepth)) : 0;
   const auto load = [&](char* stage, int step) {
-    load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kDepth>(stage, problem.dy, problem.dy_stride, Tr::first_row(), p.rows, step * Tr::kDepth, p.width);
-    load_tile<T, Tr::kThreads, Tr::kDepth, Tr::kRank>(stage + plan::tile_bytes(Tr::kBlockT, Tr::kDepth), problem.weights.w_up, stride, static_cast<int64_t>(step) * Tr::kDepth, p.width, 0, stride);
+    load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kDepth>(stage, problem.dy, problem.dy_stride, tile, step * Tr::kDepth, p.width);
+    load_tile<T, Tr::kThreads, Tr::kDepth, Tr::kRank>(stage + plan::tile_bytes(Tr::kBlockT, Tr::kDepth), weights.w_up, stride, static_cast<int64_t>(step) * Tr::kDepth, p.width, 0, stride);
   };
   auto tiles = pipeline<Tr::kStages, Tr::kRowsShared / Tr::kStages>(arena, steps, load);
   auto da = zeros<Tr::kTiles>();
@@ -257,7 +266,8 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) rows_kernel(const __grid_constant__ BackwardPa
       multiply<T, Tr::kRank, true>(da, a, stage + plan::tile_bytes(Tr::kBlockT, Tr::kDepth), k);
     }
   }
-  const Place at = Tr::place(p.rows);
+  const auto at = share.place();
+  const Place position = share.position();
   float scale = problem.scale;
   if (p.scale_tensor) scale *= parameter<T>(p.scale_tensor, p.float_parameters, 0);
   constexpr int kGroup = Tr::kTiles < 4 ? Tr::kTiles : 4;  // 32 columns at a time: all of z beside da does not fit the registers at rank 256
@@ -277,8 +287,8 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) rows_kernel(const __grid_constant__ BackwardPa
           dz.v[i][j] = pack(d[0], d[1], T{});
         }
     });
-    if (problem.a) store_rows<T>(problem.a, stride, at, 8 * j0, stride, a);
-    if (problem.dz) store_rows<T>(problem.dz, stride, at, 8 * j0, stride, dz);
+    if (problem.a) store_rows<T>(problem.a, stride, position, 8 * j0, stride, a);
+    if (problem.dz) store_rows<T>(problem.dz, stride, position, 8 * j0, stride, dz);
   }
   if (problem.bias_sums) {  // rows behind the last one were read as zero, so their dz is zero
     ptx::sync_block();      // the arena is free
@@ -298,6 +308,42 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) rows_kernel(const __grid_constant__ BackwardPa
   }
 }
 
+// rows_kernel's bytes, of a problem (d_z: where dx, dWd or dbd is asked for):
+//   reads    -                      2*N*S
+//   reads    scale                  tiles*threads*P
+//   reads    d_z                    2*N*D + tiles*2*D*S
+//   reads    d_z gate               tiles*threads//4*P*D
+//   writes   a                      2*N*S
+//   writes   dz                     2*N*S
+//   writes   d_b_down               tiles*4*R
+//
+// rows_kernel's resources:
+//   rank        threads   shared   registers             blocks
+//   32              128    28672   110 / 110 / 110 / 117 4 / 4 / 4 / 3
+//   64              128    36864   122 / 128 / 128 / 128 4 / 4 / 4 / 2
+//   96              128    45056   162 / 168 / 166 / 154 3 / 3 / 3 / 2
+//   128             256    71680   163 / 168 / 168 / 168 1 / 1 / 1 / 1
+//   192             256    46080   197 / 200 / 200 / 208 1 / 1 / 1 / 1
+//   256             256    54272   235 / 240 / 238 / 243 1 / 1 / 1 / 1
+template <class Tr>
+FASTADAPT_KERNEL(Tr::kThreads, 1) rows_kernel(const __grid_constant__ BackwardParams p) {
+  rows<Tr>(p);
+}
+
+// A block's share of the slab kernel: a split of all rows.
+struct SlabShare {
+  int64_t first, last;
+
+  template <class Params>
+  explicit FASTADAPT_DEVICE SlabShare(const Params& p)
+      : first(static_cast<int64_t>(blockIdx.y) * p.rows_per_split), last(first + p.rows_per_split < p.rows ? first + p.rows_per_split : p.rows) {}
+  FASTADAPT_DEVICE bool empty() const { return false; }
+  FASTADAPT_DEVICE bool adapts() const { return true; }
+  FASTADAPT_DEVICE Consecutive tile(int64_t from) const { return {from, last}; }
+  FASTADAPT_DEVICE Place place(int64_t row) const { return {row, last}; }
+  FASTADAPT_DEVICE const Projections& weights(const Projections& w) const { return w; }
+};
+
 template <class T_, int kRank_>
 struct SlabTraits {
   using T = T_;
@@ -305,45 +351,30 @@ struct SlabTraits {
   static constexpr plan::SlabTile kTile = plan::slab_tile(kRank);
   static constexpr int kBlockT = kTile.rows, kStages = kTile.stages, kShared = plan::slab_shared(kRank);
   static constexpr int kRowTile = plan::tile_bytes(kBlockT, kSlab), kRankTile = plan::tile_bytes(kBlockT, kRank);
+  using Share = SlabShare;
 };
 
 // For one slab of 64 columns of D and one split of the rows: dx = dz Wd + add dy, and the split's partials of dy' a, dz' x and the column sums of dy.
 //
 // Warps 0 to 3 own 16 columns each of dy' a, warps 4 to 7 of x' dz, in registers from the first row to the last: x and dy are read once for everything, and nothing is added atomically.
-//
-// slab_kernel's bytes, of a problem:
-//   reads    dy                     2*N*D
-//   reads    q                      2*N*D
-//   reads    p                      slabs*2*N*S
-//   reads    dz                     slabs*2*N*S
-//   reads    dx                     splits*2*D*R
-//   writes   dx                     2*N*D
-//   writes   p                      splits*4*D*S
-//   writes   q                      splits*4*D*R
-//   writes   s                      splits*4*D
-//
-// slab_kernel's resources:
-//   rank        threads   shared   registers             blocks
-//   32              256    61952   73 / 74 / 73 / 76     2 / 3 / 3 / 1
-//   64              256    82944   119 / 100 / 98 / 114  2 / 2 / 2 / 1
-//   96              256    58880   125 / 125 / 122 / 125 2 / 2 / 2 / 1
-//   128             256    71680   126 / 126 / 127 / 126 2 / 2 / 2 / 1
-//   192             256    97280   170 / 168 / 168 / 170 1 / 1 / 1 / 1
-//   256             256    79872   243 / 242 / 242 / 241 1 / 1 / 1 / 1
-template <class Tr>
-FASTADAPT_KERNEL(Tr::kThreads) slab_kernel(const __grid_constant__ BackwardParams p) {
+template <class Tr, class Params>
+FASTADAPT_DEVICE void slab(const Params& p) {
   using T = typename Tr::T;
   const BackwardProblem& problem = p.problems[blockIdx.z];
   const int rank = problem.weights.rank, stride = problem.weights.up_stride, first_column = static_cast<int>(blockIdx.x) * Tr::kSlab;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * p.rows_per_split, last = first + p.rows_per_split < p.rows ? first + p.rows_per_split : p.rows;
+  const typename Tr::Share share(p);
+  if (share.empty()) return;
+  const int64_t first = share.first, last = share.last;
   const bool needs_dy = problem.p || problem.s || (problem.dx && problem.add != 0.f), needs_dz = problem.q || problem.dx;
   FASTADAPT_SHARED(arena);
   char* const w_down = arena + Tr::kStages * 2 * (Tr::kRowTile + Tr::kRankTile);
-  if (problem.dx) load_tile<T, Tr::kThreads, Tr::kRank, Tr::kSlab>(w_down, problem.weights.w_down, p.width, 0, rank, first_column, p.width);  // joins the first stage's group
+  if (problem.dx)  // joins the first stage's group
+    load_tile<T, Tr::kThreads, Tr::kRank, Tr::kSlab>(w_down, share.weights(problem.weights).w_down, p.width, 0, share.adapts() ? rank : 0, first_column, p.width);
   const auto load = [&](char* stage, int step) {
     const int64_t row = first + static_cast<int64_t>(step) * Tr::kBlockT;
-    if (needs_dy) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kSlab>(stage, problem.dy, problem.dy_stride, row, last, first_column, p.width);
-    if (problem.q) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kSlab>(stage + Tr::kRowTile, problem.x, problem.x_stride, row, last, first_column, p.width);
+    const auto rows = share.tile(row);
+    if (needs_dy) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kSlab>(stage, problem.dy, problem.dy_stride, rows, first_column, p.width);
+    if (problem.q) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kSlab>(stage + Tr::kRowTile, problem.x, problem.x_stride, rows, first_column, p.width);
     if (problem.p) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kRank>(stage + 2 * Tr::kRowTile, problem.a, stride, row, last, 0, stride);
     if (needs_dz) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kRank>(stage + 2 * Tr::kRowTile + Tr::kRankTile, problem.dz, stride, row, last, 0, stride);
   };
@@ -381,8 +412,7 @@ FASTADAPT_KERNEL(Tr::kThreads) slab_kernel(const __grid_constant__ BackwardParam
           }
           dx.v[i][j] = pack(v.x, v.y, T{});
         }
-      const Place at{first + static_cast<int64_t>(step) * Tr::kBlockT + 16 * row_group + lane() / 4, last};
-      store_rows<T>(problem.dx, p.width, at, first_column + column, p.width, dx);
+      store_rows<T>(problem.dx, p.width, share.place(first + static_cast<int64_t>(step) * Tr::kBlockT + 16 * row_group + lane() / 4), first_column + column, p.width, dx);
     }
     if (owns_p ? problem.p || problem.s : problem.q != nullptr) {
 #pragma unroll
@@ -414,9 +444,110 @@ FASTADAPT_KERNEL(Tr::kThreads) slab_kernel(const __grid_constant__ BackwardParam
   }
 }
 
+// slab_kernel's bytes, of a problem:
+//   reads    dy                     2*N*D
+//   reads    q                      2*N*D
+//   reads    p                      slabs*2*N*S
+//   reads    dz                     slabs*2*N*S
+//   reads    dx                     splits*2*D*R
+//   writes   dx                     2*N*D
+//   writes   p                      splits*4*D*S
+//   writes   q                      splits*4*D*R
+//   writes   s                      splits*4*D
+//
+// slab_kernel's resources:
+//   rank        threads   shared   registers             blocks
+//   32              256    61952   73 / 72 / 75 / 76     2 / 3 / 3 / 1
+//   64              256    82944   119 / 100 / 98 / 114  2 / 2 / 2 / 1
+//   96              256    58880   125 / 125 / 122 / 125 2 / 2 / 2 / 1
+//   128             256    71680   126 / 126 / 127 / 126 2 / 2 / 2 / 1
+//   192             256    97280   170 / 168 / 168 / 170 1 / 1 / 1 / 1
+//   256             256    79872   243 / 242 / 242 / 241 1 / 1 / 1 / 1
+template <class Tr>
+FASTADAPT_KERNEL(Tr::kThreads) slab_kernel(const __grid_constant__ BackwardParams p) {
+  slab<Tr>(p);
+}
+
+// Whose gradient a block of the reduce kernel adds up, and of which partials. (In routed_bottleneck.cuh a block is one of several tasks'.)
+struct Part {
+  int64_t task, first, last;
+};
+FASTADAPT_DEVICE Part part_of(const ReduceParams& p, int, int64_t&, int64_t) { return {0, 0, p.splits}; }
+FASTADAPT_DEVICE Part part_of(const ReduceParams&, const ColumnSums& sums, int64_t&, int64_t) { return {0, 0, sums.count}; }
+
 // Adds the partials of the splits in order. With P = dy' a, S the column sums of dy and b = rowsum(Wu (.) P) + bu (.) S: dWu = s g (.) P, dbu = s g (.) S, dg = s b, and g b a column, whose
 // sum is the gradient of the scale: gates and scales need no up-projection.
-//
+template <class T, class Params>
+FASTADAPT_DEVICE void reduce(const Params& p) {
+  FASTADAPT_SHARED(arena);
+  int64_t block = blockIdx.x;
+  for (int n = 0; n < p.problem_count; ++n) {
+    const ReduceProblem& problem = p.problems[n];
+    const ReduceBlocks blocks = reduce_blocks(problem, p.width);
+    const Part part = part_of(p, n, block, blocks.up + blocks.down);
+    if (block < blocks.up) {
+      const int d = static_cast<int>(block) * 8 + warp();
+      if (d >= p.width) return;
+      const float full = problem.scale * (p.scale_tensor ? parameter<T>(p.scale_tensor, p.float_parameters, 0) : 1.f);
+      const float gate = problem.gate ? parameter<T>(problem.gate, p.float_parameters, d) : 1.f;
+      const int64_t row = part.task * p.width + d;
+      float bracket = 0.f;
+      if (problem.p)
+        for (int r = lane(); r < problem.rank; r += 32) {
+          float sum = 0.f;
+          for (int64_t s = part.first; s < part.last; ++s) sum += ptx::load_global<float>(problem.p + (s * p.width + d) * problem.up_stride + r);
+          if (problem.dw_up) store_parameter(problem.dw_up, p.float_parameters, row * problem.rank + r, full * gate * sum, T{});
+          if (Params::kGates) bracket += to_float(ptx::load_global<T>(static_cast<const T*>(problem.w_up) + static_cast<int64_t>(d) * problem.up_stride + r)) * sum;
+        }
+      bracket = sum_of_warp(bracket);
+      if (lane() != 0) return;
+      if (problem.s) {
+        float sum = 0.f;
+        for (int64_t s = part.first; s < part.last; ++s) sum += ptx::load_global<float>(problem.s + s * p.width + d);
+        if (problem.db_up) store_parameter(problem.db_up, p.float_parameters, row, full * gate * sum, T{});
+        if (Params::kGates && problem.b_up) bracket += parameter<T>(problem.b_up, p.float_parameters, d) * sum;
+      }
+      if (problem.dgate) store_parameter(problem.dgate, p.float_parameters, d, full * bracket, T{});
+      if (problem.dscale) ptx::store_global(problem.dscale + d, problem.scale * gate * bracket);
+      return;
+    }
+    block -= blocks.up;
+    if (block < blocks.down) {
+      const int64_t all = static_cast<int64_t>(problem.rank) * p.width, i = (block * kReduceThreads + threadIdx.x) * 4;  // all is a multiple of 4: the width is one of 8
+      if (i >= all) return;
+      float4 sum{0.f, 0.f, 0.f, 0.f};
+      for (int64_t s = part.first; s < part.last; ++s) {
+        const float4 v = ptx::load_global<float4>(problem.q + s * all + i);
+        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+      }
+      const int64_t to = part.task * all + i;
+      if (p.float_parameters) return ptx::store_global(static_cast<float*>(problem.dw_down) + to, sum);
+      return ptx::store_global(static_cast<T*>(problem.dw_down) + to, uint2{pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})});
+    }
+    block -= blocks.down;
+  }
+  for (int n = 0; n < p.sum_count; ++n) {
+    const ColumnSums& sums = p.sums[n];
+    const int columns = sums.columns + (sums.rest ? 1 : 0), blocks = static_cast<int>(plan::ceil_div(columns, 32));
+    const Part part = part_of(p, sums, block, blocks);
+    if (block < blocks) {
+      const int first = static_cast<int>(block) * 32;
+      const float sum = column_sum(arena, part.last - part.first, [&](int64_t row, int column) {
+        return first + column < columns ? ptx::load_global<float>(sums.parts + (part.first + row) * sums.stride + first + column) : 0.f;
+      });
+      const int c = first + static_cast<int>(threadIdx.x);
+      if (threadIdx.x >= 32 || c >= columns) return;
+      if (c < sums.columns) {
+        if (sums.out) store_parameter(sums.out, p.float_parameters, part.task * columns + c, sum, T{});
+      } else {
+        store_parameter(sums.rest, p.float_parameters, 0, sum, T{});
+      }
+      return;
+    }
+    block -= blocks;
+  }
+}
+
 // reduce_kernel's bytes, of a problem (up: where anything but dWd is asked for), and of one of the column sums:
 //   reads    up scale               32*D*P
 //   reads    up gate                32*D*P
@@ -434,91 +565,17 @@ FASTADAPT_KERNEL(Tr::kThreads) slab_kernel(const __grid_constant__ BackwardParam
 //
 // reduce_kernel's resources:
 //   rank        threads   shared   registers             blocks
-//   any             256     1024   40 / 36 / 32 / 44     6 / 6 / 8 / 5
+//   any             256     1024   40 / 36 / 32 / 48     6 / 6 / 8 / 5
 template <class T>
 FASTADAPT_KERNEL(kReduceThreads) reduce_kernel(const __grid_constant__ ReduceParams p) {
-  FASTADAPT_SHARED(arena);
-  int64_t block = blockIdx.x;
-  for (int n = 0; n < p.problem_count; ++n) {
-    const ReduceProblem& problem = p.problems[n];
-    const ReduceBlocks blocks = reduce_blocks(problem, p.width);
-    if (block < blocks.up) {
-      const int d = static_cast<int>(block) * 8 + warp();
-      if (d >= p.width) return;
-      const float full = problem.scale * (p.scale_tensor ? parameter<T>(p.scale_tensor, p.float_parameters, 0) : 1.f);
-      const float gate = problem.gate ? parameter<T>(problem.gate, p.float_parameters, d) : 1.f;
-      float bracket = 0.f;
-      if (problem.p)
-        for (int r = lane(); r < problem.rank; r += 32) {
-          float sum = 0.f;
-          for (int64_t s = 0; s < p.splits; ++s) sum += ptx::load_global<float>(problem.p + (s * p.width + d) * problem.up_stride + r);
-          if (problem.dw_up) store_parameter(problem.dw_up, p.float_parameters, static_cast<int64_t>(d) * problem.rank + r, full * gate * sum, T{});
-          bracket += to_float(ptx::load_global<T>(static_cast<const T*>(problem.w_up) + static_cast<int64_t>(d) * problem.up_stride + r)) * sum;
-        }
-      bracket = sum_of_warp(bracket);
-      if (lane() != 0) return;
-      if (problem.s) {
-        float sum = 0.f;
-        for (int64_t s = 0; s < p.splits; ++s) sum += ptx::load_global<float>(problem.s + s * p.width + d);
-        if (problem.db_up) store_parameter(problem.db_up, p.float_parameters, d, full * gate * sum, T{});
-        if (problem.b_up) bracket += parameter<T>(problem.b_up, p.float_parameters, d) * sum;
-      }
-      if (problem.dgate) store_parameter(problem.dgate, p.float_parameters, d, full * bracket, T{});
-      if (problem.dscale) ptx::store_global(problem.dscale + d, problem.scale * gate * bracket);
-      return;
-    }
-    block -= blocks.up;
-    if (block < blocks.down) {
-      const int64_t all = static_cast<int64_t>(problem.rank) * p.width, i = (block * kReduceThreads + threadIdx.x) * 4;  // all is a multiple of 4: the width is one of 8
-      if (i >= all) return;
-      float4 sum{0.f, 0.f, 0.f, 0.f};
-      for (int64_t s = 0; s < p.splits; ++s) {
-        const float4 v = ptx::load_global<float4>(problem.q + s * all + i);
-        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-      }
-      if (p.float_parameters) return ptx::store_global(static_cast<float*>(problem.dw_down) + i, sum);
-      return ptx::store_global(static_cast<T*>(problem.dw_down) + i, uint2{pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})});
-    }
-    block -= blocks.down;
-  }
-  for (int n = 0; n < p.sum_count; ++n) {
-    const ColumnSums& sums = p.sums[n];
-    const int columns = sums.columns + (sums.rest ? 1 : 0), blocks = static_cast<int>(plan::ceil_div(columns, 32));
-    if (block < blocks) {
-      const int first = static_cast<int>(block) * 32;
-      const float sum = column_sum(arena, sums.count, [&](int64_t row, int column) {
-        return first + column < columns ? ptx::load_global<float>(sums.parts + row * sums.stride + first + column) : 0.f;
-      });
-      const int c = first + static_cast<int>(threadIdx.x);
-      if (threadIdx.x >= 32 || c >= columns) return;
-      if (c < sums.columns) {
-        if (sums.out) store_parameter(sums.out, p.float_parameters, c, sum, T{});
-      } else {
-        store_parameter(sums.rest, p.float_parameters, 0, sum, T{});
-      }
-      return;
-    }
-    block -= blocks;
-  }
+  reduce<T>(p);
 }
 
 // Copies matrices, rounded to T, to rows of another length, zero behind the columns: every block of the other kernels streams the weights from L2, so rounding there would read twice the bytes
 // once a row tile. And the fold.
-//
-// prologue_kernel's bytes, of a copy (B bytes a number that is read) and of the fold:
-//   reads    copy                   B*rows*columns
-//   writes   copy                   2*rows*to_stride
-//   reads    fold                   2*D*R*P
-//   reads    fold b_up              2*D*P
-//   writes   fold                   4*(R + 1)
-//
-// prologue_kernel's resources:
-//   rank        threads   shared   registers             blocks
-//   any             256     1024   38 / 38 / 38 / 40     6 / 6 / 6 / 6
 template <class T>
-FASTADAPT_KERNEL(kPrologueThreads) prologue_kernel(const __grid_constant__ PrologueParams p) {
+FASTADAPT_DEVICE void prologue(const PrologueParams& p, int64_t block) {
   FASTADAPT_SHARED(arena);
-  int64_t block = blockIdx.x;
   for (int n = 0; n < p.count; ++n) {
     const MatrixCopy& copy = p.copies[n];
     const int64_t blocks = copy_blocks(copy);
@@ -549,6 +606,21 @@ FASTADAPT_KERNEL(kPrologueThreads) prologue_kernel(const __grid_constant__ Prolo
     return w * (r < p.fold_rank ? parameter<T>(p.fold_up, p.float_parameters, static_cast<int>(d * p.fold_rank + r)) : parameter<T>(p.fold_bias, p.float_parameters, static_cast<int>(d)));
   });
   if (threadIdx.x < 32 && first + static_cast<int>(threadIdx.x) <= p.fold_rank) ptx::store_global(p.fold + first + threadIdx.x, sum);
+}
+
+// prologue_kernel's bytes, of a copy (B bytes a number that is read) and of the fold:
+//   reads    copy                   B*rows*columns
+//   writes   copy                   2*rows*to_stride
+//   reads    fold                   2*D*R*P
+//   reads    fold b_up              2*D*P
+//   writes   fold                   4*(R + 1)
+//
+// prologue_kernel's resources:
+//   rank        threads   shared   registers             blocks
+//   any             256     1024   38 / 38 / 38 / 40     6 / 6 / 6 / 6
+template <class T>
+FASTADAPT_KERNEL(kPrologueThreads) prologue_kernel(const __grid_constant__ PrologueParams p) {
+  prologue<T>(p, blockIdx.x);
 }
 
 }  // namespace fastadapt::cuda

@@ -30,9 +30,10 @@ int with_type(Type type, F f) {
 // Whether rows of `columns` numbers are as the kernels want them: 16-byte aligned.
 inline bool ragged(int64_t columns) { return columns % 8 != 0; }
 
-// The projections of one bottleneck; matrices in other than the activations' type, and up-projections with ragged rows, are copied by the prologue.
+// The projections of one bottleneck, or of several that lie one after the other: `downs` and `ups` of them. Matrices in other than the activations' type, and up-projections with ragged rows,
+// are copied by the prologue.
 Projections prepare(PrologueParams& prologue, Workspace& workspace, Type activations, Type parameters, int64_t width, int64_t rank, const void* w_down, const void* b_down, const void* w_up,
-                    const void* b_up);
+                    const void* b_up, int64_t downs = 1, int64_t ups = 1);
 
 // The padded pre-activations of a ragged rank: a place for the forward to write, and a copy for the backward to read.
 void* padded(Workspace& workspace, int64_t rows, int64_t rank);
@@ -50,9 +51,10 @@ struct BackwardSequence {
   ReduceParams reduce{};
   ReduceParams last{};  // the sum over D behind the gradient of a scale
   int problems = 0;
+  int64_t tasks;  // of a routed bottleneck, else 0
   bool rows_needed = false, slab_needed = false;
 
-  BackwardSequence(int64_t rows, int64_t width, bool float_parameters, Activation activation, const void* scale_tensor);
+  BackwardSequence(int64_t rows, int64_t width, bool float_parameters, Activation activation, const void* scale_tensor, int64_t tasks = 0);
   void add_problem(Workspace& workspace, const Projections& weights, int bucket, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* z, const void* gate, float scale,
                    float add, const BottleneckGradients& wanted);
   void add_sums(const float* parts, int64_t count, int stride, int columns, void* out, void* rest);

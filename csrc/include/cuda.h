@@ -23,6 +23,15 @@ struct GatedCall : GatedParams {
   void* stream;
 };
 
+// Parameters are those of `tasks` tasks one after the other, or one that all share; a ragged b_down lies b_down_stride numbers apart. Neither gate nor scale tensor.
+struct RoutedCall : BottleneckParams {
+  const int64_t* ids;  // (count), each of rows / count consecutive rows
+  int64_t count, tasks, b_down_stride;
+  bool shares_w_down, shares_b_down, shares_w_up, shares_b_up;
+  void* workspace;
+  void* stream;
+};
+
 // Why the kernels cannot run a shape (width, rank, types), or null. `gate_rank` is 0 where there is none.
 const char* why_not(Type activation_type, Type parameter_type, int64_t width, int64_t rank, int64_t gate_rank);
 
@@ -35,6 +44,11 @@ size_t gated_forward_workspace(const GatedCall& p);
 int gated_forward(const GatedCall& p);  // y, and of z, zg, logits, total, gate those that are not null
 size_t gated_backward_workspace(const GatedCall& p);
 int gated_backward(const GatedCall& p);
+
+size_t routed_forward_workspace(const RoutedCall& p);
+int routed_forward(const RoutedCall& p);
+size_t routed_backward_workspace(const RoutedCall& p);
+int routed_backward(const RoutedCall& p);
 
 int device_count();                // 0 where there is no driver or no device
 const char* error_text(int code);  // the name and description of a cudaError_t

@@ -113,6 +113,7 @@ struct ColumnSums {
   void *out, *rest;    // P: columns below `columns`, and column `columns` where rest is given
 };
 struct ReduceParams {
+  static constexpr bool kGates = true;
   int64_t splits;
   int width, problem_count, sum_count;
   bool float_parameters;
@@ -139,6 +140,36 @@ struct PrologueParams {
   const void *fold_up, *fold_bias, *fold_weight;  // P: (width, rank), (width), (width)
   float* fold;                                    // (rank + 1)
   int fold_width, fold_rank;
+};
+constexpr int64_t prologue_blocks(const PrologueParams& p) {
+  int64_t blocks = p.fold ? plan::ceil_div(p.fold_rank + 1, 32) : 0;
+  for (int n = 0; n < p.count; ++n) blocks += copy_blocks(p.copies[n]);
+  return blocks;
+}
+
+// A batch that mixes tasks: rows by position, those of one task after those of another and those of no task last, in ascending order each. What a block works on is of one task, of which
+// the row kernels have a tile and the slab kernel a split.
+struct Routing {
+  const int64_t* ids;  // (count): of `each` consecutive rows; none of 0 .. tasks - 1: no task
+  int count, each, tasks, tile_rows;
+  int* order;                      // (count): the ids' places by task
+  int *rows, *tiles, *splits;      // (tasks + 2): the first of each task's, of no task, and the end
+  int64_t down, up, b_down, b_up;  // numbers from one task's parameters to the next's; 0: shared by all
+};
+struct RoutedForwardParams : ForwardParams {
+  Routing routing;
+};
+struct RoutedBackwardParams : BackwardParams {
+  Routing routing;
+};
+// problems[0] and sums[0] add each task's partials, problems[1] and sums[1] those of all tasks.
+struct RoutedReduceParams : ReduceParams {
+  static constexpr bool kGates = false;
+  Routing routing;
+};
+struct RoutedPrologueParams : PrologueParams {
+  Routing routing;
+  int width;
 };
 
 }  // namespace fastadapt::cuda

@@ -80,6 +80,13 @@ constexpr Splits splits(int64_t rows, int64_t width) {
   return {ceil_div(rows, each < 64 ? 64 : each), each < 64 ? 64 : each};
 }
 
+// The most pieces of `each` rows, and the most splits, that the rows of `tasks` tasks and of no task can make.
+constexpr int64_t routed_pieces(int64_t rows, int64_t tasks, int64_t each) { return rows / each + (rows < tasks + 1 ? rows : tasks + 1); }
+constexpr int64_t routed_splits(int64_t rows, int64_t width, int64_t tasks) {
+  const int64_t pieces = routed_pieces(rows, tasks, 256), most = (tasks + 1) * ceil_div(192, ceil_div(width, kSlab));
+  return pieces < most ? pieces : most;
+}
+
 constexpr bool fit() {
   for (int r : kRanks)
     if (forward_shared(r, false) > kLargestShared || forward_shared(r, true) > kLargestShared || rows_shared(r) > kLargestShared || gates_shared(r, true) > kLargestShared ||

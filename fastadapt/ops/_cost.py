@@ -353,7 +353,7 @@ def too_large(kernels: Sequence[str], call: Call) -> list[str]:
     device = device_of(call.arch)
     if device is None or not kernels:
         return []
-    rank = bucket(max(call.rank, call.option("gate_rank", 0)), CUDA_GATED_RANKS if call.op == "gated_bottleneck" else CUDA_RANKS)
+    rank = bucket(max(call.rank, call.option("gate_rank", 0)), CUDA_GATED_RANKS if call.op in ("gated_bottleneck", "routed_bottleneck") else CUDA_RANKS)
     name, most = max(((kernel, shared_bytes(kernel, rank)) for kernel in kernels), key=lambda item: item[1])
     room = device.shared_kb * 1024
     return [] if most <= room else [f"its {name} kernel needs {most} bytes of shared memory at rank {rank}, a block has {room} on sm_{call.arch}"]

@@ -3,6 +3,9 @@
 Conventions. X, Y, Z, ... are pointers and None stands for an absent tensor or an output that nobody asked for: the branch is then not compiled. Rows are 64-bit numbers from the
 program id on, so no row offset can overflow. A rank is cut into power-of-two chunks, ((start, size), ...), the last one padded with zeros: 96 is 64 + 32. A tensor that is
 rank wide is a tuple with one tile a chunk. Sums over rows are cut by shape alone, each piece has its own fp32 partial, partials are added in order: no atomics.
+
+Rows of several tasks (ORDER is not None): ORDER (T,) lists the rows sorted by task, STARTS (TASKS + 1,) says where each task's begin, those of no task last. Tiles and splits are
+pieces of one task's stretch of ORDER, `piece` finds a program's from its number, and a launch has as many programs as there can be pieces: nothing of the ids is known on the host.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -72,6 +75,42 @@ def tile_rows(T, BLOCK_T: tl.constexpr):
     """The rows of this program's tile, and which of them exist."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     return rows, rows < T
+
+
+@jit
+def segments(STARTS, T, SIZE, TASKS: tl.constexpr):
+    """Of each task and, at TASKS, of no task: its number, first position in ORDER, end, and how many pieces of SIZE positions it has; then empty ones up to a power of two."""
+    g = tl.arange(0, triton.next_power_of_2(TASKS + 1))
+    first = tl.load(STARTS + g, mask=g <= TASKS, other=T)
+    end = tl.load(STARTS + g + 1, mask=g < TASKS, other=T)
+    return g, first, end, tl.cdiv(end - first, SIZE)
+
+
+@jit
+def piece(STARTS, program, T, SIZE, TASKS: tl.constexpr):
+    """The task of the piece with this number, and its first position and end in ORDER. Behind the last piece the task is above TASKS."""
+    g, first, end, pieces = segments(STARTS, T, SIZE, TASKS)
+    through = tl.cumsum(pieces, 0)
+    task = tl.sum((through <= program).to(tl.int64), 0)
+    begin = tl.sum(tl.where(g == task, first + (program - through + pieces) * SIZE, 0), 0)
+    return task, begin, tl.minimum(begin + SIZE, tl.sum(tl.where(g == task, end, 0), 0))
+
+
+@jit
+def pieces_to_add(STARTS, T, SIZE, SHARED: tl.constexpr, TASKS: tl.constexpr):
+    """The range of pieces whose partials make up a gradient: those of this program's task, its number on the grid's second axis, or those of all tasks for a shared parameter."""
+    g, _, _, pieces = segments(STARTS, T, SIZE, TASKS)
+    task = tl.program_id(1).to(tl.int64)
+    return tl.sum(tl.where(g < task, pieces, 0), 0), tl.sum(tl.where(g < (TASKS if SHARED else task + 1), pieces, 0), 0)
+
+
+@jit
+def tile_of_task(ORDER, STARTS, T, BLOCK_T: tl.constexpr, TASKS: tl.constexpr):
+    """The task of this program's tile, its rows, and which of them exist."""
+    task, first, last = piece(STARTS, tl.program_id(0).to(tl.int64), T, BLOCK_T, TASKS)
+    positions = first + tl.arange(0, BLOCK_T)
+    valid = positions < last
+    return task, tl.load(ORDER + positions, mask=valid, other=0), valid
 
 
 @jit
@@ -156,6 +195,15 @@ def add_bias(z, B, R: tl.constexpr, CHUNKS: tl.constexpr, dtype: tl.constexpr):
 
 
 @jit
+def zero_unless(condition, z, CHUNKS: tl.constexpr):
+    """z, or zero whatever it is: a product with 0 would let a NaN through."""
+    out = ()
+    for i in tl.static_range(len(CHUNKS)):
+        out = out + (tl.where(condition, z[i], 0.0).to(z[i].dtype),)
+    return out
+
+
+@jit
 def load_chunks(Z, rows, valid, R: tl.constexpr, CHUNKS: tl.constexpr):
     z = ()
     for i in tl.static_range(len(CHUNKS)):
@@ -184,6 +232,7 @@ def activate_chunks(z, ACTIVATION: tl.constexpr, CHUNKS: tl.constexpr):
 def rows_kernel(
     DY, Z, WD, WU, G, S, DX, DZ, A, SUMS, scale, add, T, D, stride_dy,
     R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER=None, STARTS=None, stride_wd=None, stride_wu=None, TASKS: tl.constexpr = 0,
 ):  # fmt: skip
     """dz = s ((dy (.) g) Wu) (.) phi'(z), its column sums per row tile, a = phi(z), and dx = dz Wd + add dy.
 
@@ -191,7 +240,14 @@ def rows_kernel(
     `weights_kernel` would have to evaluate it again.
     """
     dtype: tl.constexpr = DY.dtype.element_ty
-    rows, valid = tile_rows(T, BLOCK_T)
+    if ORDER is None:
+        rows, valid = tile_rows(T, BLOCK_T)
+    else:
+        task, rows, valid = tile_of_task(ORDER, STARTS, T, BLOCK_T, TASKS)
+        if task > TASKS:
+            return
+        WD += tl.minimum(task, TASKS - 1) * stride_wd
+        WU += tl.minimum(task, TASKS - 1) * stride_wu
     if DZ is not None or SUMS is not None or DX is not None:
         da = project(DY, stride_dy, rows, valid, D, G, WU, 1, R, R, CHUNKS, BLOCK_D, EVEN, PRECISION)
     z = load_chunks(Z, rows, valid, R, CHUNKS)  # not before the loop, which needs the registers
@@ -213,6 +269,8 @@ def rows_kernel(
             for start in tl.range(0, D, BLOCK_D):
                 columns = start + tl.arange(0, BLOCK_D)
                 dx = expand(dz, WD, columns, 1, D, D, R, CHUNKS, EVEN, PRECISION)
+                if ORDER is not None:
+                    dx = tl.where(task < TASKS, dx, 0.0)
                 if add is not None:
                     dx += add * load_tile(DY, stride_dy, rows, valid, columns, D, EVEN).to(tl.float32)
                 store_tile(DX, D, rows, valid, columns, D, dx, EVEN)
@@ -222,6 +280,7 @@ def rows_kernel(
 def weights_kernel(
     DY, A, X, DZ, P, Q, S, T, D, rows_per_split, stride_dy, stride_x,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER=None, STARTS=None, TASKS: tl.constexpr = 0,
 ):  # fmt: skip
     """Partials over one split of the rows: P = dy' a and Q = x' dz, (D, R) each, and S = column sums of dy, (D,). Grid: slabs of D, splits, chunks of R.
 
@@ -233,11 +292,18 @@ def weights_kernel(
     p = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     s = tl.zeros((BLOCK_D, 16), tl.float32)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, T)
+    if ORDER is None:
+        first = split * rows_per_split
+        last = tl.minimum(first + rows_per_split, T)
+    else:
+        task, first, last = piece(STARTS, split, T, rows_per_split, TASKS)
+        if task >= TASKS:
+            return
     for start in tl.range(first, last, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         valid = rows < last
+        if ORDER is not None:
+            rows = tl.load(ORDER + rows, mask=valid, other=0)
         if P is not None or S is not None:
             dy = load_across(DY, stride_dy, rows, valid, columns, D, EVEN)
             if P is not None:
@@ -261,11 +327,22 @@ def weights_kernel(
 def reduce_kernel(
     P, Q, S, WU, BU, G, SCALE, DWD, DWU, DBU, DG, DSCALE, scale, splits, D,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    STARTS=None, T=None, rows_per_split=None, SHARED: tl.constexpr = True, TASKS: tl.constexpr = 0,
 ):  # fmt: skip
     """Adds the partials in the order of the splits. dWd = Q', dWu = s g (.) P, dbu = s g (.) S, dg = s b and, summed over D elsewhere, ds = g (.) b, with
     b = rowsum(Wu (.) P) + bu (.) S: the gradients of gate and scale need no up-projection."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = columns < D
+    first, last = 0, splits
+    if STARTS is not None:
+        first, last = pieces_to_add(STARTS, T, rows_per_split, SHARED, TASKS)
+        task = tl.program_id(1).to(tl.int64)
+        if DBU is not None:
+            DBU += task * D
+        if DWU is not None:
+            DWU += task * D * R
+        if DWD is not None:
+            DWD += task * D * R
     full = scale
     if SCALE is not None:
         full = scale * tl.load(SCALE).to(DTYPE).to(tl.float32)
@@ -275,8 +352,8 @@ def reduce_kernel(
     b = tl.zeros((BLOCK_D,), tl.float32)
     if S is not None:
         s = tl.zeros((BLOCK_D,), tl.float32)
-        part = S + columns
-        for _ in tl.range(0, splits):
+        part = S + first * D + columns
+        for _ in tl.range(first, last):
             s += tl.load(part, mask=exists, other=0.0)
             part += D
         if DBU is not None:
@@ -289,8 +366,8 @@ def reduce_kernel(
         at = columns[:, None] * R + r[None, :]
         if P is not None:
             p = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
-            part = P + at
-            for _ in tl.range(0, splits):
+            part = P + first * D * R + at
+            for _ in tl.range(first, last):
                 p += tl.load(part, mask=mask, other=0.0)
                 part += D * R
             if DWU is not None:
@@ -299,8 +376,8 @@ def reduce_kernel(
                 b += tl.sum(tl.load(WU + at, mask=mask, other=0.0).to(tl.float32) * p, 1)
         if Q is not None:
             q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
-            part = Q + at
-            for _ in tl.range(0, splits):
+            part = Q + first * D * R + at
+            for _ in tl.range(first, last):
                 q += tl.load(part, mask=mask, other=0.0)
                 part += D * R
             tl.store(DWD + r[None, :] * D + columns[:, None], q.to(DWD.dtype.element_ty), mask=mask)
@@ -311,11 +388,17 @@ def reduce_kernel(
 
 
 @jit
-def columns_kernel(PARTIALS, OUT, REST, parts, C, W, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def columns_kernel(
+    PARTIALS, OUT, REST, parts, C, W, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STARTS=None, T=None, rows_per_part=None, SHARED: tl.constexpr = True, TASKS: tl.constexpr = 0
+):  # fmt: skip
     """Column sums of fp32 partials (parts, C), added in order: columns below W go to OUT, column W to REST. Either may be None."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for start in tl.range(0, parts, BLOCK_N):
+    first = 0
+    if STARTS is not None:
+        first, parts = pieces_to_add(STARTS, T, rows_per_part, SHARED, TASKS)
+        OUT += tl.program_id(1).to(tl.int64) * W
+    for start in tl.range(first, parts, BLOCK_N):
         part = start + tl.arange(0, BLOCK_N)
         total += tl.load(PARTIALS + part.to(tl.int64)[:, None] * C + columns[None, :], mask=(part < parts)[:, None] & (columns < C)[None, :], other=0.0)
     sums = tl.sum(total, 0)
@@ -359,6 +442,15 @@ _SLOPE_TILES = {
     "fp32": _ROW_TILES["fp32"],
 }
 """Of `rows_kernel`, which holds the slopes of the activation beside two rank-wide tiles."""
+_ROUTED_ROW_TILES = {
+    "half": _SLOPE_TILES["half"],
+    "fp32": ((96, Tile(32, 32, 8, 2, 0, 255)), (192, Tile(16, 32, 8, 2, 0, 255)), (1024, Tile(16, 16, 8, 1, 0, 255))),
+}
+_ROUTED_SLOPE_TILES = {
+    "half": _SLOPE_TILES["half"],
+    "fp32": ((192, Tile(32, 32, 8, 1, 0, 255)), (256, Tile(16, 16, 8, 2, 0, 255)), (1024, Tile(16, 16, 16, 2))),
+}
+"""Of the same kernels over the rows of several tasks, whose loaded numbers take more registers than counted ones."""
 _GATE_TILES = {
     "half": ((64, Tile(64, 64, 8, 3)), (128, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 2)), (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
     "fp32": ((128, Tile(32, 32, 8, 2)), (512, Tile(16, 16, 8, 2, 0, 255))),
@@ -367,10 +459,16 @@ _WEIGHT_TILES = {
     "half": ((16, Tile(64, 64, 4, 3, 16)), (32, Tile(64, 64, 4, 3, 32)), (64, Tile(64, 64, 4, 3, 64)), (96, Tile(64, 128, 8, 3, 32)), (1024, Tile(64, 64, 4, 3, 64))),
     "fp32": ((16, Tile(32, 32, 8, 2, 16)), (1024, Tile(32, 32, 8, 2, 32))),
 }
+_ROUTED_WEIGHT_TILES = {
+    "half": tuple((bound, shape._replace(warps=8, registers=255)) for bound, shape in _WEIGHT_TILES["half"]),
+    "fp32": _WEIGHT_TILES["fp32"],
+}
 _MASKED_TILES = {
     "forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:]),
+    "routed_forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:-1], (1024, Tile(16, 16, 8, 2))),
     "rows": (*_SLOPE_TILES["half"][:-1], (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
     "weights": tuple((bound, shape._replace(registers=255)) for bound, shape in _WEIGHT_TILES["half"]),
+    "routed_rows": (*_SLOPE_TILES["half"][:-1], (1024, Tile(16, 16, 8, 2, 0, 255))),
     "gated_forward": (*_GATE_TILES["half"][:2], (256, Tile(32, 16, 8, 2)), *_GATE_TILES["half"][3:]),
 }
 """Of half precision with masks, where some activation on some architecture spills with the tile of the same number of registers without masks."""
@@ -381,13 +479,16 @@ MAX_RANK_GATED_FP32 = 256
 
 def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel, a function of shape and dtype alone: nothing is timed at run time, so equal calls run equal code."""
-    tables = {"rows": _SLOPE_TILES, "weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES}
+    tables = {
+        "rows": _SLOPE_TILES, "weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES,
+        "routed_forward": _ROUTED_ROW_TILES, "routed_rows": _ROUTED_SLOPE_TILES, "routed_weights": _ROUTED_WEIGHT_TILES,
+    }  # fmt: skip
     table = tables.get(kernel, _ROW_TILES)["fp32" if dtype == torch.float32 else "half"]
     padded = sum(size for _, size in chunks(rank))
     if width % 64:
         if dtype != torch.float32:
             table = _MASKED_TILES.get(kernel, table)
-        if kernel != "weights":
+        if "weights" not in kernel:
             padded = max(128, 2 * padded)
     return next(shape for bound, shape in table if padded <= bound)
 
@@ -471,9 +572,41 @@ def contiguous(*vectors: Tensor | None) -> list[Any]:
     return [v if v is None else v.contiguous() for v in vectors]
 
 
-def column_sums(partials: Tensor, out: Tensor | None, rest: Tensor | None, width: int) -> None:
+class Routing(NamedTuple):
+    """Which rows belong to which task, as kernels find it on the device."""
+
+    order: Tensor
+    starts: Tensor
+    tasks: int
+    stretches: int
+    """At most so many tasks, no task among them, have rows."""
+    banks: tuple[int, ...]
+    """How many tasks w_down, b_down, w_up and b_up are of: all or 1."""
+
+    def by_row(self, **strides: int) -> dict[str, Any]:
+        """What kernels over rows take."""
+        return {"ORDER": self.order, "STARTS": self.starts, "TASKS": self.tasks, **strides}
+
+    def by_task(self, shared: bool) -> dict[str, Any]:
+        """What kernels that add partials take."""
+        return {"STARTS": self.starts, "T": len(self.order), "SHARED": shared, "TASKS": self.tasks}
+
+    def pieces(self, rows: int, size: int) -> int:
+        """An upper bound: each stretch has at most one piece that is not full, and the last would be one anyway."""
+        return cdiv(rows, size) + self.stretches - 1
+
+
+def column_sums(partials: Tensor, out: Tensor | None, rest: Tensor | None, width: int, routing: Routing | None = None, rows_per_part: int = 0) -> None:
+    """With ``routing``, of each task's partials into its row of ``out``, or of all into the only row."""
     parts, columns = partials.shape
-    launch(columns_kernel, (cdiv(columns, 64),), partials, partials, out, rest, parts, columns, width, BLOCK_N=16, BLOCK_C=64)
+    tasks = 1 if routing is None or out is None else len(out)
+    by_task = {} if routing is None else {**routing.by_task(tasks == 1), "rows_per_part": rows_per_part}
+    launch(columns_kernel, (cdiv(columns, 64), tasks), partials, partials, out, rest, parts, columns, width, BLOCK_N=16, BLOCK_C=64, **by_task)
+
+
+def task_stride(parameter: Tensor | None) -> int:
+    """Elements from one task's to the next; 0 where all share one."""
+    return 0 if parameter is None or len(parameter) == 1 else parameter.stride(0)
 
 
 def token_splits(rows: int, programs: int) -> tuple[int, int]:
@@ -485,16 +618,22 @@ def token_splits(rows: int, programs: int) -> tuple[int, int]:
 
 def bottleneck_backward(
     dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None,
-    scale: float, activation: int, add: float | None, needs: Sequence[bool], param_dtype: torch.dtype,
+    scale: float, activation: int, add: float | None, needs: Sequence[bool], param_dtype: torch.dtype, routing: Routing | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x, as ``reference.backward`` returns them; w_down and w_up already rounded, vectors contiguous."""
+    """The gradients of y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x, as ``reference.backward`` returns them; w_down and w_up already rounded, vectors contiguous.
+
+    With ``routing`` the parameters are banks of tasks, and there is neither gate nor scale tensor. A task's gradients have the bits of a call with its rows alone while the splits
+    of both have 256 rows; their size is one for all tasks, or each would have 192 programs.
+    """
     need_x, need_wd, need_bd, need_wu, need_bu, need_gate, need_scale = needs
     (t, d), r, dtype = x.shape, z.shape[1], x.dtype
 
     def new(needed: bool, *shape: int, of: torch.dtype = param_dtype) -> Any:
         return torch.empty(shape, dtype=of, device=x.device) if needed else None
 
-    dx, dwd, dbd, dwu, dbu, dg = new(need_x, t, d, of=dtype), new(need_wd, r, d), new(need_bd, r), new(need_wu, d, r), new(need_bu, d), new(need_gate, d)
+    wd, bd, wu, bu = ((),) * 4 if routing is None else ((bank,) for bank in routing.banks)
+    dx, dg = new(need_x, t, d, of=dtype), new(need_gate, d)
+    dwd, dbd, dwu, dbu = new(need_wd, *wd, r, d), new(need_bd, *bd, r), new(need_wu, *wu, d, r), new(need_bu, *bu, d)
     ds = new(need_scale, d, of=torch.float32)
     if t == 0:
         for gradient in (dwd, dbd, dwu, dbu, dg, ds):
@@ -505,25 +644,39 @@ def bottleneck_backward(
         shared = {"R": r, "PRECISION": precision(dtype)}
         a, dz = new(need_wu or bracket, t, r, of=dtype), new(need_wd, t, r, of=dtype)
         if need_x or need_wd or need_bd or a is not None:
-            shape = tile("rows", r, d, dtype)
-            sums = new(need_bd, cdiv(t, shape.block_t), r, of=torch.float32)
+            shape = tile("rows" if routing is None else "routed_rows", r, d, dtype)
+            tiles = cdiv(t, shape.block_t) if routing is None else routing.pieces(t, shape.block_t)
+            sums = new(need_bd, tiles, r, of=torch.float32)
+            by_row = {} if routing is None else routing.by_row(stride_wd=task_stride(w_down), stride_wu=task_stride(w_up))
             constants = {"CHUNKS": chunks(r), "ACTIVATION": activation, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": d % shape.block_d == 0, **shared}
             args = (dy, z, w_down, w_up, gate, scale_tensor, dx, dz, a, sums, scale, add, t, d, dy.stride(0))
-            launch(rows_kernel, (cdiv(t, shape.block_t),), x, *args, tile=shape, **constants)
+            launch(rows_kernel, (tiles,), x, *args, tile=shape, **constants, **by_row)
             if sums is not None:
-                column_sums(sums, dbd, None, r)
+                column_sums(sums, dbd, None, r, routing, shape.block_t)
         if a is not None or need_wd or need_bu:
-            shape = tile("weights", r, d, dtype)
+            shape = tile("weights" if routing is None else "routed_weights", r, d, dtype)
             slabs, parts = cdiv(d, shape.block_d), cdiv(r, shape.block_r) if a is not None or need_wd else 1
             splits, size = token_splits(t, slabs * parts)
+            splits = splits if routing is None else routing.pieces(t, size)
             p, q = (new(needed, splits, d, r, of=torch.float32) for needed in (a is not None, need_wd))
             s = new(need_bu or (bracket and b_up is not None), splits, d, of=torch.float32)
             constants = {"BLOCK_R": shape.block_r, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": d % shape.block_d == 0, **shared}
-            launch(weights_kernel, (slabs, splits, parts), x, dy, a, x, dz, p, q, s, t, d, size, dy.stride(0), x.stride(0), tile=shape, **constants)
-            args = (p, q, s, w_up, b_up, gate, scale_tensor, dwd, dwu, dbu, dg, ds, scale, splits, d)
+            by_row = {} if routing is None else routing.by_row()
+            if routing is not None:  # loads at addresses that are loaded too: Triton shares the stages out among the two, and would leave half of them for the tiles
+                shape = shape._replace(stages=2 * shape.stages - 1)
+            launch(weights_kernel, (slabs, splits, parts), x, dy, a, x, dz, p, q, s, t, d, size, dy.stride(0), x.stride(0), tile=shape, **constants, **by_row)
             shape = _REDUCE_TILE
-            constants = {"BLOCK_R": min(shape.block_r, max(16, power_of_two(r))), "BLOCK_D": shape.block_d, "DTYPE": language_dtype(dtype)}
-            launch(reduce_kernel, (cdiv(d, shape.block_d),), x, *args, tile=shape, R=r, **constants)
+            constants = {"BLOCK_R": min(shape.block_r, max(16, power_of_two(r))), "BLOCK_D": shape.block_d, "DTYPE": language_dtype(dtype), "R": r}
+            if routing is None:
+                args = (p, q, s, w_up, b_up, gate, scale_tensor, dwd, dwu, dbu, dg, ds, scale, splits, d)
+                launch(reduce_kernel, (cdiv(d, shape.block_d),), x, *args, tile=shape, **constants)
+            else:  # one launch for the parameters that each task has its own of, and one for those that all share
+                pairs = ((p, dwu), (q, dwd), (s, dbu))
+                for tasks in {len(gradient): None for _, gradient in pairs if gradient is not None}:
+                    (of_up, up), (of_down, down), (of_bias, bias) = (pair if pair[1] is not None and len(pair[1]) == tasks else (None, None) for pair in pairs)
+                    args = (of_up, of_down, of_bias, w_up, None, None, None, down, up, bias, None, None, scale, splits, d)
+                    by_task = {**routing.by_task(tasks == 1), "rows_per_split": size}
+                    launch(reduce_kernel, (cdiv(d, shape.block_d), tasks), x, *args, tile=shape, **constants, **by_task)
     if ds is not None and scale_tensor is not None:
         ds = ds.sum().to(param_dtype).reshape(scale_tensor.shape)
     return tuple(none(dy) if gradient is None else gradient for gradient in (dx, dwd, dbd, dwu, dbu, dg, ds))

@@ -30,6 +30,10 @@ const char* phm_why_not(Type, Type, int64_t, int64_t, int64_t division, int64_t)
 int phm_forward(const PhmCall& call) { return launch(call.params.y, call.stream); }
 size_t phm_backward_workspace(const PhmCall&) { return 1; }
 int phm_backward(const PhmCall& call) { return launch(call.workspace, call.stream); }
+size_t routed_forward_workspace(const RoutedCall&) { return 1; }
+int routed_forward(const RoutedCall& p) { return launch(p.y, p.stream); }
+size_t routed_backward_workspace(const RoutedCall&) { return 1; }
+int routed_backward(const RoutedCall& p) { return launch(p.workspace, p.stream); }
 
 int device_count() {
   int n = 0;

@@ -22,7 +22,7 @@ from tests.cuda import nvcc
 
 ROOT = Path(__file__).parents[2]
 needs_nvcc = pytest.mark.skipif(nvcc.find() is None, reason="no nvcc")
-OPS = ("bottleneck", "bottleneck_backward", "gated_bottleneck", "gated_bottleneck_backward", "phm_bottleneck", "phm_bottleneck_backward")
+OPS = tuple(f"{op}{suffix}" for op in ("bottleneck", "gated_bottleneck", "phm_bottleneck", "routed_bottleneck") for suffix in ("", "_backward"))
 
 
 def run(*command: str, cwd: Path, fails: bool = False, **env: str) -> str:
@@ -204,6 +204,12 @@ class TestReasons:
     def test_of_the_call(self, change: dict[str, object], reason: str) -> None:
         (why,) = _cuda.reasons(CALL._replace(**change))
         assert why.endswith(reason)
+
+    def test_of_a_mixed_batch(self) -> None:
+        """Positions of rows are 32-bit numbers; offsets are not."""
+        call = CALL._replace(op="routed_bottleneck", options=(("tasks", 4),))
+        assert _cuda.reasons(call._replace(rows=2**31 - 1)) == []
+        assert _cuda.reasons(call._replace(rows=2**31)) == ["the cuda kernels route fewer than 2^31 rows, not 2147483648"]
 
     def test_limits_of_the_compiled_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []

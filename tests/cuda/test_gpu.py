@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastadapt import backend, functional
 from tests.ops import checks
-from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, specs
+from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, specs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CALLS: list[Spec] = [
@@ -92,6 +92,32 @@ def test_in_a_cuda_graph(spec: Spec) -> None:
         graph.replay()
         got = dict(zip(["y", *(f"d {n}" for n in static)], captured, strict=True))
         checks.assert_same_bits(checks.fused(spec, "cuda", fresh, fresh_dy), {n: t.detach() for n, t in got.items()})
+
+
+def test_other_tasks_in_the_same_cuda_graph() -> None:
+    """Ids are read on the device alone: one captured graph serves every mixture, rows of no task and absent tasks included."""
+    spec = Routed(lead=(8, 500), width=768, rank=96, tasks=4, dtype=MIXED[0], param_dtype=MIXED[1])
+    leaves = {n: t.requires_grad_() for n, t in spec.draw(0, "cuda").items()}
+    dy, ids = spec.cotangent(0, "cuda"), spec.task_ids("cuda")
+
+    def step(ids: Tensor) -> tuple[Tensor, ...]:
+        y = functional.routed_bottleneck(task_ids=ids, **leaves, **spec.options())
+        return (y, *torch.autograd.grad(y, list(leaves.values()), dy))
+
+    with backend.use("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(ids)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(ids)
+        for mixture in ([0] * 8, [3, -1, 3, 0, 9, 0, 3, 1], [-1] * 8):
+            ids.copy_(torch.tensor(mixture))
+            graph.replay()
+            expected = step(ids)
+            checks.assert_same_bits({str(i): t for i, t in enumerate(expected)}, {str(i): t.detach() for i, t in enumerate(captured)})
 
 
 def test_a_thread_of_its_own() -> None:

@@ -20,9 +20,9 @@ from fastadapt.ops import _cuda
 from fastadapt.ops.gated_bottleneck.reference import KINDS
 from tests.cuda import emulator
 from tests.golden import load_case
-from tests.ops import checks, test_bottleneck, test_gated_bottleneck, test_phm_bottleneck
+from tests.ops import checks, test_bottleneck, test_gated_bottleneck, test_phm_bottleneck, test_routed_bottleneck
 from tests.ops.checks import CUDA
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, random_specs, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, random_specs, specs
 from tests.tolerance import assert_close_to_f64
 
 FP16, FP16_MIXED = DTYPES[3:]
@@ -44,14 +44,15 @@ def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck,
     return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
 
 
-def supported(count: int, kind: type[Bottleneck] | type[Gated], seed: int) -> list[Spec]:
+def supported(count: int, kind: type[Bottleneck] | type[Gated] | type[Routed], seed: int) -> list[Spec]:
     """Random calls that the kernels take: half precision, widths that are multiples of 8; some wide ranks and more rows than a tile has."""
     rng, out = random.Random(seed), []
     for spec in random_specs(kind, count, seed):
         dtypes = rng.choice(HALF) if spec.dtype == torch.float32 else (spec.dtype, spec.param_dtype)
         changes: dict[str, Any] = {"width": max(8, spec.width // 8 * 8), "dtype": dtypes[0], "param_dtype": dtypes[1]}
         if rng.random() < 0.2:
-            changes["rank"] = spec.heads * rng.randint(1, 256 // spec.heads)
+            heads = getattr(spec, "heads", 1)
+            changes["rank"] = heads * rng.randint(1, 256 // heads)
         if len(spec.lead) == 1 and rng.random() < 0.2:
             changes["lead"] = (rng.randint(100, 400),)
         if isinstance(spec, Gated) and rng.random() < 0.1:
@@ -61,10 +62,15 @@ def supported(count: int, kind: type[Bottleneck] | type[Gated], seed: int) -> li
 
 
 RANDOM = [*supported(100, Bottleneck, 41), *supported(140, Gated, 42)]
+RANDOM_ROUTED = supported(120, Routed, 43)
 ROWS, RANKS = (1, 63, 64, 65, 129), (1, 7, 8, 16, 24, 33, 64, 96, 100, 128, 192, 256)
 SHAPES = [over(HALF[i % 4], lead=(ROWS[i % 5],), rank=r, **ONE_SEED) for i, r in enumerate(RANKS)]
 SHAPES += [over(HALF[(i + 1) % 4], lead=(t,), rank=96, width=w, biases="up") for i, (t, w) in enumerate(((130, 64), (65, 72), (37, 136), (64, 768), (65, 1024)))]
 ALL_SHAPES = [over(d, lead=(t,), rank=r, width=w, gate=True, scale=0.5, biases="up") for d in HALF for t in ROWS for r in RANKS for w in (64, 200)]
+ALL_ROUTED = [
+    over(d, Routed, lead=(t,), ids="row", rank=r, width=w, tasks=g, outside=t > 1, shared=s, scale=0.5, biases="up" if r * g < 64 else "both")
+    for d, (r, s) in zip(HALF, ((1, ""), (96, "down"), (100, "up"), (256, ""))) for t in ROWS for w in (64, 200) for g in (1, 3, 16)
+]  # fmt: skip
 OPTIONS = [
     *(over(d, lead=(37,), rank=24, width=64, activation=a, biases="up") for d in (MIXED, FP16) for a in ACTIVATIONS),
     *(over(MIXED, lead=(37,), rank=24, width=64, biases=b) for b in ("none", "down", "both")),
@@ -95,6 +101,17 @@ REAL = [
     over(MIXED, Gated, lead=(5, 13), width=768, rank=96, gate_rank=96),
     *(over(BF16, Gated, lead=(5, 13), width=768, rank=96, granularity=g, scale=0.3) for g in ("middleX", "middleY", "small")),
 ]
+ROUTED = [
+    *(over(d, Routed, lead=(9, 17), width=72, rank=r, tasks=g, residual=v, outside=o, scale=0.7) for d, r, g, v, o in (
+        (MIXED, 33, 4, "other", True), (BF16, 96, 1, None, False), (FP16, 192, 3, "input", True), (FP16_MIXED, 7, 2, None, True), (MIXED, 256, 2, "other", False)
+    )),
+    *(over(MIXED, Routed, lead=(9, 17), width=64, rank=24, biases=b, shared=s, activation=a) for b, s, a in (
+        ("up", "down", "silu"), ("none", "up", "relu"), ("both", "up", "gelu"), ("down", "down", "identity")
+    )),
+    over(FP16, Routed, lead=(70,), width=40, rank=9, tasks=64, ids="row", biases="none"),
+    over(BF16, Routed, lead=(1,), width=40, rank=8, tasks=5, biases="none"),
+    over(BF16, Routed, lead=(700,), width=64, rank=24, tasks=2, ids="row", outside=True, biases="up"),
+]  # fmt: skip
 # Several row tiles of a sample, and samples that end inside a tile.
 LONG = [over(MIXED, Gated, lead=lead, width=64, rank=7, granularity="small", biases="none", gate_bias=False) for lead in ((2, 150), (7, 37))]
 # Parts of a multiple of 8 columns or not, of part of a step and of several; rows of more vectors than a block has threads. (With R from 64 and n from 4 one seed is enough.)
@@ -146,7 +163,9 @@ CALLS = [
     over(MIXED, PHM, lead=(3, 13), width=64, rank=20, residual="other", scale=0.7, factor_rank=2),
     over(FP16, PHM, lead=(37,), width=36, rank=12, activation="silu"),
 ]
+CALLS += [over(MIXED, Routed, lead=(3, 23), rank=7, residual="other", scale=0.7, outside=True, shared="up"), over(FP16, Routed, lead=(70,), ids="row")]
 EMPTY = [
+    over(MIXED, Routed, lead=(0, 5)),
     *(over(d, lead=lead, scale="tensor", gate=True) for d in (BF16, FP16_MIXED) for lead in ((0,), (5, 0))),
     *(over(d, Gated, lead=(0, 5), granularity=g, save_gate=s) for d in (MIXED, FP16) for g in GRANULARITIES for s in (True, False)),
     *(over(d, PHM, lead=lead, width=64) for d in (MIXED, FP16) for lead in ((0,), (5, 0))),
@@ -155,18 +174,22 @@ PAIRS = [
     *(over(d, lead=(70,), gate=True, scale="tensor", width=72, rank=r, activation=a) for d, r, a in ((MIXED, 70, "gelu_new"), (FP16, 24, "silu"))),
     *(over(d, Gated, lead=(3, 23), granularity=g, save_gate=s, rank=30, gate_rank=20) for d, s in ((MIXED, True), (FP16, False)) for g in GRANULARITIES),
     *(over(d, PHM, lead=(37,), width=64, rank=64, activation=a) for d, a in ((MIXED, "gelu_new"), (FP16, "silu"))),
+    over(MIXED, Routed, lead=(70,), rank=30, outside=True, shared="up", ids="row"),
 ]
 
 
+ALL_ROWS = [*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL, *ROUTED]
+
+
 @on_kernels
-@specs([*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *RANDOM[:30], *RANDOM[100:140], *PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL, *PHM_RANDOM[:20]])
+@specs([*ALL_ROWS, *RANDOM[:30], *RANDOM[100:140], *PHM_RANDOM[:20], *RANDOM_ROUTED[:24]])
 def test_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
 @pytest.mark.full
 @on_kernels
-@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES, *PHM_RANDOM[20:], *ALL_PHM])
+@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES, *PHM_RANDOM[20:], *ALL_PHM, *RANDOM_ROUTED[24:], *ALL_ROUTED])
 def test_more_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
@@ -204,7 +227,7 @@ class TestCall:
         checks.assert_deterministic(spec, name, device)
 
 
-@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0], PHM_SHAPES[5]])
+@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0], PHM_SHAPES[5], ROUTED[-1]])
 def test_schedules_change_no_bit(spec: Spec, emulated: None) -> None:
     """Warps and blocks in any order: sums are added in an order of their own."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
@@ -244,7 +267,7 @@ def test_activations_far_from_zero(activation: str, dtypes: tuple[torch.dtype, t
 
 
 @on_kernels
-@specs([over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM)])
+@specs([over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM, Routed)])
 def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
     """Rows 2^30 elements apart: the offset of the third does not fit in 32 bits. The 4 GiB are reserved, not touched."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
@@ -255,6 +278,59 @@ def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
         return torch.empty(2 * 2**30 + 16 + spec.width, dtype=spec.dtype, device=device).as_strided((3, spec.width), (2**30 + 8, 1)).copy_(t)
 
     checks.assert_same_bits(expected, checks.fused(spec, name, {n: apart(t) if n in spec.activations else t for n, t in tensors.items()}, apart(dy)))
+
+
+@on_kernels
+@pytest.mark.parametrize("dtypes", HALF[::3], ids=["bf16", "fp16 and fp32"])
+@pytest.mark.parametrize(("shared", "ids", "rank"), [("", "sample", 24), ("down", "row", 24), ("up", "row", 110)])
+def test_a_mixed_batch_gives_row_for_row_what_batches_of_one_task_give(
+    shared: str, ids: str, rank: int, dtypes: tuple[torch.dtype, torch.dtype], name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very bits, of ranks in the same bucket of both ops and not, with several tiles and splits a task."""
+    monkeypatch.setattr(test_routed_bottleneck, "over", lambda _, **options: over(dtypes, Routed, **{**options, "rank": rank, "lead": (20, 70)}))
+    test_routed_bottleneck.test_a_mixed_batch_gives_row_for_row_what_batches_of_one_task_give(ids, shared, dtypes, name, device)
+
+
+@on_kernels
+def test_rows_of_no_task_and_absent_tasks(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_routed_bottleneck, "EVERYTHING", replace(test_routed_bottleneck.EVERYTHING, dtype=MIXED[0], param_dtype=MIXED[1]))
+    test_routed_bottleneck.test_rows_of_no_task_pass_untouched_and_absent_tasks_have_zero_gradients(name, device)
+
+
+@on_kernels
+def test_rows_of_no_task_meet_no_weight(name: str, device: str) -> None:
+    """Neither a weight nor a neighbour that is not finite reaches them, and what they hold reaches no gradient."""
+    spec = over(BF16, Routed, lead=(40,), ids="row", outside=True)
+    tensors, dy, ids = spec.draw(0, device), spec.cotangent(0, device), spec.task_ids(device)
+    none, x = ids == -1, tensors["x"].clone()
+    expected = checks.fused(spec, name, tensors, dy)
+    x[none] = torch.inf
+    got = checks.fused(spec, name, {**tensors, "x": x}, dy)
+    assert torch.equal(got["y"][none], x[none]) and torch.equal(got["d x"][none], dy[none])
+    checks.assert_same_bits({n: t[~none] if n in ("y", "d x") else t for n, t in got.items()}, {n: t[~none] if n in ("y", "d x") else t for n, t in expected.items()})
+    nan = {n: t if n == "x" else torch.full_like(t, torch.nan) for n, t in tensors.items()}
+    got = checks.fused(spec, name, nan, dy)
+    assert torch.equal(got["y"][none], tensors["x"][none]) and torch.equal(got["d x"][none], dy[none]) and got["y"][~none].isnan().all()
+
+
+@on_kernels
+@pytest.mark.parametrize("shared", [("w_up",), ("b_up",), ("w_down",), ("b_down", "w_up"), ("w_down", "b_up")], ids="-".join)
+def test_any_parameter_is_shared_or_not(shared: tuple[str, ...], name: str, device: str) -> None:
+    spec = over(FP16_MIXED, Routed, lead=(90,), ids="row", rank=64, width=64)
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    tensors = {n: t[:1] if n in shared else t for n, t in tensors.items()}
+    got, same, exact64 = checks.fused(spec, name, tensors, dy), checks.in_eager(spec, tensors, dy), checks.exact(spec, tensors, dy)
+    for key in got:
+        assert got[key].shape == exact64[key].shape
+        assert_close_to_f64(key, got[key], exact64[key], same[key], gradient=key != "y")
+
+
+@on_kernels
+def test_ids_far_outside_touch_nothing(name: str, device: str) -> None:
+    x, w = torch.randn(5, 8, device=device, dtype=torch.half), torch.randn(2, 3, 8, device=device, dtype=torch.half)
+    ids = torch.tensor([2, -(2**62), 2**62, -1, 99], device=device)
+    with checks.runs_on("routed_bottleneck", name, counts=(1, 0)):
+        assert torch.equal(functional.routed_bottleneck(x, ids, w, w.transpose(1, 2)), x)
 
 
 @on_kernels

@@ -10,7 +10,7 @@ import torch
 
 from tests.cuda import nvcc, ptx, ptx_device
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, specs
 
 FP16, FP16_MIXED = DTYPES[3:]
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
@@ -29,6 +29,10 @@ def phm(dtypes: tuple[torch.dtype, torch.dtype], **options: object) -> PHM:
     return PHM(**{"dtype": dtypes[0], "param_dtype": dtypes[1], "lead": (37,), "width": 64, "rank": 64, "scale": 0.5, **options})
 
 
+def routed(dtypes: tuple[torch.dtype, torch.dtype], **options: object) -> Routed:
+    return Routed(**{"dtype": dtypes[0], "param_dtype": dtypes[1], "lead": (5, 14), "width": 72, "biases": "up", "scale": 0.5, "outside": True, **options})
+
+
 # One kernel per template and dtype.
 CASES: list[Spec] = [
     plain(MIXED, rank=96),
@@ -42,6 +46,8 @@ CASES: list[Spec] = [
     phm(FP16, width=68, residual="other", lead=(9,)),
     phm(BF16, width=68, residual=None, lead=(9,), activation="relu"),
     phm(FP16_MIXED, activation="silu", lead=(9,)),
+    routed(MIXED, rank=24),
+    routed(FP16, rank=20, tasks=2, ids="row", residual="other"),
 ]
 # Every instance, every option of the ops.
 ALL_CASES: list[Spec] = [
@@ -49,6 +55,8 @@ ALL_CASES: list[Spec] = [
     *(gated(d, rank=r, gate_rank=r - 8, biases="none") for d in (BF16, FP16_MIXED) for r in (32, 96, 192, 256)),
     *(gated(d, rank=r, granularity=g) for d in (MIXED, FP16) for r, g in zip((32, 96, 192, 256), ("small", "middleX", "middleY", "middleX"))),
     *(gated(d, rank=40, gate_rank=24, granularity=g, activation=a, combine=c) for d, c in ((BF16, "add"), (FP16, "multiply")) for g, a in zip(GRANULARITIES, ACTIVATIONS)),
+    *(routed(d, rank=r, activation=a, shared=s) for d in (MIXED, FP16) for r, a, s in zip((32, 96, 192, 256), ACTIVATIONS, ("", "up", "down", ""))),
+    routed(BF16, rank=7, biases="both", residual=None, lead=(130,), tasks=33, ids="row"),
     plain(BF16, rank=7, biases="both", scale="tensor", residual="other", lead=(3, 23)),
     plain(FP16_MIXED, rank=96, width=768, lead=(300,)),
     *(phm(d, width=w, activation=a) for (d, w), a in zip(((MIXED, 96), (FP16, 100), (BF16, 132), (FP16_MIXED, 160), (BF16, 64)), ACTIVATIONS, strict=True)),

@@ -16,7 +16,7 @@ from fastadapt.backend import Call
 from fastadapt.ops import _cost
 from tests.cuda import emulator
 from tests.ops import checks
-from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec
+from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
 KERNELS = (
@@ -31,6 +31,7 @@ KERNELS = (
     "phm_rows_kernel",
     "phm_reduce_kernel",
 )
+KERNELS += tuple(f"routed_{name}_kernel" for name in ("prologue", "forward", "rows", "slab", "reduce"))
 
 
 class Line(NamedTuple):
@@ -100,6 +101,9 @@ def launches(spec: Spec, needs: frozenset[str]) -> Iterator[Launch]:
     """Of a call that trains ``needs``."""
     if isinstance(spec, PHM):
         yield from phm_launches(spec, needs)
+        return
+    if isinstance(spec, Routed):
+        yield from routed_launches(spec, needs)
         return
     gated = spec if isinstance(spec, Gated) else None
     shapes = spec.shapes()
@@ -243,6 +247,74 @@ def phm_launches(spec: PHM, needs: frozenset[str]) -> Iterator[Launch]:
         yield launch("reduce", {"gradient": True}, i == 0, numbers=count)
 
 
+# ---- of several tasks
+
+
+def routed_launches(spec: Routed, needs: frozenset[str]) -> Iterator[Launch]:
+    shapes, ids = spec.shapes(), spec.task_ids()
+    given, rows, width, rank = set(shapes), torch.Size(spec.lead).numel(), spec.width, spec.rank
+    banks = {f"{name.removeprefix('w_')}s": shape[0] for name, shape in shapes.items() if name not in spec.activations}
+    tasks = max(banks.values())
+    stride, cast, save = up_to(8, rank), spec.param_dtype not in (None, spec.dtype), bool(needs)
+    of_task = torch.bincount(torch.where(ids < 0, tasks, ids), minlength=tasks + 1).mul(rows // len(ids)).tolist()
+    own_bucket = bucket(rank, gated=True)
+    threads = row_tiles(rows, own_bucket)["threads"]
+    base = {"N": rows, "O": rows - of_task[-1], "D": width, "R": rank, "S": stride, "G": tasks, "I": len(ids), "P": 4 if spec.param_dtype == torch.float32 else 2, **banks}
+    base |= {"threads": threads, "depth": 64 if own_bucket <= 96 else 32, "slabs": -(-width // 64), "block": 64 if own_bucket == 32 else 32}
+
+    def pieces(count: Callable[[int], int], most: int) -> dict[str, int]:
+        """What the blocks of a grid of ``most`` find, where each segment has ``count(rows)`` pieces."""
+        found = [count(n) for n in of_task]
+        scanned = sum(n * (task + 1) for task, n in enumerate(found)) + (most - sum(found)) * (tasks + 1)
+        return {"all": sum(found), "own": sum(found[:-1]), "begins": scanned + 3 * sum(found)}
+
+    def launch(kernel: str, named: dict[str, Any], counts: bool = True, **values: int) -> Launch:
+        return Launch(kernel, frozenset(name for name, there in named.items() if there), {**base, **values}, counts)
+
+    def prologue(copies: list[tuple[int, int, int, int]], routing: bool = True) -> Iterator[Launch]:
+        if routing:
+            yield launch("routed_prologue_kernel", {"routing": True})
+        for i, (n, columns, to_stride, size) in enumerate(copies):
+            kernel = "routed_prologue_kernel" if routing else "prologue_kernel"
+            yield launch(kernel, {"copy": True}, not routing and i == 0, rows=n, columns=columns, to_stride=to_stride, B=size)
+
+    def weights(down: bool) -> list[tuple[int, int, int, int]]:
+        out = [(banks["downs"] * rank, width, width, base["P"])] if cast and down else []
+        return out + ([(banks["ups"] * width, rank, stride, base["P"])] if cast or rank % 8 else [])
+
+    least = min(rows, tasks + 1)
+    tiles = pieces(lambda n: -(-n // (threads // 2)), rows // (threads // 2) + least)
+    of_rows = {**tiles, "tiles": tiles["all"]}
+    yield from prologue(weights(True))
+    named = {"b_down": "b_down" in given, "b_up": "b_up" in given, "added": spec.options().get("residual") == "input", "other": "residual" in given, "z": save}
+    yield launch("routed_forward_kernel", named, **of_rows)
+    if save and rank % 8:
+        yield from prologue([(rows, rank, rank, 2)], False)
+    if not needs - {"residual"}:
+        return
+    dx, down, b_down, up, b_up = (name in needs for name in ("x", "w_down", "b_down", "w_up", "b_up"))
+    yield from prologue(weights(dx) + ([(rows, rank, stride, 2)] if rank % 8 else []))
+    if dx or down or b_down or up:
+        yield launch("routed_rows_kernel", {"d_z": dx or down or b_down, "a": up, "dz": dx or down, "d_b_down": b_down}, **of_rows)
+    of_splits = pieces(lambda n: splits(n, width), min(rows // 256 + least, (tasks + 1) * -(-192 // base["slabs"])))
+    add = dx and spec.options().get("residual") == "input"
+    if dx or down or up or b_up:
+        named = {"dy": up or b_up or add, "q": down, "p": up, "dz": dx or down, "dx": dx, "s": b_up}
+        yield launch("routed_slab_kernel", named, **of_splits, splits=of_splits["all"])
+    # A block asks for its part of each problem and sum until it has found its own: two numbers of a task's, one of what is shared.
+    begins = asked = 0
+    for shared in (False, True) if down or up or b_up else ():
+        own = {name for name, there in (("downs", down), ("ups", up), ("b_ups", b_up)) if there and shared == (banks[name] == 1)}
+        blocks = (-(-width // 8) if own & {"ups", "b_ups"} else 0) + (-(-rank * width // 1024) if "downs" in own else 0)
+        asked += 1 if shared else 2
+        begins += asked * blocks * (1 if shared else tasks)
+    if b_down:
+        begins += (asked + (1 if banks["b_downs"] == 1 else 2)) * -(-rank // 32) * banks["b_downs"]
+    if down or up or b_up or b_down:
+        named = {"p": up, "s": b_up, "q": down, "d_w_down": down, "d_w_up": up, "d_b_up": b_up, "sums": b_down}
+        yield launch("routed_reduce_kernel", named, **{**of_splits, "begins": begins}, own_tiles=tiles["own"])
+
+
 # ---- The calls
 
 
@@ -284,12 +356,20 @@ COMPACTER = [
     over(BF16, PHM, lead=(11,), width=128, rank=32, division=16, factor_rank=2),
     over(BF16, PHM, lead=(257 * 32,), width=32, rank=4),
 ]
-FEW = [PLAIN[1], PLAIN[4], COMPACTER[1], COMPACTER[2], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96))]
+ROUTED = [
+    over(BF16, Routed, lead=(9, 17), width=72, rank=16, outside=True, residual="other"),
+    over(MIXED, Routed, lead=(9, 17), width=136, rank=7, tasks=4, shared="up"),
+    over(FP16, Routed, lead=(700,), width=200, rank=96, tasks=2, ids="row", outside=True, residual=None, biases="up"),
+    over(FP16_MIXED, Routed, lead=(3, 100), width=64, rank=170, tasks=3, shared="down"),
+    over(BF16, Routed, lead=(1,), width=40, rank=9, tasks=20, biases="none"),
+    over(MIXED, Routed, lead=(65,), width=64, rank=250, tasks=1, biases="down"),
+]
+FEW = [PLAIN[1], PLAIN[4], COMPACTER[1], COMPACTER[2], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96)), *ROUTED[:2]]
 
 
 def cases() -> list[Any]:
     """Every call with all gradients, and some of them with none, one, or all but one."""
-    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED, *COMPACTER]]
+    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED, *COMPACTER, *ROUTED]]
     for spec in FEW:
         out += [
             (spec, frozenset()),

@@ -15,27 +15,31 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastadapt import backend, functional
 from fastadapt.ops import _cuda
 from tests.cuda import emulator, test_traffic
 from tests.mutation import calls, cpp, forks, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
 SHARED = ("csrc/common/activations.cuh", "csrc/common/tiles.cuh")
-FILES = (*SHARED, "csrc/cuda/bottleneck.cuh", "csrc/cuda/gated_bottleneck.cuh", "csrc/cuda/bottleneck.cu", "csrc/cuda/gated_bottleneck.cu", "csrc/cuda/sequence.h")
+OPS = ("bottleneck", "gated_bottleneck", "routed_bottleneck")
+FILES = (*SHARED, *(f"csrc/cuda/{op}.cuh" for op in OPS), *(f"csrc/cuda/{op}.cu" for op in OPS), "csrc/cuda/sequence.h")
 PHM_FILES = ("csrc/cuda/phm_bottleneck.cuh", "csrc/cuda/phm_bottleneck.cu")
-GATED_ONLY = ("csrc/cuda/gated_bottleneck.cuh", "csrc/cuda/gated_bottleneck.cu")
+ONLY = {f"csrc/cuda/{op}{suffix}": op for op in OPS[1:] for suffix in (".cuh", ".cu")}
+"""Files that one op alone runs."""
 SOURCES = {
     "_cuda_ops": "csrc/cuda_ops.cpp",
-    **{Path(name).stem: name for name in ("csrc/cuda/bottleneck.cu", "csrc/cuda/gated_bottleneck.cu", "csrc/cuda/phm_bottleneck.cu")},
-    **{f"{op}_{t}": f"csrc/cuda/inst/{op}_{t}.cu" for op in ("bottleneck", "gated_bottleneck", "phm_bottleneck") for t in ("bf16", "fp16")},
+    **{op: f"csrc/cuda/{op}.cu" for op in (*OPS, "phm_bottleneck")},
+    **{f"{op}_{t}": f"csrc/cuda/inst/{op}_{t}.cu" for op in (*OPS, "phm_bottleneck") for t in ("bf16", "fp16")},
     "guard": "tests/mutation/guard.cpp",
 }
 
 MORE = "computes what nobody reads then: slower, the same results, and the same bytes of global memory"
 NO_ROW = "of a row that does not exist, whose results are not stored"
 ONE_DUAL = "the dual kernels have no kind but large, and no other has a second projection to keep"
+DROPPED = "sums that a problem reads and drops only where a bias is shared and its matrix is not, or the reverse: slower, the same results"
 BEYOND_LAST = "of fragments beyond the last, which the other condition leaves out"
 EARLIER = "written before it is read"
 # (kind, a part of "before -> after in line") -> why no test can see it.
@@ -57,6 +61,15 @@ EXPLAINED: dict[tuple[str, str], str] = {
         "j0 < Tr::kTiles -> j0 <= Tr::kTiles",
     ): "a turn too many stores no column; the numbers it changes lie beyond a local array, by an address that no check watches",
     ("bound", "first + p.rows_per_split < p.rows -> first + p.rows_per_split <= p.rows"): "where the two are equal, either is the smaller one",
+    ("deleted", "not_bias.s = nullptr -> static_cast<void>(not_bias.db_up = nullptr)"): DROPPED,
+    ("deleted", "not_bias.s = nullptr -> static_cast<void>(not_bias.db_up = nullptr, not_bias.s = nullptr)"): DROPPED,
+    ("deleted", "return; -> ; in if (share.empty()) return;"): MORE,
+    ("condition", "Params::kGates && problem.b_up -> static_cast<bool>(Params::kGates)"): "column sums of dy are there only beside a bias",
+    ("bound", "first + each < end -> first + each <= end"): "where the two are equal, either is the smaller one",
+    ("bound", "first + each < routing.count -> first + each <= routing.count"): "where the two are equal, either is the smaller one",
+    ("condition", "false -> true in FASTADAPT_DEVICE Projections weights"): "says how long a bias is, and the slab kernel reads none",
+    ("bound", "id < routing.tasks -> id <= routing.tasks"): "the number of tasks stands for no task as well",
+    ("loop", "mask < 32 -> mask < (32) - (2)"): "the last mask is 16",
     ("bound", "first < last -> first <= last in const int steps"): "every split has a row",
     ("sign", "last - first -> last + first in const int steps"): "turns over rows behind the split, which are read as zero and not stored: slower, the same results",
     ("condition", "owns_p && problem.s -> static_cast<bool>(owns_p)"): MORE,
@@ -148,10 +161,18 @@ SPECS: list[Spec] = [
     *(over(BF16, Gated, lead=(3, 23), width=40, rank=8, gate_rank=8, granularity=g, biases="none", gate_bias=False) for g in GRANULARITIES),
     *(over(BF16, Gated, lead=(2, 70), width=72, rank=200, gate_rank=130, granularity=g, save_gate=False) for g in GRANULARITIES),
     *(over(BF16, Gated, lead=(2, 70), width=136, rank=192, gate_rank=q, granularity=g, save_gate=False) for g, q in (("middleX", 8), ("large", 170))),
+    # Segments of part of a tile, of several tiles and splits; more ids than the routing has threads.
+    over(MIXED, Routed, lead=(7, 60), width=72, rank=7, tasks=4, residual="other", scale=0.7, outside=True, shared="up"),
+    over(FP16, Routed, lead=(300,), width=40, rank=24, tasks=3, ids="row", outside=True, shared="down"),
+    over(BF16, Routed, lead=(700,), width=64, rank=16, tasks=2, ids="row", outside=True, residual=None),
+    over(BF16, Routed, lead=(11, 13), width=72, rank=250, tasks=2, biases="none"),
+    over(FP16_MIXED, Routed, lead=(9,), width=40, rank=9, tasks=20, biases="up"),
     *(over(BF16, Gated, lead=(2, 300), width=64, rank=8, gate_rank=8, granularity=g, save_gate=False) for g in ("large", "middleX", "middleY", "small")),
 ]
 CALLS: list[Spec] = [
     over(MIXED, lead=(20,), width=40, rank=7, residual="other", scale="tensor", gate=True),
+    over(MIXED, Routed, lead=(5, 7), width=40, rank=7, residual="other", outside=True, shared="up"),
+    over(BF16, Routed, lead=(20,), width=40, rank=8, ids="row", outside=True),
     *(
         over(d, Gated, lead=(2, 9), width=40, rank=8, gate_rank=7, granularity=g, combine=c, save_gate=s)
         for g in GRANULARITIES
@@ -176,6 +197,12 @@ TRAFFIC: list[tuple[Spec, tuple[str, ...] | None]] = [
     ),
     *((over(BF16, Gated, lead=(2, 9), width=40, rank=7, gate_rank=8, granularity=g, save_gate=False), needs) for g in GRANULARITIES for needs in (EVERYTHING, NOTHING)),
     *((over(BF16, Gated, lead=(2, 70), width=40, rank=200, gate_rank=8, granularity=g, save_gate=False), EVERYTHING) for g in ("large", "small")),
+    *(
+        (over(MIXED, Routed, lead=(9, 17), width=72, rank=7, tasks=4, outside=True, shared="up", residual="other"), needs)
+        for needs in (EVERYTHING, NOTHING, ("x",), ("b_up",), ("w_up",), ("b_down",), ("w_down",))
+    ),
+    *((over(BF16, Routed, lead=(700,), width=64, rank=16, tasks=2, ids="row", outside=True, shared="down"), needs) for needs in (EVERYTHING, ("x",), ("b_down",), ("b_up",))),
+    (over(BF16, Routed, lead=(11, 13), width=72, rank=250, tasks=2, biases="none"), EVERYTHING),
 ]
 # Types (activations, parameters), width, rank, rank of a gate; whether the kernels take them.
 SHAPES = [
@@ -235,7 +262,7 @@ SCHEDULES = (("in_order", 0), ("priority", 1), ("random", 2))
 
 
 def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
-    return mutant is None or mutant.file not in GATED_ONLY or op == "gated_bottleneck"
+    return mutant is None or ONLY.get(mutant.file, op) == op
 
 
 BOUNDS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
@@ -249,7 +276,7 @@ def commands(folder: Path) -> list[list[str]]:
         language = "-std=c++20" if name == "guard" else emulator._language(emulator.ROOT / source)
         flags = f"{language} {emulator.FLAGS} -DFASTADAPT_MUTATION -Icsrc -O1 {BOUNDS}" + (" " + " ".join(f"-isystem{p}" for p in _torch_includes()) if name == "guard" else "")
         out.append(["g++", *flags.split(), "-c", str(path), "-o", f"{name}.o"])
-    return sorted(out, key=lambda command: "inst/gated" not in str(command))  # the longest first
+    return sorted(out, key=lambda command: "inst/gated" not in str(command) and "inst/routed" not in str(command))  # the longest first
 
 
 def _torch_includes() -> list[str]:
@@ -269,7 +296,8 @@ class Trial(NamedTuple):
     few: Callable[[list[calls.Prepared]], list[calls.Prepared]]
     calls: list[Spec]
     traffic: list[tuple[Spec, tuple[str, ...] | None]]
-    relu: Callable[[], str]
+    more: tuple[tuple[str, Callable[[], str]], ...]
+    """What else is to hold: of an op, or ("") in any case."""
     refusals: Callable[[], str]
 
 
@@ -299,7 +327,7 @@ def prepare(trial: Trial) -> schemata.Check:
             on(1, partial(calls.first_wrong, own, "emulated-cuda")),
             on(1, partial(calls.first_failing, checks.assert_single_gradients, concerned, "emulated-cuda")),
             on(1, partial(calls.first_failing, checks.assert_no_grad_path, concerned, "emulated-cuda")),
-            on(1, trial.relu),
+            *(on(1, step) for op, step in trial.more if not op or concerns(mutant, op)),
             on(0, partial(calls.first_wrong, few, "emulated-cuda")),
             on(2, partial(calls.first_wrong, few, "emulated-cuda")),
             on(1, partial(first_traffic, [(spec, needs) for spec, needs in trial.traffic if concerns(mutant, spec.op)])),
@@ -308,6 +336,28 @@ def prepare(trial: Trial) -> schemata.Check:
         return next(filter(None, (step() for step in steps)), "")
 
     return check
+
+
+def ids_far_outside() -> str:
+    """No drawn id is one of a task that does not exist."""
+    x, w = torch.ones(5, 8, dtype=torch.half), torch.ones(2, 8, 8, dtype=torch.half)
+    with backend.use("emulated-cuda"):
+        y = functional.routed_bottleneck(x, torch.tensor([2, -(2**62), 2**62, 1, 3]), w, w)
+    return "" if (y[[0, 1, 2, 4]] == 1).all() and (y[3] == 65).all() else "ids far outside"
+
+
+def mixed_batch() -> str:
+    """Every task has the very bits of its own batch: its rows in their order, cut as there. Of several splits a task, in fp32 parameters, whose gradients are not rounded."""
+    spec = Routed(dtype=MIXED[0], param_dtype=MIXED[1], lead=(1100,), width=16, rank=8, tasks=2, ids="row", biases="none", residual=None)
+    tensors, dy, ids = spec.draw(0), spec.cotangent(0), spec.task_ids()
+    mixed = checks.fused(spec, "emulated-cuda", tensors, dy)
+    for task in range(spec.tasks):
+        own = ids == task
+        of_task = {"x": tensors["x"][own], "w_down": tensors["w_down"][task], "w_up": tensors["w_up"][task]}
+        alone = checks.fused(over(MIXED, lead=of_task["x"].shape[:1], width=16, rank=8, biases="none", residual=None), "emulated-cuda", of_task, dy[own])
+        if any(not torch.equal(mixed[n][own] if n in ("y", "d x") else mixed[n][task], t) for n, t in alone.items()):
+            return f"the bits of task {task} in a mixed batch"
+    return ""
 
 
 def refusals(why_not: str, shapes: Sequence[tuple[tuple[int, ...], bool]]) -> str:
@@ -348,13 +398,13 @@ def _on_device(policy: str, seed: int, step: Callable[[], str]) -> str:
 RULES = cpp.Rules(spelled=(*cpp.Rules().spelled, (r"FASTADAPT_SHARED\(arena\)", "char* arena")))  # a declaration, not a call that can be deleted
 TRIAL = Trial(
     SPECS,
-    lambda own: own[:3] + [p for p in own if p.spec.op == "gated_bottleneck"][::4],
+    lambda own: own[:3] + [p for p in own if p.spec.op == "gated_bottleneck"][::4] + [p for p in own if p.spec.op == "routed_bottleneck"][:3],
     CALLS,
     TRAFFIC,
-    partial(calls.relu_at_zero, "emulated-cuda", torch.bfloat16),
+    (("", partial(calls.relu_at_zero, "emulated-cuda", torch.bfloat16)), ("routed_bottleneck", ids_far_outside), ("routed_bottleneck", mixed_batch)),
     partial(refusals, "why_not", SHAPES),
 )
-PHM_TRIAL = Trial(PHM_SPECS, lambda own: own[:3], PHM_CALLS, PHM_TRAFFIC, phm_relu_at_zero, partial(refusals, "phm_why_not", PHM_SHAPES))
+PHM_TRIAL = Trial(PHM_SPECS, lambda own: own[:3], PHM_CALLS, PHM_TRAFFIC, (("", phm_relu_at_zero),), partial(refusals, "phm_why_not", PHM_SHAPES))
 OTHERS = tuple(f"{name}.o" for name in SOURCES if not name.startswith("phm"))
 FAMILY = schemata.Family("cuda", FILES, commands, ("guard.o",), link, partial(prepare, TRIAL), EXPLAINED, RULES)
 PHM_FAMILY = schemata.Family("cuda_phm", PHM_FILES, commands, OTHERS, link, partial(prepare, PHM_TRIAL), PHM_EXPLAINED, RULES)

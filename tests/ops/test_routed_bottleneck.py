@@ -11,16 +11,10 @@ from torch import Tensor
 
 from fastadapt import functional
 from tests.ops import checks
-from tests.ops.checks import CPU, REFERENCE
+from tests.ops.checks import every_backend, every_kernel, every_pair
 from tests.ops.specs import ACTIVATIONS, DTYPES, FP32, MIXED, Routed, random_specs, specs
 
 RANDOM = random_specs(Routed, 200)
-# GPUs have no kernels of this op.
-every_backend = pytest.mark.parametrize(("name", "device"), [REFERENCE, CPU])
-every_kernel = pytest.mark.parametrize(("name", "device"), [CPU])
-every_pair = pytest.mark.parametrize(
-    ("forward", "backward", "device"), [pytest.param(*names, "cpu", id="-".join(names), marks=CPU.marks) for names in (("reference", "cpu"), ("cpu", "reference"))]
-)
 
 
 def over(dtypes: tuple[torch.dtype, torch.dtype], **options: Any) -> Routed:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from tests.mutation import forks, table
 
 ROOT = Path(__file__).parents[2]
-FILES = ("fastadapt/ops/_triton.py", "fastadapt/ops/bottleneck/triton.py", "fastadapt/ops/gated_bottleneck/triton.py")
+FILES = ("fastadapt/ops/_triton.py", "fastadapt/ops/bottleneck/triton.py", "fastadapt/ops/gated_bottleneck/triton.py", "fastadapt/ops/routed_bottleneck/triton.py")
 PHM_FILES = ("fastadapt/ops/phm_bottleneck/triton.py",)
 SOURCES = {file: (ROOT / file).read_text() for file in (*FILES, *PHM_FILES)}
 """Read once: an edit during the run changes nothing."""
@@ -145,7 +145,8 @@ def install(mutant: Mutant | None, directory: str) -> None:
 
 
 def concerns(mutant: Mutant | None, op: str) -> bool:
-    return mutant is None or (mutant.file == FILES[0] and op != "phm_bottleneck") or f"/{op}/" in mutant.file
+    plain = op == "routed_bottleneck" and mutant is not None and mutant.file == FILES[1]  # whose kernels it runs
+    return mutant is None or (mutant.file == FILES[0] and op != "phm_bottleneck") or plain or f"/{op}/" in mutant.file
 
 
 @contextmanager
@@ -207,7 +208,7 @@ def interpreted(family: str) -> Attempt:
     specs = (
         [*test_ops.PHM_CALLS, *test_ops.PHM_SHAPES, *test_ops.PHM_OPTIONS, *test_ops.PHM_REAL, *test_ops.PHM_LONG]
         if phm
-        else [*test_ops.CALLS, *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS]
+        else [*test_ops.CALLS, *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS, *test_ops.ROUTED, *test_ops.STRETCHES]
     )
     prepared = []
     for spec in specs:

@@ -7,9 +7,7 @@ namespace fastadapt::cuda {
 
 template <class T>
 int launch_prologue(const PrologueParams& p, void* stream) {
-  int64_t blocks = p.fold ? plan::ceil_div(p.fold_rank + 1, 32) : 0;
-  for (int n = 0; n < p.count; ++n) blocks += copy_blocks(p.copies[n]);
-  return FASTADAPT_LAUNCH(prologue_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kPrologueThreads), 4 * kPrologueThreads, stream, p);
+  return FASTADAPT_LAUNCH(prologue_kernel<T>, dim3(static_cast<unsigned>(prologue_blocks(p))), dim3(kPrologueThreads), 4 * kPrologueThreads, stream, p);
 }
 
 template <class T>

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastadapt.ops import _triton
 from fastadapt.ops._library import none
 from fastadapt.ops._triton import (
+    Routing,
     activate_chunks,
     add_bias,
     cdiv,
@@ -26,8 +27,11 @@ from fastadapt.ops._triton import (
     rounded,
     store_chunks,
     store_tile,
+    task_stride,
+    tile_of_task,
     tile_rows,
     tl,
+    zero_unless,
 )
 
 __all__ = ["backward", "forward", "reasons"]
@@ -38,14 +42,29 @@ def forward_kernel(
     X, WD, BD, WU, BU, G, S, RESIDUAL, Y, Z, scale, T, D, stride_x, stride_residual,
     R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER=None, STARTS=None, stride_wd=None, stride_bd=None, stride_wu=None, stride_bu=None, TASKS: tl.constexpr = 0,
 ):  # fmt: skip
     """One tile of rows: down-projection over all of D, activation, up-projection slab by slab.
 
     Global memory a row in half precision: 4 D + 2 R bytes (x once, y, z), 2 D more for another residual; the second reading of x hits L2.
     """
     dtype: tl.constexpr = X.dtype.element_ty
-    rows, valid = tile_rows(T, BLOCK_T)
+    if ORDER is None:
+        rows, valid = tile_rows(T, BLOCK_T)
+    else:
+        task, rows, valid = tile_of_task(ORDER, STARTS, T, BLOCK_T, TASKS)
+        if task > TASKS:
+            return
+        own = tl.minimum(task, TASKS - 1)  # rows of no task go through the last one's weights, and come out as zero
+        WD += own * stride_wd
+        WU += own * stride_wu
+        if BD is not None:
+            BD += own * stride_bd
+        if BU is not None:
+            BU += own * stride_bu
     z = add_bias(project(X, stride_x, rows, valid, D, None, WD, D, 1, R, CHUNKS, BLOCK_D, EVEN, PRECISION), BD, R, CHUNKS, dtype)
+    if ORDER is not None:
+        z = zero_unless(task < TASKS, z, CHUNKS)
     if Z is not None:
         store_chunks(Z, rows, valid, z, R, CHUNKS)
     a = activate_chunks(z, ACTIVATION, CHUNKS)
@@ -59,6 +78,8 @@ def forward_kernel(
         y *= scale
         if G is not None:
             y *= load_vector(G, columns, D, dtype)[None, :]
+        if ORDER is not None:
+            y = tl.where(task < TASKS, y, 0.0)
         if ADD_INPUT:
             y += load_tile(X, stride_x, rows, valid, columns, D, EVEN).to(tl.float32)
         if RESIDUAL is not None:
@@ -68,27 +89,32 @@ def forward_kernel(
 
 def forward(
     x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None, residual: Tensor | None,
-    scale: float, activation: int, add_input: bool, save: bool,
+    scale: float, activation: int, add_input: bool, save: bool, routing: Routing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, and z for backward, as ``reference.forward``: one launch, and one to round fp32 weights under half-precision activations."""
-    (t, d), r = x.shape, w_down.shape[0]
+    """y, and z for backward, as ``reference.forward``: one launch, and one to round fp32 weights under half-precision activations. With ``routing`` parameters are banks."""
+    (t, d), r = x.shape, w_down.shape[-2]
     y = torch.empty((t, d), dtype=x.dtype, device=x.device)
     z = torch.empty((t, r), dtype=x.dtype, device=x.device) if save else None
     if t:
-        tile = _triton.tile("forward", r, d, x.dtype)
+        tile = _triton.tile("forward" if routing is None else "routed_forward", r, d, x.dtype)
         w_down, w_up = rounded(x.dtype, w_down, w_up)
         b_down, b_up, gate = contiguous(b_down, b_up, gate)
         args = (x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, y, z, scale, t, d, x.stride(0), 0 if residual is None else residual.stride(0))
         constants = {"ACTIVATION": activation, "ADD_INPUT": add_input, "BLOCK_T": tile.block_t, "BLOCK_D": tile.block_d, "EVEN": d % tile.block_d == 0}
-        _triton.launch(forward_kernel, (cdiv(t, tile.block_t),), x, *args, tile=tile, R=r, CHUNKS=chunks(r), PRECISION=_triton.precision(x.dtype), **constants)
+        tiles = cdiv(t, tile.block_t)
+        if routing is not None:
+            strides = {f"stride_{name}": task_stride(p) for name, p in (("wd", w_down), ("bd", b_down), ("wu", w_up), ("bu", b_up))}
+            tiles, constants = routing.pieces(t, tile.block_t), {**constants, **routing.by_row(**strides)}
+        _triton.launch(forward_kernel, (tiles,), x, *args, tile=tile, R=r, CHUNKS=chunks(r), PRECISION=_triton.precision(x.dtype), **constants)
     return y, none(x) if z is None else z
 
 
 def backward(
     dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None,
-    scale: float, activation: int, add_input: bool, needs: Sequence[bool],
+    scale: float, activation: int, add_input: bool, needs: Sequence[bool], routing: Routing | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients that ``needs`` asks for, as ``reference.backward``: a launch over row tiles, one over slabs of D and splits of the rows, one or two to add partials."""
     rounded_down, rounded_up = rounded(x.dtype, w_down, w_up)
     b_up, gate = contiguous(b_up, gate)
-    return _triton.bottleneck_backward(dy, x, z, rounded_down, rounded_up, b_up, gate, scale_tensor, scale, activation, 1.0 if add_input else None, needs, w_down.dtype)
+    add = 1.0 if add_input else None
+    return _triton.bottleneck_backward(dy, x, z, rounded_down, rounded_up, b_up, gate, scale_tensor, scale, activation, add, needs, w_down.dtype, routing)

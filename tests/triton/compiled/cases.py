@@ -13,12 +13,13 @@ from fastadapt.ops.bottleneck import triton as bottleneck
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
 from fastadapt.ops.gated_bottleneck.reference import KINDS
 from fastadapt.ops.phm_bottleneck import triton as phm_bottleneck
+from fastadapt.ops.routed_bottleneck import triton as routed_bottleneck
 from tests.triton.compiled.aot import Launch, recorded
 
 
 class Case(NamedTuple):
-    """One call of an op; ``kind`` is None for the plain bottleneck, "phm" for Compacter's, which alone has a division, a factor rank and numbers of
-    gradients that nobody asks for. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
+    """One call of an op; ``kind`` is None for the plain bottleneck, "routed" for samples of several tasks, "shared" where these share Wd and bd, "phm" for Compacter's, which
+    alone has a division, a factor rank and numbers of gradients that nobody asks for. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
 
     kind: str | None
     rank: int
@@ -33,15 +34,16 @@ class Case(NamedTuple):
     division: int = 4
     factor_rank: int = 1
     frozen: tuple[int, ...] = ()
+    tasks: int = 4
 
     @property
     def op(self) -> str:
-        return {None: "bottleneck", "phm": "phm_bottleneck"}.get(self.kind, "gated_bottleneck")
+        return {None: "bottleneck", "phm": "phm_bottleneck", "routed": "routed_bottleneck", "shared": "routed_bottleneck"}.get(self.kind, "gated_bottleneck")
 
     def __str__(self) -> str:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         extra = [f"d{self.width}"] * (self.width != 768) + [f"t{self.rows}"] * (self.rows != 4096) + [self.activation] * (self.activation != "gelu_new")
-        extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate
+        extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate + [f"g{self.tasks}"] * (self.tasks != 4)
         extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm") + [f"frozen{''.join(map(str, self.frozen))}"] * bool(self.frozen)
         return "-".join([self.kind or "bottleneck", f"r{self.rank}", names[self.dtype], f"p{names[self.param_dtype]}", *extra])
 
@@ -65,6 +67,13 @@ def launches(case: Case) -> list[Launch]:
             bottleneck.forward(x, wd, bd, wu, bu, gate, scale, x if case.options else None, 0.5, activation, True, True)
             needs = [True, True, bd is not None, True, bu is not None, gate is not None, scale is not None]
             bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), wd, wu, bu, gate, scale, 0.5, activation, True, needs)
+        elif case.op == "routed_bottleneck":
+            g, down = case.tasks, 1 if case.kind == "shared" else case.tasks
+            ids = torch.empty(max(1, t // 64), dtype=torch.int64)
+            wd, bd, wu, bu = parameter(down, r, d), optional(down, r), parameter(g, d, r), optional(g, d)
+            routed_bottleneck.forward(x, ids, wd, bd, wu, bu, x if case.options else None, 0.5, activation, True, True)
+            needs = [True, True, bd is not None, True, bu is not None]
+            routed_bottleneck.backward(x, x, ids, torch.empty(t, r, dtype=case.dtype), wd, bd, wu, bu, 0.5, activation, True, needs)
         else:
             g, gb, gu, gub = {
                 "large": (parameter(r, d), optional(r), parameter(d, r), optional(d)),

@@ -28,6 +28,8 @@ QUICK = [
     (90, Case("phm", 96, BF16, FP32)),
     (90, Case("phm", 100, FP16, FP16, activation="gelu", width=772)),
     (80, Case("phm", 96, FP32, FP32)),
+    (80, Case("routed", 96, BF16, FP32)),
+    (90, Case("shared", 96, BF16, BF16)),
 ]
 ARCHES = (80, 86, 90, 100, 120)
 # Every entry of the table of Compacter's tiles, with the costliest activations: (dtype, activation, division, factor rank).
@@ -42,6 +44,9 @@ FULL = [
     *((a, Case(None, r, d, FP32)) for a in ARCHES for r in (1, 32, 48, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
     *((a, Case("large", r, d, FP32)) for a in ARCHES for r in (1, 64, 96, 128, 192, 256, 512) for d in (BF16, FP32) if d == BF16 or r <= _triton.MAX_RANK_GATED_FP32),
     *((a, Case(k, 96, BF16, FP32, add=add, save_gate=s)) for a in ARCHES for k in ("large", "logits", "middleX", "middleY", "small") for add, s in ((False, False), (True, True))),
+    *((a, Case("routed", r, d, FP32)) for a in ARCHES for r in (1, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
+    *((a, Case("routed", r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for r in (7, 96, 192, 512)),
+    *((a, Case("shared", 96, BF16, FP32, tasks=64)) for a in ARCHES),
     *((a, Case(k, 256, FP32, FP32, width=770)) for a in ARCHES for k in ("middleX", "small")),
     *((a, Case(k, r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for k in (None, "large") for r in (96, 192, 512)),
     *((a, Case(None, 64, FP16, FP32, activation="silu", width=33, options=False)) for a in ARCHES),

@@ -11,23 +11,24 @@ from tests.triton.compiled import aot
 from tests.triton.compiled.cases import Case, launches
 
 ROW_AXIS = {"forward_kernel": "x", "rows_kernel": "x", "backward_kernel": "x", "gates_kernel": "x", "means_kernel": "x", "weights_kernel": "y"}
-"""The grid axis along which rows are cut."""
+"""The grid axis along which rows are cut; for rows of several tasks the second one of the kernels that add partials is of tasks."""
 CASES = [
-    *(Case(kind, 24, torch.bfloat16, torch.float32, save_gate=s) for kind in (None, "large", "logits", "middleX", "middleY", "small") for s in (False, True)),
-    *(Case(kind, 96, torch.float32, torch.float32, width=33, options=False) for kind in (None, "small")),
+    *(Case(kind, 24, torch.bfloat16, torch.float32, save_gate=s) for kind in (None, "routed", "shared", "large", "logits", "middleX", "middleY", "small") for s in (False, True)),
+    *(Case(kind, 96, torch.float32, torch.float32, width=33, options=False) for kind in (None, "routed", "small")),
     Case("phm", 24, torch.bfloat16, torch.float32),
     Case("phm", 96, torch.float32, torch.float32, width=36, options=False),
 ]
 
 
 def narrow_offsets(ttir: str, kernel: str) -> list[str]:
-    """Lines in which a row stride or the program's place along the rows takes part in 32-bit arithmetic: rows x width can pass 2^31, so both may only be widened."""
-    wide = re.findall(r"%stride_\w+(?=: i32)", ttir)
-    if kernel in ROW_AXIS:
-        wide += re.findall(rf"(%\w+) = tt.get_program_id {ROW_AXIS[kernel]} ", ttir)
-        assert wide, "the intermediate code was not understood"
-    elif kernel in ("columns_kernel", "sums_kernel"):
-        return [] if re.search(r"arith.extsi %C ", ttir) else ["parts x columns"]
+    """Lines in which a row stride or the program's place along the rows or tasks takes part in 32-bit arithmetic: rows x width and tasks x rank x width can pass 2^31, so these may
+    only be widened."""
+    wide = re.findall(r"%stride_\w+(?=: i32)", ttir) + re.findall(rf"(%\w+) = tt.get_program_id {ROW_AXIS.get(kernel, 'y')} ", ttir)
+    assert wide or kernel not in ROW_AXIS, "the intermediate code was not understood"
+    if kernel in ("columns_kernel", "sums_kernel") and not re.search(r"arith.extsi %C ", ttir):
+        return ["parts x columns"]
+    if kernel == "sort_kernel":
+        return [line.strip() for line in ttir.splitlines() if re.search(r"arith.muli .*i32", line)]
     uses = [line.strip() for line in ttir.splitlines() if not line.lstrip().startswith("tt.func") for name in wide if re.search(rf"= .*{name}\b", line)]
     return [line for line in uses if "arith.extsi" not in line]
 

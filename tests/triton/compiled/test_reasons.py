@@ -15,6 +15,8 @@ from fastadapt.ops import _triton
 from fastadapt.ops.bottleneck import triton as bottleneck
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
 from fastadapt.ops.phm_bottleneck import triton as phm_bottleneck
+from fastadapt.ops.routed_bottleneck import triton as routed_bottleneck
+from tests.triton.compiled.aot import recorded
 
 
 def call(**changes: Any) -> backend.Call:
@@ -33,6 +35,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize("rank", [1, 96, 512])
 def test_a_device_can_run_it(device: pytest.MonkeyPatch, dtype: torch.dtype, rank: int) -> None:
     assert bottleneck.reasons(call(dtype=dtype, rank=rank)) == []
+    assert routed_bottleneck.reasons(call(op="routed_bottleneck", dtype=dtype, rank=rank, options=(("tasks", 64),))) == []
     assert gated_bottleneck.reasons(call(op="gated_bottleneck", options=(("gate_rank", rank), ("granularity", "large")))) == []
 
 
@@ -43,6 +46,7 @@ def test_a_device_can_run_it(device: pytest.MonkeyPatch, dtype: torch.dtype, ran
         ({"dtype": torch.float64}, "torch.float64 is not supported"),
         ({"rank": 513}, "rank 513 is above 512"),
         ({"width": 2**22 + 1}, "width 4194305 is above 4194304"),
+        ({"op": "routed_bottleneck", "rank": 513, "options": (("tasks", 4),)}, "rank 513 is above 512"),
         ({"op": "gated_bottleneck", "options": (("gate_rank", 600),)}, "gate rank 600 is above 512"),
         ({"op": "gated_bottleneck", "options": (("gate_rank", 300),), "dtype": torch.float32}, "float32 with rank or gate rank 300 is above 256"),
     ],
@@ -115,11 +119,24 @@ def test_every_rank_has_chunks_and_tiles() -> None:
         "import fastadapt, fastadapt.functional, sys; assert 'triton' not in sys.modules",
         "import sys; sys.modules['triton'] = None; import fastadapt; from fastadapt import backend\n"
         "from fastadapt.ops.bottleneck import triton as b; from fastadapt.ops.gated_bottleneck import triton as g\n"
-        "from fastadapt.ops.phm_bottleneck import triton as p\n"
+        "from fastadapt.ops.phm_bottleneck import triton as p; from fastadapt.ops.routed_bottleneck import triton as r\n"
         "import torch; call = backend.Call('bottleneck', 'cuda', torch.float32, torch.float32, 4, 8, 2)\n"
-        "assert b.reasons(call) == g.reasons(call) == p.reasons(call) == ['triton is not installed']",
+        "assert b.reasons(call) == g.reasons(call) == p.reasons(call) == r.reasons(call) == ['triton is not installed']",
     ],
     ids=["lazy", "absent"],
 )
 def test_without_triton(program: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_ids_are_never_read_on_the_host() -> None:
+    """Tensors without data launch the same: nothing waits for the device, a CUDA graph holds for all ids, and no ids compile anew."""
+    made = []
+    for device in ("cpu", "meta"):
+        x, ids = torch.empty(300, 64, device=device, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.int64, device=device)
+        wd, bd, wu, bu = (torch.empty(shape, device=device) for shape in ((4, 24, 64), (4, 24), (1, 64, 24), (1, 64)))
+        with recorded() as launches:
+            _, z = routed_bottleneck.forward(x, ids, wd, bd, wu, bu, x, 1.0, 3, True, True)
+            routed_bottleneck.backward(x, x, ids, z, wd, bd, wu, bu, 1.0, 3, True, [True] * 5)
+        made.append([(launch.kernel, launch.grid, [a if isinstance(a, (int, float)) else None for a in launch.arguments], launch.options) for launch in launches])
+    assert made[0] == made[1] and len(made[0]) == 8

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastadapt import functional
 from fastadapt.ops import _triton
-from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Spec, random_specs, specs
+from tests.ops import checks, test_routed_bottleneck
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, random_specs, specs
 
 TRITON = ("triton", "cpu")
 FP16, FP16_MIXED = DTYPES[3:]
@@ -61,6 +62,18 @@ GATED_SMALL = [
     over(FP16_MIXED, Gated, lead=(2, 9), rank=7, width=33, granularity="small"),
     over(MIXED, Gated, lead=(2, 9), rank=7, width=33, granularity="middleY"),
 ]
+# Samples and rows of three to seven tasks, some of none and some tasks without rows; with a rank of 24 every bank but a shared down bias has at least 64 elements.
+BANKS: dict[str, Any] = {"width": 96, "rank": 24}
+ROUTED = [
+    over(MIXED, Routed, lead=(4, 19), outside=True, residual="other", scale=0.7, **BANKS),
+    over(FP32, Routed, lead=(50,), ids="row", tasks=7, outside=True, residual=None, **BANKS),
+    over(BF16, Routed, lead=(40,), ids="row", shared="up", activation="silu", **BANKS),
+    over(FP16_MIXED, Routed, lead=(3, 13), shared="down", biases="up", activation="relu", **BANKS),
+    over(MIXED, Routed, lead=(37,), ids="row", tasks=2, width=33, rank=40),
+    over(FP32, Routed, lead=(2, 70), tasks=1, biases="none", residual="other", **BANKS),
+]
+# Three splits of each task, more row tiles than one step of their column sums takes, and more ids than one step of the sort takes.
+STRETCHES = [over(FP32, Routed, lead=(1100,), ids="row", tasks=2, width=64, rank=64, scale=0.5)]
 REAL = [over(MIXED, lead=(65,), width=768, rank=96, scale=0.3), over(MIXED, Gated, lead=(5, 13), width=768, rank=96, gate_rank=96)]
 # More rows in a sample than one step of the mean takes.
 LONG = [over(MIXED, Gated, lead=(2, 150), width=64, rank=7, granularity="small", biases="none", gate_bias=False)]
@@ -70,15 +83,18 @@ CALLS = [
     over(MIXED, lead=(3, 13), residual="other", scale="tensor", gate=True),
     over(FP32, Gated, lead=(3, 5)),
     over(FP16, Gated, lead=(3, 5), granularity="small"),
+    over(MIXED, Routed, lead=(3, 13), outside=True, residual="other", shared="up"),
 ]
 MORE_CALLS = [over(BF16, Gated, lead=(3, 13), granularity=g, combine=c, save_gate=s) for g in GRANULARITIES for c, s in (("multiply", True), ("add", False))]
 ROUNDED = [
     over(MIXED, lead=(13,), scale="tensor", gate=True),
     *(over(MIXED, Gated, lead=(3, 5), granularity=g, save_gate=False) for g in GRANULARITIES),
+    over(MIXED, Routed, lead=(13,)),
 ]
 EMPTY = [
     *(over(d, lead=(0,), scale="tensor", gate=True) for d in (FP32, MIXED)),
     *(over(d, Gated, lead=lead, granularity=g) for d in (FP32, MIXED) for lead, g in (((0,), "large"), ((0, 5), "small"))),
+    *(over(MIXED, Routed, lead=lead, shared="down") for lead in ((0,), (0, 5), (5, 0))),
 ]
 PAIRS = [
     over(MIXED, lead=(39,), gate=True, width=70, rank=70),
@@ -86,6 +102,7 @@ PAIRS = [
         over(MIXED, Gated, lead=(3, 13), granularity=g, save_gate=s, biases="none", rank=70, gate_rank=70, width=70, gate_bias=False)
         for g, s in (("large", True), ("small", False))
     ),
+    over(MIXED, Routed, lead=(3, 13), outside=True, **BANKS),
 ]
 # Parts of 24, 9 (and 6), 6, 24 (and 25), 9 and 1 columns; parts of 16 and more pairs, and padded divisions and factor ranks.
 PHM_SHAPES = [
@@ -119,13 +136,13 @@ def test_phm_random(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
 
 
-@specs([*SHAPES, *WIDTHS, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *REAL])
+@specs([*SHAPES, *WIDTHS, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *ROUTED, *REAL])
 def test_within_rule(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
 
 
 @pytest.mark.full
-@specs([*random_specs(Bottleneck, 60, seed=31), *random_specs(Gated, 90, seed=32)])
+@specs([*random_specs(Bottleneck, 60, seed=31), *random_specs(Gated, 90, seed=32), *random_specs(Routed, 60, seed=33)])
 def test_random(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
 
@@ -141,6 +158,35 @@ def test_several_splits(spec: Spec) -> None:
     """Three splits of the rows and partials of several row tiles."""
     assert _triton.token_splits(600, 1)[0] == 3
     checks.assert_within_rule(spec, *TRITON)
+
+
+@specs(STRETCHES)
+def test_several_splits_of_each_task(spec: Routed) -> None:
+    counts = spec.task_ids().bincount()
+    assert _triton.token_splits(1100, 1)[1] == 256 and all(512 < n <= 768 for n in counts)
+    checks.assert_within_rule(spec, *TRITON)
+
+
+@pytest.mark.parametrize(("ids", "shared", "dtypes"), [("sample", "up", MIXED), pytest.param("row", "", FP32, marks=pytest.mark.full)])
+def test_a_mixed_batch_gives_row_for_row_what_batches_of_one_task_give(ids: str, shared: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Bit for bit while a split has 256 rows whatever the batch, up to 49152 of them in slabs and rank chunks of one program; beyond, the size of the splits differs."""
+    test_routed_bottleneck.test_a_mixed_batch_gives_row_for_row_what_batches_of_one_task_give(ids, shared, dtypes, *TRITON)
+
+
+@pytest.mark.full
+def test_64_tasks() -> None:
+    checks.assert_within_rule(over(MIXED, Routed, lead=(90,), ids="row", tasks=64, **BANKS), *TRITON)
+
+
+def test_rows_of_no_task_see_no_weights() -> None:
+    """Not even those that are NaN."""
+    x, w_down, w_up, b = torch.randn(5, 40), torch.full((2, 24, 40), torch.nan), torch.full((2, 40, 24), torch.nan), torch.full((2, 24), torch.nan)
+    ids, dy = torch.tensor([2, -1, -(2**62), 2**62, 3]), torch.randn(5, 40)
+    leaves = [t.requires_grad_() for t in (x, w_down, w_up, b)]
+    with checks.spied() as calls, checks.runs_on("routed_bottleneck", "triton"):
+        y = functional.routed_bottleneck(x, ids, w_down, w_up, b)
+        dx, *gradients = torch.autograd.grad(y, leaves, dy)
+    assert torch.equal(y, x) and torch.equal(dx, dy) and not any(g.any() for g in (calls[0][2][1], *gradients))
 
 
 @specs([*EMPTY, *(over(d, PHM, lead=(0,)) for d in (FP32, MIXED))])
@@ -179,6 +225,7 @@ def test_more_calls(spec: Spec) -> None:
 
 @specs(
     [
+        over(MIXED, Routed, lead=(2, 7), residual="other"),
         over(MIXED, lead=(2, 7), residual="other", gate=True),
         over(FP32, Gated, lead=(2, 7), granularity="middleX", biases="none", gate_bias=False),
         over(MIXED, PHM, lead=(2, 3), division=2, residual="other"),

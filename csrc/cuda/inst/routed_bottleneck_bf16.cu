@@ -1,0 +1,3 @@
+#include "routed_bottleneck.cuh"
+
+FASTADAPT_INSTANTIATE(bf16)
