@@ -25,9 +25,13 @@ from fastadapt.methods import MethodConfig
 _Blocks = list[tuple[str, nn.Module, hosts.Host]]
 """Blocks of a model, with their paths and hosts."""
 
-__all__ = ["AdapterFileError", "Handle", "Report", "SiteReport", "UnknownHostError", "load", "patch"]
+__all__ = ["AdapterFileError", "Handle", "NotMergeableError", "Report", "SiteReport", "UnknownHostError", "load", "patch"]
 
 _ATTRIBUTE = "_fastadapt_handle"
+
+
+class NotMergeableError(ValueError):
+    """The adapters cannot be folded into the base's weights."""
 
 
 class SiteReport(NamedTuple):
@@ -359,6 +363,54 @@ class Handle:
                         trained.parameter.copy_(trained.base)
         self._undo()
 
+    # Into the weights.
+
+    def merge(self) -> nn.Module:
+        """Folds the adapters into the base's weights for good, and unpatches; trained base tensors keep their trained values. For methods that are linear: LoRA.
+
+        Each weight becomes W + (alpha / r) B A, added up in fp32 (fp64 for fp64) and rounded once to its own dtype; of adapters per task those of the active task. Every projection
+        is then tried on random rows: what it gave with its adapter and what it gives now must be the same to the rounding of its dtype.
+
+        Returns:
+            The model, which has no adapters any more.
+
+        Raises:
+            NotMergeableError: a method that is not linear, a quantised or sharded weight, one that other modules hold too, no active task, or a sum that its dtype cannot
+                hold; the model stays as it is.
+            RuntimeError: as `unpatch`.
+        """
+        with self.merged():
+            weights: list[tuple[Any, Tensor]] = [(site.owner, site.owner.weight.data) for site in self._sites]  # type: ignore[misc]
+        self.unpatch()
+        for owner, weight in weights:
+            owner.weight.data = weight
+        return self.model
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """As `merge`, inside the ``with`` block only, for inference at the base's own speed; afterwards the base's weights are the very ones they were. Takes the memory of the merged
+        weights. Do not train, move, save or unpatch the model inside the block."""
+        self._check_active()
+        self._check_enabled("merge")
+        self._check_untouched()
+        pairs = _mergeable(self)
+        before = [(owner, owner.weight.data) for owner, _ in pairs]
+        try:
+            for site, (owner, adapter) in zip(self._sites, pairs, strict=True):
+                _merge(owner, adapter, site.id)
+            kept = [trained.base for trained in self._trained]
+            for trained in self._trained:  # what `disabled` takes for the base's
+                trained.base = trained.parameter
+            try:
+                with self.disabled():
+                    yield
+            finally:
+                for trained, base in zip(self._trained, kept, strict=True):
+                    trained.base = base
+        finally:
+            for owner, weight in before:
+                owner.weight.data = weight
+
     def _undo(self) -> None:
         for swap in self._swaps:
             swap.owner.__class__ = swap.base
@@ -382,6 +434,8 @@ class Handle:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: the adapters by site id and the base tensors that the method trains. See `fastadapt.checkpoint`.
 
+        Where FSDP2 shards the parameters, every process calls it: the tensors are gathered and the first process writes.
+
         Raises:
             RuntimeError: the model is on the meta device, or inside `disabled`.
         """
@@ -390,6 +444,10 @@ class Handle:
         tensors = self._tensors()
         if any(t.is_meta for t in tensors.values()):
             raise RuntimeError("save: the model is on the meta device and has no values")
+        if sharded := any(_is_sharded(t) for t in tensors.values()):
+            tensors = {key: _whole(t) for key, t in tensors.items()}
+        if sharded and torch.distributed.get_rank():
+            return
         config = getattr(self.model, "config", None)
         base = {"class": type(self.model).__name__, "model_type": getattr(config, "model_type", None), "name_or_path": getattr(config, "name_or_path", None)}
         checkpoint.write(
@@ -409,6 +467,8 @@ class Handle:
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote into this model. Method, options, sites, names and shapes must be equal; nothing is left out or made up.
+
+        Where FSDP2 shards the parameters, every process calls it and takes its part.
 
         Raises:
             fastadapt.patching.AdapterFileError: the files are missing, corrupted, foreign, or of another patch; the model stays as it is.
@@ -443,7 +503,7 @@ class Handle:
                 raise RuntimeError("load: the model is on the meta device and cannot hold values")
         with torch.no_grad():
             for key, tensor in tensors.items():
-                target[key].copy_(tensor)
+                target[key].copy_(_sharded_like(target[key], tensor))
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a file holds, each tensor once: a shared one under the first of its names."""
@@ -793,6 +853,74 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
         handle.unpatch(restore_base=True)
         raise
     return handle
+
+
+def _mergeable(handle: Handle) -> list[tuple[Any, Any]]:
+    """The projection and the linear adapter of each site, which are all that the patch added."""
+    reasons: Counter[str] = Counter()
+    pairs = []
+    holders = Counter(id(p) for module in handle.model.modules() for p in module._parameters.values() if p is not None)
+    for site in handle._sites:
+        adapter: Any = site.module
+        if isinstance(getattr(adapter, "adapters", None), nn.ModuleDict):
+            if handle.active_task is None:
+                raise NotMergeableError(f"merge: choose the task whose adapters to fold in with set_task; tasks: {', '.join(handle.tasks)}")
+            adapter = adapter.adapters[handle.active_task]
+        weight = site.owner._parameters.get("weight")
+        if not hasattr(adapter, "merged_delta"):
+            reasons[f"{type(adapter).__name__} is not linear in what it reads, so no weight can hold it"] += 1
+        elif weight is None or weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
+            reasons[
+                f"the weight of {type(site.owner).__name__} is {'missing' if weight is None else f'{type(weight.data).__name__} of {weight.dtype}'}, not a plain floating tensor"
+            ] += 1
+        elif holders[id(weight)] > 1:
+            reasons["a weight is held by other modules too"] += 1
+        else:
+            pairs.append((site.owner, adapter))
+    owners = {id(site.owner) for site in handle._sites}
+    for what in (*handle._hooks, *(swap.base for swap in handle._swaps if id(swap.owner) not in owners), *(trained.id for trained in handle._trained if trained.base is None)):
+        name = what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__)
+        reasons[f"{name} has a part that the base lacks"] += 1
+    if reasons or not pairs:
+        raise NotMergeableError(f"merge: {handle.config.method}: " + ("; ".join(f"{why} ({n} of them)" for why, n in reasons.items()) or "there is no adapter to fold in"))
+    return pairs
+
+
+@torch.no_grad()
+def _merge(owner: Any, adapter: Any, site: str) -> None:
+    weight = owner.weight.data
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    x = torch.randn(16, owner.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    training, adapted = adapter.training, type(owner)
+    adapter.eval()
+    try:
+        expected = owner(x).to(wide)
+        merged = (weight.to(wide) + adapter.merged_delta().to(wide)).to(weight.dtype)
+        owner.weight.data, owner.__class__ = merged, adapted.__mro__[2]  # behind the adapted class and what it adds
+        difference = (owner(x).to(wide) - expected).norm() / expected.norm()
+    finally:
+        owner.__class__ = adapted
+        adapter.train(training)
+    # A rounding each of the weight, of the adapter's parts and of the outputs; sums of thousands of products lose no more than a few.
+    if not difference <= 32 * torch.finfo(weight.dtype).eps:
+        raise NotMergeableError(f"merge: {site}: with its weight merged the projection gives other numbers (by {difference.item():.2g} of them in {weight.dtype})")
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes long to import
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Without gradients, and, of one that is sharded over processes, all of it: all of them must call this."""
+    return tensor.detach().full_tensor() if _is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined, no-any-return]
+
+
+def _sharded_like(like: Tensor, tensor: Tensor) -> Tensor:
+    if not _is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def _check_model(model: object, name: str) -> None:

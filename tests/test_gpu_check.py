@@ -70,7 +70,7 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "tests",
         "memcheck",
         "racecheck",
-        *(f"benchmark {op} {name}" for op in ("bottleneck", "gated_bottleneck", "phm_bottleneck") for name in ("cuda", "triton")),
+        *(f"benchmark {op} {name}" for op in ("bottleneck", "gated_bottleneck", "phm_bottleneck", "routed_bottleneck") for name in ("cuda", "triton")),
     ]
     for step in steps.values():
         assert shlex.split(str(step)) == [*(f"{k}={v}" for k, v in step.environment.items()), *step.command]

@@ -80,8 +80,9 @@ class LoRA(nn.Module):
         return x, {"w_down": a, "w_up": b, "activation": "identity", "residual": y, "scale": self.scale, "heads": 1, **none}
 
     def merged_delta(self) -> Tensor:
-        """What merging adds to the projection's weight (out, in): alpha / r * B A."""
-        return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+        """What merging adds to the projection's weight, (out, in): alpha / r B A, in fp32 at least."""
+        a, b = (p.weight.to(torch.promote_types(p.weight.dtype, torch.float32)) for p in (self.lora_A, self.lora_B))
+        return self.scale * (b @ a)
 
     def call(self) -> dict[str, Any]:
         """As `Bottleneck.call`."""
