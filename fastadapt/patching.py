@@ -21,6 +21,7 @@ from fastadapt.hosts.roles import UnknownHostError, is_adapted, is_before, is_be
 from fastadapt.hosts.stages import STAGES, Hook
 from fastadapt.hosts.tensors import SUFFIX, reparametrised
 from fastadapt.methods import MethodConfig
+from fastadapt.nn import PerTask
 
 _Blocks = list[tuple[str, nn.Module, hosts.Host]]
 """Blocks of a model, with their paths and hosts."""
@@ -388,8 +389,10 @@ class Handle:
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
-        """As `merge`, inside the ``with`` block only, for inference at the base's own speed; afterwards the base's weights are the very ones they were. Takes the memory of the merged
-        weights. Do not train, move, save or unpatch the model inside the block."""
+        """As `merge`, inside the ``with`` block only, for inference at the base's own speed; afterwards the base's weights are the very ones they were.
+
+        Takes the memory of the merged weights. Do not train, move, save or unpatch the model inside the block.
+        """
         self._check_active()
         self._check_enabled("merge")
         self._check_untouched()
@@ -431,17 +434,23 @@ class Handle:
 
     # Files.
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], *, task: str | None = None) -> None:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: the adapters by site id and the base tensors that the method trains. See `fastadapt.checkpoint`.
 
         Where FSDP2 shards the parameters, every process calls it: the tensors are gathered and the first process writes.
 
+        Args:
+            directory: is made where it does not exist.
+            task: the adapters of this task alone, as those of a patch with ``sharing="single"``; what tasks share is part of them.
+
         Raises:
+            ValueError: an unknown task, or adapters that serve all tasks.
             RuntimeError: the model is on the meta device, or inside `disabled`.
         """
         self._check_active()
         self._check_enabled("save")
-        tensors = self._tensors()
+        tensors = self._tensors(task)
+        options = self._options(task)
         if any(t.is_meta for t in tensors.values()):
             raise RuntimeError("save: the model is on the meta device and has no values")
         if sharded := any(_is_sharded(t) for t in tensors.values()):
@@ -455,34 +464,41 @@ class Handle:
             {
                 "method": self.config.method,
                 "name": self.name,
-                "tasks": list(self.tasks),
+                "tasks": [] if task else list(self.tasks),
                 "init": self.init,
-                "options": {family: config.stored() for family, config in self.resolved.items()},
+                "options": options,
                 "base_model": base,
-                "sites": {site.id: type(site.module).__name__ for site in self._sites},
+                "sites": {site.id: type(_adapter_of(site.module, task)).__name__ for site in self._sites},
                 "trained_base": [trained.id for trained in self._trained],
             },
             tensors,
         )
 
-    def load(self, directory: str | os.PathLike[str]) -> None:
+    def load(self, directory: str | os.PathLike[str], *, task: str | None = None) -> None:
         """Reads what `save` wrote into this model. Method, options, sites, names and shapes must be equal; nothing is left out or made up.
 
-        Where FSDP2 shards the parameters, every process calls it and takes its part.
+        Values are written in place: a compiled model or a captured CUDA graph goes on with them. Where FSDP2 shards the parameters, every process calls it and takes its part.
+
+        Args:
+            directory: what `save` wrote.
+            task: loads the adapters of a patch with ``sharing="single"`` as this task's, so that adapters that were trained apart serve one model. What tasks share, trained base
+                tensors for one (``layer_norms="none"`` trains none), must have the same values in the file as here.
 
         Raises:
+            ValueError: an unknown task, or adapters that serve all tasks.
             fastadapt.patching.AdapterFileError: the files are missing, corrupted, foreign, or of another patch; the model stays as it is.
         """
         self._check_active()
         self._check_enabled("load")
         config, tensors = checkpoint.read(directory)
-        self._load(config, tensors, directory)
+        self._load(config, tensors, directory, task)
 
-    def _load(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
+    def _load(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: str | os.PathLike[str], task: str | None = None) -> None:
+        target = self._tensors(task)
         where = os.fspath(directory)
         if config.get("method") != self.config.method:
             raise AdapterFileError(f"{where}: holds an adapter of {config.get('method')!r}; the model is patched with {self.config.method!r}")
-        here = {family: resolved.stored() for family, resolved in self.resolved.items()}
+        here = self._options(task)
         saved = config.get("options")
         if isinstance(saved, dict) and all(isinstance(values, dict) for values in saved.values()):
             # A file of an earlier version lacks the options that came later: it was written with what they default to.
@@ -491,7 +507,6 @@ class Handle:
             saved = {family: {**type(self.config)().stored(), **values} for family, values in given.items()}
         if saved != here:
             raise AdapterFileError(f"{where}: saved with other options: {_difference(saved, here)}")
-        target = self._tensors()
         if missing := sorted(target.keys() - tensors.keys()):
             raise AdapterFileError(f"{where}: lacks {len(missing)} tensors of the model: {_some(missing)}")
         if unexpected := sorted(tensors.keys() - target.keys()):
@@ -501,13 +516,27 @@ class Handle:
                 raise AdapterFileError(f"{where}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the model has {target[key].dtype} {tuple(target[key].shape)}")
             if target[key].is_meta:
                 raise RuntimeError("load: the model is on the meta device and cannot hold values")
+        others = {id(t) for other in self.tasks if task and other != task for t in self._tensors(other).values()}
+        if held := [key for key in tensors if id(target[key]) in others and not torch.equal(_whole(target[key]).cpu(), tensors[key].to(target[key].dtype))]:
+            raise AdapterFileError(f"{where}: holds other values of {len(held)} tensors that tasks share here, so that loading it would change the other tasks: {_some(held)}")
         with torch.no_grad():
             for key, tensor in tensors.items():
                 target[key].copy_(_sharded_like(target[key], tensor))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """What a file holds, each tensor once: a shared one under the first of its names."""
-        adapters = {parameter: f"{site.id}/{name}" for site in reversed(self._sites) for name, parameter in reversed(list(site.module.named_parameters()))}
+    def _options(self, task: str | None) -> dict[str, dict[str, Any]]:
+        """What a file says of the method, or that of one task."""
+        alone = ("sharing", "prompt_sharing") if task else ()
+        return {family: {name: "single" if name in alone else value for name, value in config.stored().items()} for family, config in self.resolved.items()}
+
+    def _tensors(self, task: str | None = None) -> dict[str, Tensor]:
+        """What a file holds, or that of one task, each tensor once: a shared one under the first of its names."""
+        if task is not None:
+            if task not in self.tasks:
+                raise ValueError(f"task: must be one of {', '.join(self.tasks) or '(the model was patched without tasks)'}, not {task!r}")
+            if not any(isinstance(site.module, PerTask) for site in self._sites):
+                raise ValueError(f"task: the adapters of {self.config.method} with these options serve all tasks")
+        modules = [(site.id, _adapter_of(site.module, task)) for site in reversed(self._sites)]
+        adapters = {parameter: f"{id_}/{name}" for id_, module in modules for name, parameter in reversed(list(module.named_parameters()))}
         return {**{name: p for p, name in reversed(adapters.items())}, **{f"base/{trained.id}": trained.parameter for trained in self._trained}}
 
     def _check_active(self) -> None:
@@ -855,6 +884,11 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
     return handle
 
 
+def _adapter_of(module: nn.Module, task: str | None) -> nn.Module:
+    """A site's adapter of a task: its module, where that serves all tasks."""
+    return module.adapters[task] if task is not None and isinstance(module, PerTask) else module
+
+
 def _mergeable(handle: Handle) -> list[tuple[Any, Any]]:
     """The projection and the linear adapter of each site, which are all that the patch added."""
     reasons: Counter[str] = Counter()
@@ -862,10 +896,10 @@ def _mergeable(handle: Handle) -> list[tuple[Any, Any]]:
     holders = Counter(id(p) for module in handle.model.modules() for p in module._parameters.values() if p is not None)
     for site in handle._sites:
         adapter: Any = site.module
-        if isinstance(getattr(adapter, "adapters", None), nn.ModuleDict):
+        if isinstance(adapter, PerTask):
             if handle.active_task is None:
                 raise NotMergeableError(f"merge: choose the task whose adapters to fold in with set_task; tasks: {', '.join(handle.tasks)}")
-            adapter = adapter.adapters[handle.active_task]
+            adapter = _adapter_of(adapter, handle.active_task)
         weight = site.owner._parameters.get("weight")
         if not hasattr(adapter, "merged_delta"):
             reasons[f"{type(adapter).__name__} is not linear in what it reads, so no weight can hold it"] += 1

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from safetensors.torch import load_file
 
 import fastadapt
 from fastadapt import patching
-from fastadapt.patching import AdapterFileError, Handle, patch
-from tests.hosts.tiny import FAMILIES, METHODS, SMALL, assert_same, logits, randomize, snapshot, tiny
+from fastadapt.patching import AdapterFileError, Handle, load, patch
+from tests.hosts.tiny import FAMILIES, METHODS, SMALL, assert_same, batch, logits, randomize, snapshot, tiny
 
 both = pytest.mark.parametrize("method", METHODS)
 hosts = pytest.mark.parametrize("family", FAMILIES)
@@ -259,3 +261,78 @@ def test_files_obey_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in (CONFIG, TENSORS)} == {0o640}
+
+
+# Adapters of several tasks from files of one.
+
+LORA: dict[str, Any] = {"rank": 4, "biases": False, "dropout": 0.0}
+APART: dict[str, dict[str, Any]] = {
+    "vl_adapter": {"reduction_factor": 4, "layer_norms": "none"},
+    "lora": LORA,
+    "compacter": {"reduction_factor": 4, "division": 4, "layer_norms": "none"},
+}
+
+
+@pytest.mark.parametrize("method", APART)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_trained_apart_serve_one_model(family: str, method: str, tmp_path: Path) -> None:
+    """One file a task, of patches for one task each; a mixed batch then gives what those models gave, and each task's adapters go back into such a file."""
+    inputs, want = batch(), {}
+    for seed, task in enumerate(("vqa", "gqa")):
+        model = tiny(family)
+        handle = patch(model, method, **APART[method])
+        randomize(handle, seed)
+        want[task] = logits(model, inputs)
+        handle.save(tmp_path / task)
+    model = tiny(family)
+    handle = patch(model, method, tasks=("vqa", "gqa"), sharing="multiple", **APART[method])
+    for task in want:
+        handle.load(tmp_path / task, task=task)
+        handle.set_task(task)
+        assert torch.equal(logits(model, inputs), want[task])
+    with handle.route(["gqa", "vqa"]):
+        torch.testing.assert_close(logits(model, inputs), torch.stack([want["gqa"][0], want["vqa"][1]]), rtol=1e-4, atol=1e-5)
+    for task in want:
+        handle.save(tmp_path / "again", task=task)
+        assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (tmp_path / task / "adapter_model.safetensors").read_bytes()
+        again = tiny(family)
+        load(again, tmp_path / "again")
+        assert torch.equal(logits(again, inputs), want[task])
+
+
+def test_new_values_need_no_new_graph(tmp_path: Path) -> None:
+    """Loading other adapters into a compiled model: the graph stays."""
+    model = tiny("bart", layers=1)
+    handle = patch(model, "lora", **LORA)
+    graphs, counts = torch._dynamo.testing.CompileCounter(), []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=graphs)
+    for seed in range(3):
+        other = patch(tiny("bart", layers=1), "lora", **LORA)
+        randomize(other, seed)
+        other.save(tmp_path)
+        handle.load(tmp_path)
+        torch.testing.assert_close(logits(compiled), logits(other.model))
+        counts.append(graphs.frame_count)
+    assert counts == [counts[0]] * 3
+
+
+def test_files_that_are_no_task_s(tmp_path: Path) -> None:
+    single = patch(tiny("bart"), "vl_adapter", reduction_factor=4)
+    randomize(single)
+    single.save(tmp_path)
+    with pytest.raises(ValueError, match=r"task: must be one of \(the model was patched without tasks\), not 'vqa'"):
+        single.load(tmp_path, task="vqa")
+    with pytest.raises(ValueError, match="task: the adapters of vl_adapter with these options serve all tasks"):
+        patch(tiny("bart"), "vl_adapter", tasks=["vqa"], reduction_factor=4).save(tmp_path / "x", task="vqa")
+    several = patch(tiny("bart"), "vl_adapter", tasks=["vqa", "gqa"], sharing="multiple", reduction_factor=4)
+    before = snapshot(several.model)
+    with pytest.raises(AdapterFileError, match=r"holds other values of \d+ tensors that tasks share here, .*: base/"):
+        several.load(tmp_path, task="vqa")
+    with pytest.raises(AdapterFileError, match="saved with other options"):
+        several.load(tmp_path)
+    half = patch(tiny("bart"), "vl_adapter", tasks=["vqa", "gqa"], sharing="up", layer_norms="none", reduction_factor=4)
+    patch(tiny("bart"), "vl_adapter", layer_norms="none", reduction_factor=4).save(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"tensors that tasks share here, .*up_sampler"):
+        half.load(tmp_path, task="vqa")
+    assert_same(before, snapshot(several.model))
