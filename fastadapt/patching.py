@@ -680,7 +680,7 @@ def _select(model: nn.Module, config: MethodConfig) -> tuple[_Blocks, list[tuple
             raise ValueError(f"sites: {config.method} puts nothing at {', '.join(unused)}; it has {', '.join(role for role in config.roles() if role in generic.SITE_ROLES)}")
         blocks = generic.chosen(model, config.sites)
     else:
-        blocks, refused = hosts.find(model)
+        blocks, refused = hosts.find(model, config.published)
         blocks = blocks + generic.recognised(model, [*(path for path, _, _ in blocks), *(path for path, _ in refused)])
     if not blocks:
         why = "".join(f"; {path or 'the model'}: {reason}" for path, reason in refused)

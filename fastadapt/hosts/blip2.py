@@ -1,6 +1,7 @@
-"""BLIP-2 and InstructBLIP: BLIP's pre-norm image layers, and the Q-Former, a post-norm stack whose queries attend to the image.
+"""BLIP (for methods other than UniAdapter), BLIP-2 and InstructBLIP: pre-norm image layers, BLIP's post-norm text layers, and the Q-Former, whose queries attend to the image.
 
-The forwards are those of transformers' Blip2EncoderLayer, Blip2QFormerSelfOutput and Blip2QFormerOutput (Apache 2.0) with the adapters put in. Queries and text pass feed-forward
+The forwards are those of transformers' BlipEncoderLayer, BlipTextSelfOutput, BlipTextOutput and their namesakes in BLIP-2 and InstructBLIP (Apache 2.0, BSD 3-Clause) with the
+adapters put in. Queries and text pass feed-forward
 networks of their own in a Q-Former's layer, hence two places.
 """
 
@@ -53,9 +54,30 @@ def _places(layer: Any) -> tuple[Place, ...]:
     return _ALWAYS + (_CROSS if layer.has_cross_attention else ()) + (_TEXT if hasattr(layer, "output") else ())
 
 
+def _text_places(layer: Any) -> tuple[Place, ...]:
+    """A text encoder alone, or with cross-attention to the image: in BLIP one class, also of the decoder."""
+    side = "decoder" if hasattr(layer, "crossattention") else "encoder"
+    own = Place(f"{side}.self_attention", "attention.output", "adapter"), Place(f"{side}.feed_forward", "output", "adapter")
+    own += projections(f"{side}.self_attention", "attention.self", "query", "value")
+    if side == "encoder":
+        return own
+    return (*own, Place("decoder.cross_attention", "crossattention.output", "adapter"), *projections("decoder.cross_attention", "crossattention.self", "query", "value"))
+
+
 _VISION = Copy(_vision_layer, {"bec59c87ca93e324": "5.23", "acf415a679b13cf3": "5.8, 5.16, 5.22"})
 _OUTPUT = Copy(_output, {"0650f56bc438ef17": "5.8, 5.16, 5.22, 5.23"})
 
+declare("blip2", "blip", "BlipEncoderLayer", _VISION, places=LAYER, width=lambda block: block.embed_dim, models="BLIP (vision)", stack="vision")
+declare(
+    "blip2",
+    "blip.modeling_blip_text",
+    "BlipTextLayer",
+    {"BlipTextSelfOutput": _OUTPUT, "BlipTextOutput": _OUTPUT},
+    places=_text_places,
+    width=lambda block: block.config.hidden_size,
+    models="BLIP (text)",
+    stack="text",
+)
 for _model, _name, _models in (("blip_2", "Blip2", "BLIP-2"), ("instructblip", "InstructBlip", "InstructBLIP")):
     declare(
         "blip2",

@@ -23,7 +23,7 @@ import hashlib
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -175,13 +175,14 @@ def is_before(role: str) -> bool:
     return role.endswith(".inner")
 
 
-_hosts: dict[type[nn.Module], Host] = {}
+_hosts: dict[type[nn.Module], list[Host]] = {}
+"""A block's hosts: several where a method of its own wants other places than the others do."""
 _adapted: set[type[nn.Module]] = set()
 
 
 def register(*hosts: Host) -> None:
     for host in hosts:
-        _hosts[host.block] = host
+        _hosts.setdefault(host.block, []).append(host)
         _adapted.update((*host.adapted.values(), *host.biased.values()))
 
 
@@ -226,6 +227,7 @@ class Declared:
 
 
 _declared: dict[tuple[str, str], Declared] = {}
+_made: set[tuple[str, str]] = set()
 _copies: dict[tuple[str, str], Copy] = {}
 
 
@@ -247,7 +249,7 @@ def declare(
 
     Args:
         family: see `Host`.
-        model: name of the transformers model, "llama".
+        model: name of the transformers model, "llama", or its module, "blip.modeling_blip_text".
         block: name of the block's class in it.
         copies: the adapted forward of the block, or of each class (by name) that owns a place.
         places, width, stages: see `Host`.
@@ -256,7 +258,7 @@ def declare(
         init: see `Host`; where nothing is published, Linears start as in BART.
     """
     copies = {block: copies} if isinstance(copies, Copy) else copies
-    stock = f"transformers.models.{model}.modeling_{model}"
+    stock = f"transformers.models.{model}" if "." in model else f"transformers.models.{model}.modeling_{model}"
     _declared[stock, block] = Declared(
         family=family, copies=copies, places=places if callable(places) else lambda _: places, width=width, stack=(lambda _: stack) if isinstance(stack, str) else stack,
         published=published, stages=stages, init=init, models=models,
@@ -275,26 +277,30 @@ def families() -> tuple[str, ...]:
     return (*_FAMILIES, *_DECLARATIONS)
 
 
-def find(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Host]], list[tuple[str, str]]]:
-    """The blocks of a model that a host is registered for, as (path, block, host) in order; and (path, why) for each subclass of one that cannot be taken."""
+def find(model: nn.Module, published: Container[str] = ()) -> tuple[list[tuple[str, nn.Module, Host]], list[tuple[str, str]]]:
+    """The blocks of a model that a host is registered for, as (path, block, host) in order; and (path, why) for each subclass of one that cannot be taken.
+
+    Args:
+        published: the families that a method has values for; of several hosts of a block one of these is taken.
+    """
     load_declarations()
     for stock, ours in _FAMILIES.values():
         if stock in sys.modules:
             import_module(ours)
     blocks, refused = [], []
     for path, module in model.named_modules():
-        host = _host(type(module))
-        if host is not None:
-            blocks.append((path, module, host))
-        elif (base := next((c for c in type(module).__mro__ if _host(c) is not None), None)) is not None and not is_adapted(module):
+        if known := _hosts_of(type(module)):
+            blocks.append((path, module, next((host for host in known if host.defaults in published), known[0])))
+        elif (base := next((c for c in type(module).__mro__ if _hosts_of(c)), None)) is not None and not is_adapted(module):
             refused.append((path, f"{type(module).__module__}.{type(module).__qualname__} is a subclass of {base.__name__} with a forward of its own"))
     return blocks, refused
 
 
-def _host(cls: type[nn.Module]) -> Host | None:
-    if cls not in _hosts and (declared := _declared.get((cls.__module__, cls.__qualname__))) is not None:
-        register(declared.host(cls))
-    return _hosts.get(cls)
+def _hosts_of(cls: type[nn.Module]) -> list[Host]:
+    if (key := (cls.__module__, cls.__qualname__)) in _declared and key not in _made:
+        register(_declared[key].host(cls))
+        _made.add(key)
+    return _hosts.get(cls, [])
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -229,6 +229,13 @@ def blip2(model: str, prefix: str, language: str) -> Callable[..., nn.Module]:
     return make
 
 
+def blip(**more: Any) -> nn.Module:
+    text = {**{name: value for name, value in TEXT.items() if name != "num_key_value_heads"}, "hidden_size": 24, "projection_dim": 16, "encoder_hidden_size": 24}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "sep_token_id": 2, "label_smoothing": 0.0}
+    config = stock("blip", "BlipConfig")(text_config={**text, **still}, vision_config=VISION, projection_dim=16, image_text_hidden_size=16, **more)
+    return stock("blip", "BlipForConditionalGeneration")(config)
+
+
 def instruct_batch() -> dict[str, Tensor]:
     question = ids(5)
     return image_batch(3, qformer_input_ids=question, qformer_attention_mask=torch.ones_like(question))
@@ -302,6 +309,7 @@ KINDS: dict[str, Kind] = {
     "qwen3_vl": Kind(
         qwen2_vl("qwen3_vl", "Qwen3VL", hidden_size=32, intermediate_size=40, out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0]), qwen_batch, LM, 10
     ),
+    "blip": Kind(blip, lambda: {**text_batch(), "pixel_values": pixels(2, 3, 8, 8)}, ("vision", "text"), 10),
     "blip2_opt": Kind(blip2("blip_2", "Blip2", "opt"), lambda: image_batch(3), ("vision", "qformer", "language", "projector"), 14),
     "blip2_t5": Kind(blip2("blip_2", "Blip2", "t5"), lambda: image_batch(3), ("vision", "qformer", "encoder", "decoder", "projector"), 15),
     "instructblip": Kind(blip2("instructblip", "InstructBlip", "opt"), instruct_batch, ("vision", "qformer", "language", "projector"), 15),
