@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.launches import Counted
 from fastadapt import backend
 from fastadapt.backend import Call
 from fastadapt.ops import _cost, _triton
@@ -70,24 +70,6 @@ def explained(of: Call) -> backend.Explanation:
 
 
 # What the model says of the code.
-
-_FREE = {"view", "t", "transpose", "expand", "slice", "detach", "_unsafe_view", "unsqueeze", "select", "split", "alias", "as_strided", "permute", "promote_types", "new_empty"}
-
-
-class Counted(TorchDispatchMode):
-    """Counts operations that launch, and the bytes of their operands."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches, self.bytes = 0, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        if function.overloadpacket.__name__ not in _FREE and sum(t.numel() for t in tensors):
-            self.launches += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-        return out
 
 
 def phm_arguments(of: Call) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
