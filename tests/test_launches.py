@@ -30,7 +30,7 @@ def test_one_operation_each_way(rows: dict[str, launches.Row]) -> None:
 
 def test_pre_activations_are_all_that_is_saved(rows: dict[str, launches.Row]) -> None:
     """R numbers of the activations' dtype a row; VL-PET's large gate adds its own pre-activations and, on a CPU, its logits and what it multiplies."""
-    assert {rows[site].saved for site in rows if not site.startswith("VL-PET")} == {2 * 96}
+    assert {int(rows[site].saved) for site in rows if not site.startswith("VL-PET")} == {2 * 96}  # and the ids of tasks, below a byte a row
     assert rows["VL-PET, large"].saved == 2 * (96 + 96 + 2 * 128)
     assert all(row.saved < row.eager_saved for row in rows.values())
 
