@@ -359,6 +359,33 @@ class Handle:
                         trained.parameter.copy_(trained.base)
         self._undo()
 
+    def merge(self) -> None:
+        """Adds every LoRA's update (of the selected task, where each task has one) to the weight of its projection, and takes the patch off: stock layers, which give in evaluation
+        what the adapted ones gave, to the rounding of the weights. What was trained in the base stays as trained. There is no way back.
+
+        Raises:
+            RuntimeError: as `unpatch`, or no task is selected where each has an adapter; nothing is changed then.
+            ValueError: the patch is not of LoRA alone, or a projection's weight is quantised or shared with another module; nothing is changed then.
+        """
+        self._check_active()
+        self._check_enabled("merge")
+        self._check_untouched()
+        owners = {id(holders[0][0]._parameters[holders[0][1]]): holders for _, holders in _holders(self.model)}
+        if self._hooks or any(trained.base is None for trained in self._trained):
+            raise ValueError("merge: the patch has added more than LoRA beside projections; save the adapter instead")
+        merged = []
+        for site in self._sites:
+            module: Any = site.module.selected() if hasattr(site.module, "selected") else site.module  # type: ignore[operator]
+            if not hasattr(module, "merged_weight"):
+                raise ValueError(f"merge: {site.id} is a {type(module).__name__}; only LoRA can be merged")
+            if len(owners.get(id(site.owner.weight), ())) > 1:
+                raise ValueError(f"merge: the weight of {site.owner_path} is shared with another module")
+            merged.append((site.owner.weight, module.merged_weight(site.owner)))
+        with torch.no_grad():
+            for weight, value in merged:
+                weight.copy_(value)  # type: ignore[operator]
+        self.unpatch()
+
     def _undo(self) -> None:
         for swap in self._swaps:
             swap.owner.__class__ = swap.base

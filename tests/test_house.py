@@ -79,9 +79,9 @@ def test_the_import_rules_see_a_violation() -> None:
 
 
 # (op, file beside it) -> why there is none. README's status table says the same.
-ABSENT = {("routed_bottleneck", backend): "no GPU kernels yet: it runs on reference there" for backend in ("triton", "cuda")}
+ABSENT = {(op, backend): "no GPU kernels yet: it runs on reference there" for op in ("lora", "routed_bottleneck") for backend in ("triton", "cuda")}
 # Ops that run on another's CPU kernels.
-BORROWED = {"routed_bottleneck": "bottleneck"}
+BORROWED = {"lora": "bottleneck", "routed_bottleneck": "bottleneck"}
 
 
 def test_an_op_has_the_same_name_everywhere() -> None:

@@ -58,6 +58,55 @@ def test_unpatch_restores_everything(family: str, method: str) -> None:
 
 
 @hosts
+@pytest.mark.parametrize("sharing", ["single", "multiple"])
+def test_merged_lora_is_a_stock_model_with_the_same_outputs(family: str, sharing: str) -> None:
+    """In fp64, T5's projections without biases included; the trained biases stay."""
+    model = tiny(family).double()
+    handle = patch(model, "lora", tasks=["vqa", "gqa"], rank=3, sharing=sharing)
+    handle.set_task("gqa")
+    randomize(handle)
+    trained = {t.id: t.parameter.detach().clone() for t in handle._trained}
+    base = copy.deepcopy(model)
+    Handle.of(base).unpatch()
+    expected, before = logits(model), logits(base)
+    assert not torch.allclose(expected, before)
+    weights = [(site.owner, site.owner.weight.detach().clone()) for site in handle._sites]
+    holders = [(trained.owners[0], trained.id) for trained in handle._trained]
+    handle.merge()
+    assert torch.allclose(logits(model), expected, rtol=1e-9, atol=1e-9)
+    assert all(type(owner) is nn.Linear and not torch.equal(owner.weight, old) for owner, old in weights)
+    assert all(torch.equal(module._parameters[name], trained[key]) for (module, name), key in holders)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    with pytest.raises(ValueError, match="is not patched"):
+        Handle.of(model)
+
+
+def test_what_cannot_be_merged_stays_patched() -> None:
+    def refused(model: nn.Module, error: type[Exception], match: str) -> None:
+        before = snapshot(model)
+        with pytest.raises(error, match=match):
+            Handle.of(model).merge()
+        assert_same(before, snapshot(model))
+
+    model = tiny("bart")
+    patch(model, "vl_adapter")
+    refused(model, ValueError, r"merge: .*self_attention.* is a Bottleneck; only LoRA can be merged")
+    model = tiny("bart")
+    handle = patch(model, "lora", tasks=["vqa"], rank=3, sharing="multiple")
+    handle._select(None)
+    refused(model, RuntimeError, "no task is selected")
+    handle.set_task("vqa")
+    owner = handle._sites[-1].owner
+    model.twin = nn.Linear(owner.in_features, owner.out_features)
+    model.twin.weight = owner.weight
+    refused(model, ValueError, "merge: the weight of .* is shared with another module")
+    del model.twin
+    with handle.disabled():
+        refused(model, RuntimeError, "not inside")
+    handle.merge()
+
+
+@hosts
 def test_an_unpatched_handle_is_dead(family: str) -> None:
     model = tiny(family)
     handle = patch(model, "vl_adapter")

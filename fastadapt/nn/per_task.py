@@ -75,11 +75,17 @@ class PerTask(nn.Module):
             ValueError: the ids of a mixed batch do not divide it.
             RuntimeError: no task is selected. A checkpointed layer runs again in backward, so keep the task selected until then.
         """
-        if self.task_ids is not None:
-            return self._routed(self.task_ids, *inputs)
+        return self.selected()(*inputs) if self.task_ids is None else self._routed(self.task_ids, *inputs)
+
+    def selected(self) -> nn.Module:
+        """The selected task's adapter.
+
+        Raises:
+            RuntimeError: no task is selected.
+        """
         if self.task is None:
             raise RuntimeError(f"no task is selected: use `handle.set_task(...)` or `with handle.task(...)`; tasks: {', '.join(self.adapters)}")
-        return self.adapters[self.task](*inputs)
+        return self.adapters[self.task]
 
     def _routed(self, task_ids: Tensor, *inputs: Tensor) -> Tensor:
         adapters: list[Any] = list(self.adapters.values())
