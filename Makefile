@@ -51,6 +51,8 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.ops.bottleneck --rows 16 64 128 512 4096
 	$(BIN)/python -m benchmarks.ops.gated_bottleneck --rows 16 64 128 512 4096
+	$(BIN)/python -m benchmarks.ops.lora --rows 512 4096 --rank 16 --param-dtype fp32
+	$(BIN)/python -m benchmarks.ops.lora --rows 512 4096 --rank 16 --param-dtype fp32 --dropout 10
 	$(BIN)/python -m benchmarks.ops.phm_bottleneck --rows 16 512 4096 --param-dtype fp32
 	$(BIN)/python -m benchmarks.ops.routed_bottleneck --rows 512 4096 --param-dtype fp32
 

@@ -41,7 +41,11 @@ ROWS = (1024, 4096, 16384)
 OPS = tuple(op for op in functional.__all__ if find_spec(f"fastadapt.ops.{op}.cuda"))
 """The ops that have kernels for GPUs."""
 # Options of the calls that are compared: the papers'.
-OPTIONS: dict[str, dict[str, Any]] = {"gated_bottleneck": {"granularity": "large", "gate_rank": 96}, "phm_bottleneck": {"division": 4, "factor_rank": 1}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gated_bottleneck": {"granularity": "large", "gate_rank": 96},
+    "phm_bottleneck": {"division": 4, "factor_rank": 1},
+    "lora": {"dropout": False, "out_width": 768},
+}
 # Triton's interpreter needs a process of its own, and no GPU.
 TESTS = ("tests", "--ignore=tests/triton/interpret")
 # Every kernel of cuda and triton over ragged rows and ranks, at sizes that a tool 50 times slower than the device can take.

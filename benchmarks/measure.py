@@ -95,8 +95,12 @@ def compare(
     dtype: str,
     rank: int,
     rounds: int,
+    judged: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
 ) -> list[Row]:
-    """Times ours against the authors' eager code and its torch.compile, forward and forward + backward; the first `frozen` tensors get no gradient."""
+    """Times ours against the authors' eager code and its torch.compile, forward and forward + backward; the first `frozen` tensors get no gradient.
+
+    Where both draw random numbers, ``judged`` are the same two with one mask, of which correctness is judged.
+    """
     leaves = [t.detach().requires_grad_(i >= frozen) for i, t in enumerate(tensors)]
     device = tensors[0].device.type
     where = torch.cuda.get_device_name(tensors[0].device) if device == "cuda" else device
@@ -118,10 +122,11 @@ def compare(
         return run
 
     exact_leaves = [t.detach().double().requires_grad_(i >= frozen) for i, t in enumerate(tensors)]
-    out = eager(*exact_leaves)
+    judged = judged or (ours, eager)
+    out = judged[1](*exact_leaves)
     exact = (out.detach(), *torch.autograd.grad(out, exact_leaves[frozen:], dy.double()))
-    errors = {name: [tolerance.relative_error(got, want) for got, want in zip((forward(f)(), *step(f)()), exact, strict=True)] for name, f in rivals.items() if name != "compile"}  # type: ignore[misc, arg-type]
-    correct = all(a <= tolerance.limit_of(b, DTYPES[dtype], gradient=i > 0) for i, (a, b) in enumerate(zip(errors["ours"], errors["eager"], strict=True)))
+    errors = [[tolerance.relative_error(got, want) for got, want in zip((forward(f)(), *step(f)()), exact, strict=True)] for f in judged]  # type: ignore[misc, arg-type]
+    correct = all(a <= tolerance.limit_of(b, DTYPES[dtype], gradient=i > 0) for i, (a, b) in enumerate(zip(*errors, strict=True)))
     rows = []
     for direction, make in (("forward", forward), ("forward+backward", step)):
         times = interleave({name: make(f) for name, f in rivals.items()}, rounds, device)

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -47,33 +48,54 @@ void parallel(int64_t n, Range&& range) {
 Tensor floats(int64_t n) { return at::empty({n}, at::TensorOptions().dtype(at::kFloat)); }
 
 void carve(BottleneckParams& p, Tensor& storage) {
-  const int64_t width = padded(p.width), rank = padded(p.rank), outer = width * rank;
-  storage = floats(2 * outer + rank + 2 * width);
-  p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + outer, p.vectors = p.packed_up + outer;
+  const int64_t width = padded(p.width), out = padded(p.out), rank = padded(p.rank);
+  storage = floats((width + out) * rank + rank + 2 * out);
+  p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + width * rank, p.vectors = p.packed_up + out * rank;
 }
+
+int64_t panels_of(int64_t columns) { return padded(columns) / kPanel; }
 
 BottleneckParams common(const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate, const optional<Tensor>& scale_tensor,
                         double scale, int64_t activation, bool add_input) {
   BottleneckParams p{};
   p.activation_type = type_of(x), p.parameter_type = type_of(w_down);
-  p.rows = x.size(0), p.width = x.size(1), p.rank = w_down.size(0);
+  p.rows = x.size(0), p.width = x.size(1), p.out = w_up.size(0), p.rank = w_down.size(0);
   p.x = data(x), p.x_stride = x.stride(0);
   p.w_down = data(w_down), p.w_up = data(w_up), p.b_up = data(b_up), p.gate = data(gate), p.scale_tensor = data(scale_tensor);
   p.scale = static_cast<float>(scale), p.activation = static_cast<Activation>(activation), p.add_input = add_input;
   return p;
 }
 
+void run_forward(BottleneckParams& p) {
+  Tensor storage;
+  carve(p, storage);
+  cpu::bottleneck_prepare(p);
+  parallel(panels_of(p.rank) + panels_of(p.out), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_forward(p, b, e); });
+  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
+}
+
+// The scale's gradient, where it needs one, is the sum of what this returns.
+Tensor run_backward(BottleneckParams& p, bool parameters) {
+  Tensor storage;
+  carve(p, storage);
+  p.chunks = ceil_div(p.rows, chunk_rows(p.rows));
+  Tensor partials = floats(p.chunks * PartialLayout(padded(p.width), padded(p.out), p.rank, padded(p.rank)).total), dscale = floats(panels_of(p.out));
+  p.partials = partials.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
+  cpu::bottleneck_prepare(p);
+  parallel(panels_of(p.rank) + panels_of(p.width), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_backward(p, b, e); });
+  parallel(p.chunks, [&](int64_t b, int64_t e) { cpu::bottleneck_backward(p, b, e); });
+  if (parameters) parallel(std::max(panels_of(p.width), panels_of(p.out)), [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(p, b, e); });
+  return dscale;
+}
+
 std::tuple<Tensor, Tensor> bottleneck(const Tensor& x, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate,
                                       const optional<Tensor>& scale_tensor, const optional<Tensor>& residual, double scale, int64_t activation, bool add_input, bool save) {
   BottleneckParams p = common(x, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input);
   p.b_down = data(b_down), p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0;
-  Tensor y = output(true, {p.rows, p.width}, x), z = save ? at::empty({p.rows, p.rank}, x.options()) : output(false, {}, x), storage;
+  Tensor y = output(true, {p.rows, p.width}, x), z = output(save, {p.rows, p.rank}, x);
   if (p.rows == 0) return {y, z};
   p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
-  carve(p, storage);
-  cpu::bottleneck_prepare(p);
-  parallel((padded(p.rank) + padded(p.width)) / kPanel, [&](int64_t b, int64_t e) { cpu::bottleneck_pack_forward(p, b, e); });
-  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
+  run_forward(p);
   return {y, z};
 }
 
@@ -91,21 +113,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
   }
   p.dx = pointer(need(0), dx), p.dw_down = pointer(need(1), dwd), p.db_down = pointer(need(2), dbd), p.dw_up = pointer(need(3), dwu), p.db_up = pointer(need(4), dbu);
   p.dgate = pointer(need(5), dg), p.need_scale = need(6);
-  Tensor storage;
-  carve(p, storage);
-  const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows));
-  Tensor partials = floats(chunks * PartialLayout(padded(p.width), p.rank, padded(p.rank)).total), dscale = floats(panels);
-  p.chunks = chunks, p.partials = partials.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
-  cpu::bottleneck_prepare(p);
-  parallel(padded(p.rank) / kPanel + panels, [&](int64_t b, int64_t e) { cpu::bottleneck_pack_backward(p, b, e); });
-  parallel(chunks, [&](int64_t b, int64_t e) { cpu::bottleneck_backward(p, b, e); });
-  if (needs > 1) parallel(panels, [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(p, b, e); });
+  const Tensor dscale = run_backward(p, needs > 1);
   if (need(6)) {
     double total = 0;
-    for (int64_t i = 0; i < panels; ++i) total += p.dscale_panels[i];
+    for (int64_t i = 0; i < dscale.numel(); ++i) total += p.dscale_panels[i];
     ds.fill_(total);
   }
   return {dx, dwd, dbd, dwu, dbu, dg, ds};
+}
+
+BottleneckParams lora_common(const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& seed, double scale, double dropout) {
+  BottleneckParams p = common(x, w_down, w_up, b_up, {}, {}, scale, kIdentity, false);
+  if (seed)
+    p.seed = seed->const_data_ptr<int64_t>(), p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 0x1p32), 0x1p32 - 1)), p.kept = static_cast<float>(1 / (1 - dropout));
+  return p;
+}
+
+std::tuple<Tensor, Tensor> lora(const Tensor& x, const Tensor& y, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& seed, double scale,
+                                double dropout, bool save) {
+  BottleneckParams p = lora_common(x, w_down, w_up, b_up, seed, scale, dropout);
+  p.residual = data(y), p.residual_stride = y.stride(0);
+  Tensor out = output(true, {p.rows, p.out}, x), z = output(save, {p.rows, p.rank}, x);
+  if (p.rows == 0) return {out, z};
+  p.y = out.mutable_data_ptr(), p.z = pointer(save, z);
+  run_forward(p);
+  return {out, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& seed,
+                                                         double scale, double dropout, int64_t needs) {
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  BottleneckParams p = lora_common(x, w_down, w_up, {}, seed, scale, dropout);
+  p.dy = data(dy), p.dy_stride = dy.stride(0), p.z = const_cast<void*>(data(z));
+  Tensor dx = output(need(0), {p.rows, p.width}, x), dwd = output(need(1), {p.rank, p.width}, w_down), dwu = output(need(2), {p.out, p.rank}, w_down), dbu = output(need(3), {p.out}, w_down);
+  if (p.rows == 0) {
+    for (Tensor* t : {&dwd, &dwu, &dbu}) t->zero_();
+    return {dx, dwd, dwu, dbu};
+  }
+  p.dx = pointer(need(0), dx), p.dw_down = pointer(need(1), dwd), p.dw_up = pointer(need(2), dwu), p.db_up = pointer(need(3), dbu);
+  run_backward(p, needs > 1);
+  return {dx, dwd, dwu, dbu};
 }
 
 // The rows of each task in ascending order, those of no task behind them, and where each task's begin.
@@ -205,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
     for (Tensor* t : {&dwd, &dbd, &dwu, &dbu}) t->zero_();
   if (need(0)) routed.routing.fill_outside(dx, add_input ? &dy : nullptr);
   if (routed.calls.empty()) return {dx, dwd, dbd, dwu, dbu};
-  const int64_t width = padded(x.size(1)), rank = w_down.size(1), partial = PartialLayout(width, rank, padded(rank)).total;
+  const int64_t width = padded(x.size(1)), rank = w_down.size(1), partial = PartialLayout(width, width, rank, padded(rank)).total;
   int64_t chunks = 0;
   for (BottleneckParams& p : routed.calls) p.chunks = ceil_div(p.rows, chunk_rows(p.rows)), chunks += p.chunks;
   Tensor partials = floats(chunks * partial);
@@ -392,6 +439,9 @@ TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
   m.def(
       "routed_bottleneck_backward(Tensor dy, Tensor x, Tensor task_ids, Tensor z, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, float scale, int activation, bool add_input,"
       " int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("lora(Tensor x, Tensor y, Tensor w_down, Tensor w_up, Tensor? b_up, Tensor? seed, float scale, float dropout, bool save) -> (Tensor, Tensor)");
+  m.def(
+      "lora_backward(Tensor dy, Tensor x, Tensor z, Tensor w_down, Tensor w_up, Tensor? seed, float scale, float dropout, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
 #define FASTADAPT_GATED                                                                                                                                        \
   "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_up_weight, Tensor? gate_up_bias,"            \
   " float input_scale, float adapter_scale, float scale, int activation, int kind, bool add, int samples, "
@@ -411,6 +461,8 @@ TORCH_LIBRARY_IMPL(fastadapt_cpu, CPU, m) {
   m.impl("routed_bottleneck_backward", &routed_bottleneck_backward);
   m.impl("bottleneck", &bottleneck);
   m.impl("bottleneck_backward", &bottleneck_backward);
+  m.impl("lora", &lora);
+  m.impl("lora_backward", &lora_backward);
   m.impl("phm_bottleneck", &phm_bottleneck);
   m.impl("phm_bottleneck_backward", &phm_bottleneck_backward);
 }

@@ -33,6 +33,7 @@ def _demo(options: argparse.Namespace) -> int:
 # The options that only one op has, with their defaults.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "gated_bottleneck": {"granularity": "large", "gate_rank": None},
+    "lora": {"out_width": None, "dropout": False},
     "phm_bottleneck": {"division": 4, "factor_rank": 1},
     "routed_bottleneck": {"tasks": 4},
 }
@@ -65,6 +66,8 @@ def _explain(options: argparse.Namespace) -> int:
             print(f"fastadapt explain: --gate-rank is an option of granularity large, not of {own['granularity']}", file=sys.stderr)
             return 2
         own = {"gate_rank": own.get("gate_rank", options.rank) if large else 0, "granularity": "logits" if own["granularity"] == "large_full" else own["granularity"]}
+    if options.op == "lora":
+        own.setdefault("out_width", options.width)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         told = backend.explain(options.op, rows=options.rows, width=options.width, rank=options.rank, dtype=dtype, param_dtype=param_dtype, device=device, **own)
@@ -135,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, default=1, help="one is fastest for so small a model as soon as anything else runs")
     demo.set_defaults(run=_demo)
     explain = commands.add_parser("explain", help="say which backend a call would run on, why, and on a CUDA device in what time")
-    explain.add_argument("op", type=_op, help="bottleneck, gated_bottleneck, phm_bottleneck or routed_bottleneck")
+    explain.add_argument("op", type=_op, help="bottleneck, gated_bottleneck, lora, phm_bottleneck or routed_bottleneck")
     explain.add_argument("--rows", type=_positive, required=True, help="T, all leading dimensions together")
     explain.add_argument("--width", type=_positive, required=True, help="D")
     explain.add_argument("--rank", type=_positive, required=True, help="R")
@@ -144,6 +147,8 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", type=_device, help="cpu, cuda, or an architecture such as sm_90, which need not be here (default: cuda where there is one, else cpu)")
     explain.add_argument("--granularity", choices=("large", "large_full", "middleX", "middleY", "small"), help="of gated_bottleneck (default: large)")
     explain.add_argument("--gate-rank", type=_positive, help="of granularity large (default: the rank)")
+    explain.add_argument("--out-width", type=_positive, help="of lora: that of the projection's output (default: the width)")
+    explain.add_argument("--dropout", action="store_true", default=None, help="of lora: with dropout")
     explain.add_argument("--division", type=_positive, help="n of phm_bottleneck (default: 4)")
     explain.add_argument("--factor-rank", type=_positive, help="k of phm_bottleneck (default: 1)")
     explain.add_argument("--tasks", type=_positive, help="of routed_bottleneck (default: 4)")

@@ -22,12 +22,15 @@ from fastadapt.ops.bottleneck.function import bottleneck as _bottleneck
 from fastadapt.ops.gated_bottleneck import reference as _gated_reference
 from fastadapt.ops.gated_bottleneck.function import gated_bottleneck as _gated_bottleneck
 from fastadapt.ops.gated_bottleneck.schema import KINDS
+from fastadapt.ops.lora import reference as _lora_reference
+from fastadapt.ops.lora.function import draw_seed
+from fastadapt.ops.lora.function import lora as _lora
 from fastadapt.ops.phm_bottleneck import reference as _phm_reference
 from fastadapt.ops.phm_bottleneck.function import phm_bottleneck as _phm_bottleneck
 from fastadapt.ops.routed_bottleneck import reference as _routed_reference
 from fastadapt.ops.routed_bottleneck.function import routed_bottleneck as _routed_bottleneck
 
-__all__ = ["bottleneck", "gated_bottleneck", "phm_bottleneck", "routed_bottleneck"]
+__all__ = ["bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck"]
 
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
@@ -185,6 +188,60 @@ def gated_bottleneck(
     )  # fmt: skip
 
 
+def lora(
+    x: Tensor,
+    y: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    r"""LoRA beside a frozen projection as one operation: dropout, down-projection, up-projection, scale and the sum with the projection's output (Hu et al. 2021, section 4.1).
+
+    .. math:: y' = y + s\,(D(x) W_d^\top W_u^\top + b_u), \qquad D(x) = \tfrac{1}{1 - p}\, M \odot x
+
+    M keeps an element with probability 1 - p. It is a function of the seed and of an element's row and column alone (Philox4x32-10; `fastadapt.ops.philox.keep`), the same on every
+    backend, and never stored: backward draws it again.
+
+    Args:
+        x: input of the projection, (..., in), any strides.
+        y: output of the projection, (..., out); in and out may differ.
+        w_down: down-projection, (R, in); LoRA's A. Adapters of several projections of one x are one weight, stacked by rows.
+        w_up: up-projection, (out, R); LoRA's B. For stacked adapters, block-diagonal.
+        b_up: bias, (out,), or None.
+        scale: s, a Python number.
+        dropout: p, from 0 to below 1: what this call applies, so give 0 outside training.
+        seed: of the dropout, int64, one element on x's device, never read on the host. None draws it from torch's generator of that device, which `torch.manual_seed` sets.
+
+    Returns:
+        y', of y's shape and dtype A.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong; raised before any kernel runs.
+        fastadapt.backend.BackendError: a demanded backend cannot run the call.
+    """
+    _is_tensor("scale", scale)
+    scale, _ = _scale("scale", scale)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: must be a number from 0 to below 1, not {dropout!r}")
+    if not _evident_lora(x, y, w_down, w_up, b_up):
+        for name, t in (("x", x), ("y", y)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
+        (x,), (y,) = _activations(x=x), _activations(y=y)
+        _beside(x, y, w_down, w_up, b_up)
+    if seed is not None:
+        _check_seed(x, seed)
+    if not dropout:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x)
+    return _call(_lora, _lora_reference.composed, x, _rows(y), w_down, w_up, b_up, seed, scale, float(dropout), shape=y.shape)
+
+
 def phm_bottleneck(
     x: Tensor,
     rule_down: Tensor,
@@ -337,11 +394,11 @@ def _normed(call: Callable[[Tensor, Tensor | None, bool], Tensor], x: Tensor, ot
     return y + x if add_input else y if other is None else y + other
 
 
-def _call(function, composed, x: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-    """Runs ``function`` on x and the other `_rows`; under a functorch transform, where a custom op has no rules, the differentiable reference instead."""
+def _call(function, composed, x: Tensor, *args, shape=None) -> Tensor:  # type: ignore[no-untyped-def]
+    """Runs ``function`` on x and the other `_rows`; under a functorch transform, where a custom op has no rules, the differentiable reference. ``shape``: y's, if not x's."""
     rows = _rows(x)
     y = composed(rows, *args)[0] if torch._C._are_functorch_transforms_active() else function(rows, *args, demand=backend.demand())
-    return y if x.dim() == 2 else y.reshape(x.shape)
+    return y if x.dim() == 2 else y.reshape(x.shape if shape is None else shape)
 
 
 def _rows(t):  # type: ignore[no-untyped-def]
@@ -472,6 +529,54 @@ def _factors(x: Tensor, factors: tuple[Tensor, ...], b_down: Tensor | None, b_up
     _parameters(x, rule.dtype, "rule_down", **expected, b_down=(b_down, (n * inner,)), b_up=(b_up, (width,)))
 
 
+def _evident_lora(x: Tensor, y: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None) -> bool:
+    """As `_evident`."""
+    try:
+        dtype, device, shape, out = x.dtype, x.device, x.shape, y.shape
+        if _autocasts(device.type):
+            return False
+        p_dtype, (rank, width) = w_down.dtype, w_down.shape
+        return (
+            dtype in _FLOATS
+            and (p_dtype == dtype or p_dtype == torch.float32)
+            and len(shape) > 1
+            and shape[-1] == width
+            and rank > 0 < width
+            and len(out) == len(shape)
+            and out[:-1] == shape[:-1]
+            and out[-1] > 0
+            and y.dtype == dtype
+            and y.device == device
+            and w_up.shape == (out[-1], rank)
+            and w_up.dtype == p_dtype
+            and w_down.device == w_up.device == device
+            and (b_up is None or (b_up.shape == out[-1:] and b_up.dtype == p_dtype and b_up.device == device))
+        )
+    except (AttributeError, ValueError):
+        return False
+
+
+def _beside(x: Tensor, y: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None) -> None:
+    """Checks the output of the projection and the weights of a `lora` over x."""
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"y: shape {tuple(y.shape)} must be ({', '.join(map(str, x.shape[:-1]))}, out), the rows of x, {tuple(x.shape)}")
+    if y.dtype != x.dtype:
+        raise TypeError(f"y: dtype {y.dtype} must equal that of x, {x.dtype}")
+    if y.device != x.device:
+        raise ValueError(f"y: is on {y.device}, but x is on {x.device}")
+    rank = _rank(w_down, x.shape[-1], w_up=w_up)
+    _parameters(x, w_down.dtype, w_down=(w_down, (rank, x.shape[-1])), w_up=(w_up, (y.shape[-1], rank)), b_up=(b_up, (y.shape[-1],)))
+
+
+def _check_seed(x: Tensor, seed: Tensor) -> None:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"seed: must be an int64 tensor, not {seed.dtype if isinstance(seed, Tensor) else type(seed).__name__}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed: shape {tuple(seed.shape)} must be one element")
+    if seed.device != x.device:
+        raise ValueError(f"seed: is on {seed.device}, but the input is on {x.device}")
+
+
 def _activations(**tensors: Tensor | None) -> list[Any]:
     """Checks the activations of a call against the first one, and casts them under autocast."""
     first_name, first = next(iter(tensors.items()))
@@ -520,15 +625,20 @@ def _parameters(x: Tensor, dtype: torch.dtype, first: str = "w_down", /, **expec
 def _projections(x: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None, heads: int) -> None:
     """Checks the weights of a bottleneck over x."""
     width = x.shape[-1]
-    for name, w in (("w_down", w_down), ("w_up", w_up)):
+    rank = _rank(w_down, width, w_up=w_up)
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or rank % heads or width % heads:
+        raise ValueError(f"heads: must be a positive number that divides the rank {rank} and the width {width}, not {heads!r}")
+    _parameters(x, w_down.dtype, w_down=(w_down, (rank, width)), w_up=(w_up, (width, rank // heads)), b_down=(b_down, (rank,)), b_up=(b_up, (width,)))
+
+
+def _rank(w_down: Tensor, width: int, **w_up: Tensor) -> int:
+    """R of a down-projection of rows of ``width``."""
+    for name, w in {"w_down": w_down, **w_up}.items():
         if not isinstance(w, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {type(w).__name__}")
     if w_down.dim() != 2 or w_down.shape[1] != width or w_down.shape[0] == 0:
         raise ValueError(f"w_down: shape {tuple(w_down.shape)} must be (R, {width}) with R >= 1")
-    rank = w_down.shape[0]
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or rank % heads or width % heads:
-        raise ValueError(f"heads: must be a positive number that divides the rank {rank} and the width {width}, not {heads!r}")
-    _parameters(x, w_down.dtype, w_down=(w_down, (rank, width)), w_up=(w_up, (width, rank // heads)), b_down=(b_down, (rank,)), b_up=(b_up, (width,)))
+    return w_down.shape[0]
 
 
 def _scale(name: str, value: float | Tensor) -> tuple[float, Tensor | None]:

@@ -369,7 +369,7 @@ class Handle:
     def merge(self) -> nn.Module:
         """Folds the adapters into the base's weights for good, and unpatches; trained base tensors keep their trained values. For methods that are linear: LoRA.
 
-        Each weight becomes W + (alpha / r) B A, added up in fp32 (fp64 for fp64) and rounded once to its own dtype; of adapters per task those of the active task. Every projection
+        Each weight becomes W + (alpha / r) B A, added up in fp64 and rounded once to its own dtype; of adapters per task those of the active task. Every projection
         is then tried on random rows: what it gave with its adapter and what it gives now must be the same to the rounding of its dtype.
 
         Returns:
@@ -901,7 +901,7 @@ def _mergeable(handle: Handle) -> list[tuple[Any, Any]]:
                 raise NotMergeableError(f"merge: choose the task whose adapters to fold in with set_task; tasks: {', '.join(handle.tasks)}")
             adapter = _adapter_of(adapter, handle.active_task)
         weight = site.owner._parameters.get("weight")
-        if not hasattr(adapter, "merged_delta"):
+        if not hasattr(adapter, "merged_weight"):
             reasons[f"{type(adapter).__name__} is not linear in what it reads, so no weight can hold it"] += 1
         elif weight is None or weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
             reasons[
@@ -929,9 +929,11 @@ def _merge(owner: Any, adapter: Any, site: str) -> None:
     adapter.eval()
     try:
         expected = owner(x).to(wide)
-        merged = (weight.to(wide) + adapter.merged_delta().to(wide)).to(weight.dtype)
+        merged = adapter.merged_weight(owner)
         owner.weight.data, owner.__class__ = merged, adapted.__mro__[2]  # behind the adapted class and what it adds
         difference = (owner(x).to(wide) - expected).norm() / expected.norm()
+    except ValueError as error:
+        raise NotMergeableError(f"merge: {site}: {error}") from None
     finally:
         owner.__class__ = adapted
         adapter.train(training)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,3 +175,33 @@ def routed_bottleneck(
         y = y.index_copy(0, own, bottleneck(rows[own], wd, wu, bd, bu, activation=activation, residual=None, scale=scale))  # type: ignore[arg-type]
     y = y.reshape(x.shape)
     return y if residual is None else y + (residual if isinstance(residual, Tensor) else x)
+
+
+def lora(
+    x: Tensor,
+    y: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """PEFT's Linear beside its base layer's output y. A seed's mask is that of Philox4x32-10; without one it is torch's own."""
+    if dropout:
+        x = F.dropout(x, dropout) if seed is None else x * kept(seed, x, dropout).to(x.dtype) / (1 - dropout)
+    return y + _linear(_linear(x, w_down, None), w_up, b_up) * scale
+
+
+def kept(seed: Tensor, x: Tensor, dropout: float) -> Tensor:
+    """The elements of x that dropout keeps, by Philox4x32-10 as Random123 writes it: round, then bump of the key."""
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    t, group = np.meshgrid(np.arange(math.prod(x.shape[:-1]), dtype=np.uint64), np.arange(-(-x.shape[-1] // 4), dtype=np.uint64), indexing="ij")
+    c, key = [group, t & low, t >> shift, np.zeros_like(t)], [np.uint64(int(seed) & 0xFFFFFFFF), np.uint64(int(seed) >> 32 & 0xFFFFFFFF)]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> shift) ^ c[1] ^ key[0], b & low, (a >> shift) ^ c[3] ^ key[1], a & low]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
+    numbers = np.stack(c, -1).reshape(len(t), 4 * t.shape[1])[:, : x.shape[-1]]
+    return torch.from_numpy(numbers >= min(2**32 - 1, round(dropout * 2**32))).reshape(x.shape).to(x.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadapt import backend, functional
 
-D, R, N, K = 8, 4, 2, 1
+D, R, N, K, E = 8, 4, 2, 1, 6
 
 
 def _bottleneck() -> dict[str, Any]:
@@ -34,6 +34,10 @@ def _phm() -> dict[str, Any]:
     down, up = ((N, N, N), (N, D // N, K), (N, K, R // N)), ((N, N, N), (N, R // N, K), (N, K, D // N))
     factors = {f"{name}_{side}": torch.randn(s) for side, shapes in (("down", down), ("up", up)) for name, s in zip(("rule", "left", "right"), shapes, strict=True)}
     return {"x": torch.randn(3, 5, D), **factors, "b_down": torch.randn(R), "b_up": torch.randn(D)}
+
+
+def _lora() -> dict[str, Any]:
+    return {"x": torch.randn(3, 5, D), "y": torch.randn(3, 5, E), "w_down": torch.randn(R, D), "w_up": torch.randn(E, R), "b_up": torch.randn(E)}
 
 
 def _refused(function: Any, arguments: dict[str, Any], kind: type[Exception], *says: str) -> None:
@@ -164,6 +168,41 @@ PHM = {
 }
 
 
+LORA = {
+    "width of w_down": ({"w_down": torch.randn(R, D + 1)}, ValueError, "w_down", f"({R}, {D + 1})", f"(R, {D})"),
+    "rank 0": ({"w_down": torch.randn(0, D)}, ValueError, "w_down", f"(0, {D})", "R >= 1"),
+    "width of w_up": ({"w_up": torch.randn(D, R)}, ValueError, "w_up", f"({D}, {R})", f"({E}, {R})"),
+    "rank of w_up": ({"w_up": torch.randn(E, R + 1)}, ValueError, "w_up", f"({E}, {R + 1})", f"({E}, {R})"),
+    "length of b_up": ({"b_up": torch.randn(D)}, ValueError, "b_up", f"({D},)", f"({E},)"),
+    "rows of y": ({"y": torch.randn(3, 4, E)}, ValueError, "y", f"(3, 4, {E})", "(3, 5, out)", f"(3, 5, {D})"),
+    "dimensions of y": ({"y": torch.randn(15, E)}, ValueError, "y", f"(15, {E})", "(3, 5, out)"),
+    "width 0 of y": ({"y": torch.randn(3, 5, 0)}, ValueError, "y", "(3, 5, 0)", "D >= 1"),
+    "dtype of y": ({"y": torch.randn(3, 5, E).half()}, TypeError, "y", "torch.float16", "torch.float32"),
+    "device of y": ({"y": meta(3, 5, E)}, ValueError, "y", "meta", "cpu"),
+    "y is None": ({"y": None}, TypeError, "y", "must be a tensor"),
+    "1-D x": ({"x": torch.randn(D)}, ValueError, "x", f"({D},)", "(..., D)"),
+    "integer x": ({"x": torch.ones(3, 5, D, dtype=torch.int64)}, TypeError, "x", "torch.int64", "float32"),
+    "w_up is None": ({"w_up": None}, TypeError, "w_up", "NoneType", "tensor"),
+    "half parameters over float32": ({n: v.half() for n, v in _lora().items() if n not in "xy"}, TypeError, "w_down", "torch.float16", "torch.float32"),
+    "mixed parameters": ({"w_up": torch.randn(E, R).bfloat16()}, TypeError, "w_up", "torch.bfloat16", "torch.float32"),
+    **{f"device of {name}": ({name: _lora()[name].to("meta")}, ValueError, name, "meta", "cpu") for name in ("w_down", "w_up", "b_up")},
+    "NaN scale": ({"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
+    "tensor scale": ({"scale": torch.ones(1)}, TypeError, "scale", "tensor", "number"),
+    **{f"dropout {p!r}": ({"dropout": p}, ValueError, "dropout", repr(p), "from 0 to below 1") for p in (1.0, -0.1, float("nan"), True, "0.1", None)},
+    "seed of a number": ({"dropout": 0.1, "seed": 3}, TypeError, "seed", "int", "int64 tensor"),
+    "dtype of seed": ({"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int32)}, TypeError, "seed", "torch.int32", "int64"),
+    "seed of two elements": ({"dropout": 0.1, "seed": torch.ones(2, dtype=torch.int64)}, ValueError, "seed", "(2,)", "one element"),
+    "device of seed": ({"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64, device="meta")}, ValueError, "seed", "meta", "cpu"),
+    "seed without dropout": ({"seed": torch.ones(1)}, TypeError, "seed", "torch.float32", "int64"),
+}
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_lora(case: str) -> None:
+    changes, kind, *says = LORA[case]
+    _refused(functional.lora, {**_lora(), **changes}, kind, *says)
+
+
 @pytest.mark.parametrize("case", BOTTLENECK)
 def test_bottleneck(case: str) -> None:
     changes, kind, *says = BOTTLENECK[case]
@@ -186,6 +225,8 @@ def test_the_unchanged_arguments_are_taken() -> None:
     """Every case above differs from a good call in what it says."""
     functional.bottleneck(**_bottleneck())
     functional.phm_bottleneck(**_phm())
+    functional.lora(**_lora())
+    functional.lora(**_lora(), dropout=0.1, seed=torch.ones(1, dtype=torch.int64))
     for granularity in ("large", "large_full", "middleX", "middleY", "small"):
         functional.gated_bottleneck(**_gated(granularity))
 

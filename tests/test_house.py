@@ -81,7 +81,7 @@ def test_the_import_rules_see_a_violation() -> None:
 # (op, file beside it) -> why there is none. README's status table says the same.
 ABSENT: dict[tuple[str, str], str] = {}
 # Ops that run on another's CPU kernels.
-BORROWED = {"routed_bottleneck": "bottleneck"}
+BORROWED = {"lora": "bottleneck", "routed_bottleneck": "bottleneck"}
 
 
 def test_an_op_has_the_same_name_everywhere() -> None:

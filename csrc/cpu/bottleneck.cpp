@@ -3,8 +3,10 @@
 // Forward per tile of 64 rows: z = x Wd' + bd and a = phi(z) stay in L1, the up-projection is finished and stored in blocks of 128 columns.
 // Backward per tile: da = dy (s g Wu), dz = da phi'(z), dx = dz Wd (+ dy); dWd += dz' x and P += a' dy go to the chunk's partial. With P and S = column sums of dy the gradients of
 // w_up, b_up, gate and scale need no up-projection: dWu = s g P, dbu = s g S, dg = s b, ds = sum g b, b = rowsum(Wu P) + bu S.
-// A routed call is one call a task, over its rows wherever they lie.
+// A routed call is one call a task, over its rows wherever they lie. LoRA is a call whose x and y may differ in width and whose x may be dropped in part: with mask M and k = 1 / (1 - p)
+// z = k (M x) Wd', dz gets the same k, and dx = M (dz Wd).
 // Memory traffic a row of D: forward reads x, writes y; backward reads x and dy, writes dx; weights come from L2/L3.
+#include "dropout.h"
 #include "kernels.h"
 #include "tile.h"
 
@@ -12,21 +14,29 @@ namespace fastadapt::cpu {
 namespace {
 
 struct Sizes {
-  int64_t width, rank;  // padded to whole panels
-  explicit Sizes(const BottleneckParams& p) : width(padded(p.width)), rank(padded(p.rank)) {}
+  int64_t width, out, rank;  // padded to whole panels
+  explicit Sizes(const BottleneckParams& p) : width(padded(p.width)), out(padded(p.out)), rank(padded(p.rank)) {}
+  PartialLayout partial(const BottleneckParams& p) const { return {width, out, p.rank, rank}; }
 };
+
+// Room for the mask of a tile, in floats.
+int64_t mask_floats(const BottleneckParams& p) { return p.seed ? kTileRows * mask_stride(p.width) / static_cast<int64_t>(sizeof(float)) : 0; }
+
+void mask_tile(const BottleneckParams& p, int64_t row, int64_t m, float* room) {
+  if (p.seed) draw_mask(static_cast<uint64_t>(*p.seed), p.threshold, row, m, p.width, reinterpret_cast<int8_t*>(room));
+}
 
 // vectors: bd [R], s g [D], s g bu [D]
 template <class A, class P>
 void prepare_vectors(const BottleneckParams& p) {
   const Sizes s(p);
-  float *bd = p.vectors, *gs = bd + s.rank, *bias = gs + s.width;
+  float *bd = p.vectors, *gs = bd + s.rank, *bias = gs + s.out;
   vector_or<P, A>(p.b_down, bd, p.rank, s.rank, 0.f);
-  vector_or<P, A>(p.gate, gs, p.width, s.width, 1.f);
-  vector_or<P, A>(p.b_up, bias, p.width, s.width, 0.f);
+  vector_or<P, A>(p.gate, gs, p.out, s.out, 1.f);
+  vector_or<P, A>(p.b_up, bias, p.out, s.out, 0.f);
   float scale = p.scale, tensor;
   if (p.scale_tensor) widen_parameter<P, A>(static_cast<const P*>(p.scale_tensor), &tensor, 1), scale *= tensor;
-  vectors(s.width, [&](int64_t i) { (Vec::loadu(gs + i) * Vec(scale)).store(gs + i), (Vec::loadu(bias + i) * Vec::loadu(gs + i)).store(bias + i); });
+  vectors(s.out, [&](int64_t i) { (Vec::loadu(gs + i) * Vec(scale)).store(gs + i), (Vec::loadu(bias + i) * Vec::loadu(gs + i)).store(bias + i); });
 }
 
 template <class A, class P>
@@ -34,14 +44,14 @@ void pack_forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const int64_t down = s.rank / kPanel;
   pack_transposed<P, A>(p.w_down, p.rank, p.width, nullptr, p.packed_down, std::min(begin, down), std::min(end, down));
-  pack_transposed<P, A>(p.w_up, p.width, p.rank, p.vectors + s.rank, p.packed_up, std::max<int64_t>(begin - down, 0), std::max<int64_t>(end - down, 0));
+  pack_transposed<P, A>(p.w_up, p.out, p.rank, p.vectors + s.rank, p.packed_up, std::max<int64_t>(begin - down, 0), std::max<int64_t>(end - down, 0));
 }
 
 template <class A, class P>
 void pack_backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const int64_t up = s.rank / kPanel;
-  pack<P, A>(p.w_up, p.width, p.rank, p.vectors + s.rank, p.packed_up, std::min(begin, up), std::min(end, up));
+  pack<P, A>(p.w_up, p.out, p.rank, p.vectors + s.rank, p.packed_up, std::min(begin, up), std::min(end, up));
   if (p.dx) pack<P, A>(p.w_down, p.rank, p.width, nullptr, p.packed_down, std::max<int64_t>(begin - up, 0), std::max<int64_t>(end - up, 0));
 }
 
@@ -49,17 +59,21 @@ template <class A, class P>
 void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const RowIndex at{p.order};
-  float* x_tile = scratch(kTileRows * (s.width + s.rank + kBlockColumns) + kBlockColumns);
-  float *z_tile = x_tile + kTileRows * s.width, *u_tile = z_tile + kTileRows * s.rank, *line = u_tile + kTileRows * kBlockColumns;
-  const float *bd = p.vectors, *bias = bd + s.rank + s.width;
+  float* x_tile = scratch(kTileRows * (s.width + s.rank + kBlockColumns) + kBlockColumns + mask_floats(p));
+  float *z_tile = x_tile + kTileRows * s.width, *u_tile = z_tile + kTileRows * s.rank, *line = u_tile + kTileRows * kBlockColumns, *room = line + kBlockColumns;
+  const int8_t* mask = reinterpret_cast<const int8_t*>(room);
+  const float *bd = p.vectors, *bias = bd + s.rank + s.out;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
-    const Rows x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
+    Rows x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
+    mask_tile(p, row, m, room);
+    if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
     matmul(height, p.width, p.rank, x.data, x.stride, p.packed_down, z_tile, s.rank, 0, p.rank);
+    if (p.seed) scale_by(p.kept, z_tile, m * s.rank);
     activate_rows<A>(z_tile, m, p.rank, s.rank, bd, p.activation, static_cast<A*>(p.z), at, row);
-    for (int64_t c = 0; c < p.width; c += kBlockColumns) {
-      const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
-      matmul(height, p.rank, p.width, z_tile, s.rank, p.packed_up, u_tile, kBlockColumns, c, c + n);
+    for (int64_t c = 0; c < p.out; c += kBlockColumns) {
+      const int64_t n = std::min(kBlockColumns, p.out - c), whole = round_up(n, 8);
+      matmul(height, p.rank, p.out, z_tile, s.rank, p.packed_up, u_tile, kBlockColumns, c, c + n);
       for (int64_t i = 0; i < m; ++i) {
         float* u = u_tile + i * kBlockColumns;
         vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(bias + c + j)).store(u + j); });
@@ -71,7 +85,7 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
           widen(static_cast<const A*>(p.residual) + at(row + i) * p.residual_stride + c, line, n, whole);
           vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(line + j)).store(u + j); });
         }
-        narrow(u, static_cast<A*>(p.y) + at(row + i) * p.width + c, n);
+        narrow(u, static_cast<A*>(p.y) + at(row + i) * p.out + c, n);
       }
     }
   }
@@ -80,21 +94,24 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
 template <class A, class P>
 void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
-  const PartialLayout layout(s.width, p.rank, s.rank);
+  const PartialLayout layout = s.partial(p);
   const RowIndex at{p.order};
   const bool need_dz = p.dx || p.dw_down || p.db_down, need_p = p.dw_up || p.dgate || p.need_scale;
-  const int64_t tile_floats = kTileRows * s.width, rank_floats = kTileRows * s.rank;
-  float* dy_tile = scratch(3 * tile_floats + 3 * rank_floats + kTileRows * kBlockColumns);
-  float *x_tile = dy_tile + tile_floats, *panels = x_tile + tile_floats, *dz = panels + tile_floats, *a = dz + rank_floats, *work = a + rank_floats, *u_tile = work + rank_floats;
+  const int64_t x_floats = kTileRows * s.width, dy_floats = kTileRows * s.out, panel_floats = std::max(x_floats, dy_floats), rank_floats = kTileRows * s.rank;
+  float* dy_tile = scratch(dy_floats + x_floats + panel_floats + 3 * rank_floats + kTileRows * kBlockColumns + mask_floats(p));
+  float *x_tile = dy_tile + dy_floats, *panels = x_tile + x_floats, *dz = panels + panel_floats, *a = dz + rank_floats, *work = a + rank_floats, *u_tile = work + rank_floats,
+        *room = u_tile + kTileRows * kBlockColumns;
+  const int8_t* mask = reinterpret_cast<const int8_t*>(room);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
-    float *dwd = p.partials + chunk * layout.total, *pt = dwd + layout.outer, *sums = pt + layout.outer, *dbd = sums + s.width;
+    float *dwd = p.partials + chunk * layout.total, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
     std::fill(sums, dbd + s.rank, 0.f);
     for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
       const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
       const bool add = row != chunk_begin;
-      const Rows dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.width, dy_tile, s.width);
-      if (need_dz) matmul(height, p.width, p.rank, dy.data, dy.stride, p.packed_up, dz, s.rank, 0, p.rank);
+      const Rows dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.out, dy_tile, s.out);
+      if (need_dz) mask_tile(p, row, m, room), matmul(height, p.out, p.rank, dy.data, dy.stride, p.packed_up, dz, s.rank, 0, p.rank);
+      if (need_dz && p.seed) scale_by(p.kept, dz, m * s.rank);
       backprop_rows<A>(static_cast<const A*>(p.z), need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd, at, row);
       if (p.dx)
         for (int64_t c = 0; c < p.width; c += kBlockColumns) {
@@ -103,13 +120,16 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
           for (int64_t i = 0; i < m; ++i) {
             float* u = u_tile + i * kBlockColumns;
             if (p.add_input) vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(dy.data + i * dy.stride + c + j)).store(u + j); });
+            if (p.seed) drop(u, mask + i * mask_stride(p.width) + c, u, n);
             narrow(u, static_cast<A*>(p.dx) + at(row + i) * p.width + c, n);
           }
         }
-      if (need_p || p.db_up) to_panels(dy, m, height, p.width, panels, sums);
-      if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, pt, work);
+      if (need_p || p.db_up) to_panels(dy, m, height, p.out, panels, sums);
+      if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.out, add, pt, work);
       if (p.dw_down) {
-        to_panels(load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width), m, height, p.width, panels, nullptr);
+        Rows x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
+        if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
+        to_panels(x, m, height, p.width, panels, nullptr);
         accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, dwd, work);
       }
     }
@@ -119,15 +139,15 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
 template <class A, class P>
 void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
-  const PartialLayout layout(s.width, p.rank, s.rank);
+  const PartialLayout layout = s.partial(p);
   float* panel = scratch(p.rank * kPanel + s.rank + 3 * kPanel);
   float *wu = panel + p.rank * kPanel, *sums = wu + s.rank, *bu = sums + kPanel, *gate = bu + kPanel;
   float scale = p.scale, tensor;
   if (p.scale_tensor) widen_parameter<P, A>(static_cast<const P*>(p.scale_tensor), &tensor, 1), scale *= tensor;
   for (int64_t q = begin; q < end; ++q) {
-    const int64_t j0 = q * kPanel, n = std::min(kPanel, p.width - j0);
+    const int64_t j0 = q * kPanel, n = std::min(kPanel, p.out - j0);
     const bool bracket_needed = p.dgate || p.need_scale;
-    reduce_pair<P>(p.partials, layout, layout.total, p.chunks, q, n, p.width, p.rank, p.vectors + s.rank, p.dw_down, p.dw_up, p.db_up, bracket_needed, bracket_needed, panel, sums);
+    reduce_pair<P>(p.partials, layout, layout.total, p.chunks, q, p.width, p.out, p.rank, p.vectors + s.rank, p.dw_down, p.dw_up, p.db_up, bracket_needed, bracket_needed, panel, sums);
     if (!bracket_needed) continue;
     vector_or<P, A>(p.b_up ? static_cast<const P*>(p.b_up) + j0 : nullptr, bu, n, kPanel, 0.f);
     vector_or<P, A>(p.gate ? static_cast<const P*>(p.gate) + j0 : nullptr, gate, n, kPanel, 1.f);
@@ -141,7 +161,7 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
     }
     if (p.need_scale) p.dscale_panels[q] = static_cast<float>(p.scale * total);
   }
-  if (begin == 0) reduce_vector<P>(p.partials + 2 * layout.outer + s.width, layout.total, p.chunks, p.rank, p.db_down, wu);
+  if (begin == 0) reduce_vector<P>(p.partials + layout.db_down, layout.total, p.chunks, p.rank, p.db_down, wu);
 }
 
 }  // namespace

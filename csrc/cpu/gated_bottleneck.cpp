@@ -281,8 +281,8 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
     float* partial = p.partials + chunk * layout.total;
-    float *dwd = partial, *pt = dwd + layout.adapter.outer, *sums = pt + layout.adapter.outer, *dbd = sums + s.width;
-    float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.outer, *sums_g = ptg + layout.gate.outer, *dbg = sums_g + s.width;
+    float *dwd = partial, *pt = dwd + layout.adapter.p, *sums = dwd + layout.adapter.sums, *dbd = dwd + layout.adapter.db_down;
+    float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.p, *sums_g = dwg + layout.gate.sums, *dbg = dwg + layout.gate.db_down;
     float *dw_x = partial + layout.w_x, *dw_h = partial + layout.w_h, *bias = partial + layout.bias;
     std::fill(sums, dbd + s.rank, 0.f);
     std::fill(sums_g, bias + 16, 0.f);
@@ -405,16 +405,15 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   float *scales = panel + std::max(s.rank, s.gate_rank) * kPanel, *work = scales + s.width, *sums = work + s.width + s.rank + s.gate_rank;
   const float* gate = p.partials + layout.gate_at;
   for (int64_t q = begin; q < end; ++q) {
-    const int64_t n = std::min(kPanel, p.width - q * kPanel);
     std::fill(scales, scales + s.width, p.adapter_scale);
-    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, n, p.width, p.rank, scales, p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
+    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, p.width, p.width, p.rank, scales, p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
     if (p.kind != kLarge) continue;
     std::fill(scales, scales + s.width, 1.f);
-    reduce_pair<P>(gate, layout.gate, stride, chunks, q, n, p.width, p.gate_rank, scales, p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
+    reduce_pair<P>(gate, layout.gate, stride, chunks, q, p.width, p.width, p.gate_rank, scales, p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
   }
   if (begin != 0) return;
-  reduce_vector<P>(p.partials + 2 * layout.adapter.outer + s.width, stride, chunks, p.rank, p.db_down, work);
-  if (p.kind == kLarge) reduce_vector<P>(gate + 2 * layout.gate.outer + s.width, stride, chunks, p.gate_rank, p.dgate_bias, work);
+  reduce_vector<P>(p.partials + layout.adapter.db_down, stride, chunks, p.rank, p.db_down, work);
+  if (p.kind == kLarge) reduce_vector<P>(gate + layout.gate.db_down, stride, chunks, p.gate_rank, p.dgate_bias, work);
   if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, stride, chunks, 1, p.dgate_bias, work);
   if (p.kind == kLarge || !p.dgate_weight) return;
   P* dw = static_cast<P*>(p.dgate_weight);

@@ -230,6 +230,11 @@ inline Rows load_rows(const void* base, int64_t stride, int64_t row, int64_t m, 
   return load_rows<A>(base, stride, RowIndex{nullptr}, row, m, height, width, buffer, padded_width);
 }
 
+// v := factor v, n numbers, a multiple of 8.
+inline void scale_by(float factor, float* v, int64_t n) {
+  vectors(n, [&](int64_t i) { (Vec::loadu(v + i) * Vec(factor)).store(v + i); });
+}
+
 // z := rounded(z + bias), stored unpadded if asked for; then z := phi(z). Row i goes to row at(first + i) of `out`.
 template <class A>
 inline void activate_rows(float* z, int64_t m, int64_t rank, int64_t ld, const float* bias, Activation f, A* out, RowIndex at = {nullptr}, int64_t first = 0) {
@@ -303,21 +308,22 @@ inline void sum_chunks(const float* partial, int64_t chunk_stride, int64_t chunk
   }
 }
 
-// The gradients of a down/up pair in columns [32 q, 32 q + n) of the width: dW_down and, with P = dy' a and S the column sums of dy, dW_up = scale P and db_up = scale S.
+// The gradients of a down/up pair in panel q of the columns of x and of dy: dW_down and, with P = dy' a and S the column sums of dy, dW_up = scale P and db_up = scale S.
 // Leaves P in `panel` and S in `sums` where asked for.
 template <class P>
-inline void reduce_pair(const float* partials, PartialLayout layout, int64_t chunk_stride, int64_t chunks, int64_t q, int64_t n, int64_t width, int64_t rank,
-                        const float* scale, void* dw_down, void* dw_up, void* db_up, bool need_p, bool need_s, float* panel, float* sums) {
-  const int64_t j0 = q * kPanel;
-  if (dw_down) {
+inline void reduce_pair(const float* partials, PartialLayout layout, int64_t chunk_stride, int64_t chunks, int64_t q, int64_t width, int64_t out, int64_t rank, const float* scale,
+                         void* dw_down, void* dw_up, void* db_up, bool need_p, bool need_s, float* panel, float* sums) {
+  const int64_t j0 = q * kPanel, n = std::min(kPanel, out - j0);
+  if (dw_down && j0 < width) {
     sum_chunks(partials + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
-    for (int64_t r = 0; r < rank; ++r) narrow(panel + r * kPanel, static_cast<P*>(dw_down) + r * width + j0, n);
+    for (int64_t r = 0; r < rank; ++r) narrow(panel + r * kPanel, static_cast<P*>(dw_down) + r * width + j0, std::min(kPanel, width - j0));
   }
-  if (db_up || need_s) sum_chunks(partials + 2 * layout.outer + j0, chunk_stride, chunks, kPanel, sums);
+  if (n <= 0) return;
+  if (db_up || need_s) sum_chunks(partials + layout.sums + j0, chunk_stride, chunks, kPanel, sums);
   if (db_up)
     for (int64_t j = 0; j < n; ++j) static_cast<P*>(db_up)[j0 + j] = static_cast<P>(scale[j0 + j] * sums[j]);
   if (!(dw_up || need_p)) return;
-  sum_chunks(partials + layout.outer + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
+  sum_chunks(partials + layout.p + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
   if (!dw_up) return;
   alignas(64) float block[kPanel * kPanel];
   for (int64_t r0 = 0; r0 < rank; r0 += kPanel) {

@@ -9,7 +9,7 @@ enum Activation : int { kIdentity, kRelu, kGelu, kGeluNew, kSilu };
 
 struct BottleneckParams {
   Type activation_type, parameter_type;
-  int64_t rows, width, rank;
+  int64_t rows, width, out, rank;  // x has `width` columns, y, dy and residual `out`
   const int64_t* order;  // routed: the rows of one task, in ascending order; else null
   int64_t chunks;        // of rows, each with a partial
   const void *x, *residual, *dy;
@@ -18,6 +18,10 @@ struct BottleneckParams {
   float scale;
   Activation activation;
   bool add_input;
+  // Dropout of x, null: none. An element is dropped where its number is below the threshold; what its row gives is multiplied by kept, 1 / (1 - p).
+  const int64_t* seed;
+  uint32_t threshold;
+  float kept;
   void *y, *z;  // forward writes z (may be null), backward reads it
   void* dx;
   void *dw_down, *db_down, *dw_up, *db_up, *dgate;
@@ -29,10 +33,11 @@ struct BottleneckParams {
   float* dscale_panels;  // one summand per panel of columns
 };
 
-// Where the pieces of a chunk's partial lie: dWd as [panels][R][32], P = dy' a transposed likewise, S, dbd.
+// Where the pieces of a chunk's partial lie: dWd as [panels][R][32], P = dy' a transposed likewise, S (the column sums of dy), dbd.
 struct PartialLayout {
-  int64_t outer, total;
-  constexpr PartialLayout(int64_t padded_width, int64_t rank, int64_t padded_rank) : outer(padded_width * rank), total(2 * outer + padded_width + padded_rank) {}
+  int64_t p, sums, db_down, total;
+  constexpr PartialLayout(int64_t padded_width, int64_t padded_out, int64_t rank, int64_t padded_rank)
+      : p(padded_width * rank), sums(p + padded_out * rank), db_down(sums + padded_out), total(db_down + padded_rank) {}
 };
 
 }  // namespace fastadapt

@@ -43,8 +43,8 @@ struct GatedPartial {
   PartialLayout adapter, gate;
   int64_t gate_at, w_x, w_h, bias, total;
   constexpr GatedPartial(int64_t padded_width, int64_t rank, int64_t padded_rank, int64_t gate_rank, int64_t padded_gate_rank)
-      : adapter(padded_width, rank, padded_rank),
-        gate(padded_width, gate_rank, padded_gate_rank),
+      : adapter(padded_width, padded_width, rank, padded_rank),
+        gate(padded_width, padded_width, gate_rank, padded_gate_rank),
         gate_at(adapter.total),
         w_x(gate_at + gate.total),
         w_h(w_x + padded_width),

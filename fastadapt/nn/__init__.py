@@ -6,7 +6,7 @@ from fastadapt.nn.gates import IA3, Gate, GatingOnly, InTurn, ValueResidual, in_
 from fastadapt.nn.hypernetwork import GeneratedBottleneck, HyperNetwork, TaskEmbeddings
 from fastadapt.nn.init import Init
 from fastadapt.nn.intrinsic import IntrinsicDimension
-from fastadapt.nn.lora import LoRA
+from fastadapt.nn.lora import LoRA, MergedLoRA
 from fastadapt.nn.per_task import PerTask
 from fastadapt.nn.projections import LowRankLinear, PHMLinear, Projection, share
 from fastadapt.nn.prompt import Prompt
@@ -15,6 +15,6 @@ from fastadapt.nn.visual_adapter import VisualAdapter
 
 __all__ = [
     "IA3", "Bottleneck", "Gate", "GatedBottleneck", "GatingOnly", "GeneratedBottleneck", "HyperNetwork", "InTurn", "Init", "IntrinsicDimension", "KeyValueAdapter", "LoRA",
-    "LowRankLinear", "PHMLinear", "PerTask", "Projection", "Prompt", "TaskEmbeddings", "TemporalEmbedding", "UniAdapter", "ValueParallelAdapter", "ValueResidual",
+    "LowRankLinear", "MergedLoRA", "PHMLinear", "PerTask", "Projection", "Prompt", "TaskEmbeddings", "TemporalEmbedding", "UniAdapter", "ValueParallelAdapter", "ValueResidual",
     "VisualAdapter", "frame_scores", "frame_weights", "in_turn", "share",
 ]  # fmt: skip

@@ -21,10 +21,10 @@ import torch
 from fastadapt.ops import _cpu
 from tests.mutation import calls, cpp, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec
+from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec
 
 SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp")
-FILES = ("csrc/cpu/tile.h", *SOURCES[1:3])
+FILES = ("csrc/cpu/tile.h", *SOURCES[1:3], "csrc/cpu/dropout.h")
 PHM_FILES = ("csrc/include/phm_bottleneck.h", "csrc/cpu/phm_bottleneck.cpp")
 FLAGS = "-O1 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DFASTADAPT_MUTATION".split()
 
@@ -71,8 +71,10 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("loop", "k0 <= k in"): LAST,
     ("loop", "j0 <= rank in"): LAST,
     ("loop", "j0 <= width in"): LAST,
+    ("bound", "j0 <= width in"): LAST,
     ("loop", "r0 <= rank in"): LAST,
     ("loop", "c <= p.width in"): LAST,
+    ("loop", "c <= p.out in"): LAST,
     ("loop", "row <= chunk_end in"): LAST,
     ("condition", "if constexpr (std::is_same_v<P, float> && std::is_same_v<A, float>)"): SAME,
     ("condition", "if constexpr (!std::is_same_v<A, float>) narrow(row + j0"): "without the rounding of the pre-activation the result is nearer to the exact one",
@@ -105,6 +107,11 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("offset", "dz = a + kTileRows * largest_rank"): SHARE,
     ("offset", "work + kTileRows * largest_rank"): SHARE,
     ("offset", "sums = work + s.width + s.rank + s.gate_rank"): SHARE,
+    ("offset", "*room = line + kBlockColumns"): SHARE,
+    ("offset", "kTileRows * mask_stride(p.width) / "): "more room than is used",
+    ("condition", "need_dz && p.seed"): MORE,
+    ("offset", "kMultiplier1) * row_high"): "rows from 2^32 on, more than a test's memory has",
+    ("loop", "i <= kRegister / 8"): "the compiler drops a write beyond a register",
     ("condition", "p.dw_down, p.dw_up, p.db_up, false, false"): MORE,
     ("condition", "p.dgate_up_bias, false, false"): MORE,
 }
@@ -167,6 +174,14 @@ SPECS: list[Spec] = [
     over(FP32, Routed, lead=(6, 64), width=64, rank=32),
     over(FP32, Routed, lead=(300,), width=40, rank=20, ids="row", tasks=2, residual=None),
     over(MIXED, Routed, lead=(130,), width=72, rank=20, ids="row", shared="down"),
+    # x narrower and wider than y, by more than a panel; masks of several tiles, of rows of several vectors and of a part of one, in place and copied.
+    over(FP32, Lora, lead=(130,), width=40, out=72, rank=7, biases="up", scale=0.7, dropout=0.3),
+    over(MIXED, Lora, lead=(65,), width=160, out=33, rank=20, scale=0.7, dropout=0.3),
+    over(FP32, Lora, lead=(64,), width=64, out=32, rank=32, dropout=0.5),
+    over(FP32, Lora, lead=(64,), width=36, out=264, rank=36, dropout=0.5),
+    over(MIXED, Lora, lead=(620,), width=264, out=72, rank=20, dropout=0.1),
+    over(FP32, Lora, lead=(9,), width=200, out=40, rank=200),
+    over(FP32, Lora, lead=(1,), width=1, rank=1, dropout=0x92C9B44 / 2**32),  # the number of its one element
     *(
         over(d, Gated, lead=(2, 33), width=33, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s, **SCALES)
         for g in GRANULARITIES
@@ -186,6 +201,8 @@ CALLS: list[Spec] = [
     over(MIXED, lead=(70,), width=33, rank=7, residual="other", scale="tensor", gate=True),
     over(FP32, lead=(70,), width=40, rank=7),
     over(FP32, Routed, lead=(70,), width=40, rank=7, residual="other"),
+    over(FP32, Lora, lead=(70,), width=40, out=72, rank=7, dropout=0.3),
+    over(MIXED, Lora, lead=(70,), width=72, out=33, rank=7, biases="up", dropout=0.3),
     *(
         over(d, Gated, lead=(2, 9), width=40, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s)
         for g in GRANULARITIES
@@ -213,7 +230,8 @@ PHM_CALLS: list[Spec] = [over(MIXED, PHM, lead=(70,), width=36, rank=12, factor_
 
 
 def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
-    return mutant is None or mutant.file == FILES[0] or mutant.file.endswith(f"/{op.removeprefix('routed_')}.cpp")
+    files = {"bottleneck": FILES[1], "routed_bottleneck": FILES[1], "gated_bottleneck": FILES[2]}
+    return mutant is None or mutant.file == FILES[0] or (mutant.file in (FILES[1], FILES[3]) if op == "lora" else mutant.file == files[op])
 
 
 def includes() -> list[str]:

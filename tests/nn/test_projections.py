@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import fastadapt
-from fastadapt.nn import Bottleneck, Init, LoRA, LowRankLinear, PerTask, PHMLinear, share
+from fastadapt import backend
+from fastadapt.nn import Bottleneck, Init, LoRA, LowRankLinear, MergedLoRA, PerTask, PHMLinear, share
 from tests import golden
+from tests.ops.checks import runs_on
 from tests.tolerance import assert_matches_recorded
 
 PHM = [c for c in golden.case_ids() if c.startswith(("vla_phm", "comp_phm", "comp_compacter"))]
@@ -181,6 +185,62 @@ def test_lora_dropout_in_training_only() -> None:
     assert torch.equal(lora(x, y), lora(x, y))
 
 
+@pytest.mark.parametrize(("width", "out", "dropout"), [(16, 16, 0.0), (16, 24, 0.0), (24, 16, 0.3), (16, 16, 0.3)])
+def test_lora_is_one_op(width: int, out: int, dropout: float) -> None:
+    """Whatever its widths, dropout included; `explain` is asked about that very call."""
+    lora, x, y = LoRA(width, out, 4, dropout=dropout), torch.randn(5, 7, width, requires_grad=True), torch.randn(5, 7, out)
+    with runs_on("lora", "reference"):
+        lora(x, y).sum().backward()
+    assert lora.call() == {"op": "lora", "width": width, "rank": 4, "param_dtype": torch.float32, "out_width": out, "dropout": dropout > 0}
+    backend.explain(rows=35, **lora.call())
+    assert (lora.bottleneck_call(x, y) is None) == (width != out or dropout > 0) and (lora.eval().bottleneck_call(x, y) is None) == (width != out)
+
+
+def test_lora_of_a_fused_projection_is_lora_of_each() -> None:
+    """Query and value of a fused query, key and value: outputs, gradients and merged weights of two separate modules."""
+    torch.manual_seed(0)
+    fused = MergedLoRA(16, 36, 4, enabled=(True, False, True), alpha=8, dtype=torch.float64)
+    nn.init.normal_(fused.lora_B.weight)
+    one, other = (LoRA(16, 12, 4, alpha=8, dtype=torch.float64) for _ in range(2))
+    for i, lora in enumerate((one, other)):
+        lora.load_state_dict({"lora_A.weight": fused.lora_A.weight[4 * i : 4 * i + 4], "lora_B.weight": fused.lora_B.weight[12 * i : 12 * i + 12]})
+    x, y, dy = torch.randn(5, 16, dtype=torch.float64), torch.randn(5, 36, dtype=torch.float64), torch.randn(5, 36, dtype=torch.float64)
+    q, k, v = y.chunk(3, -1)
+    expected, got = torch.cat([one(x, q), k, other(x, v)], -1), fused(x, y)
+    assert_matches_recorded("y", got, expected)
+    assert_matches_recorded("merged", y + x @ fused.merged_delta().t(), expected)
+    expected.backward(dy), got.backward(dy)
+    for name in ("lora_A", "lora_B"):
+        assert_matches_recorded(name, getattr(fused, name).weight.grad, torch.cat([getattr(lora, name).weight.grad for lora in (one, other)]))
+    assert fused.call()["rank"] == 8 and fused.call()["out_width"] == 36 and fused.bottleneck_call(x, y) is None
+    assert torch.equal(MergedLoRA(16, 36, 4, enabled=(True, True, True))(x.float(), y.float()), y.float())
+
+
+@pytest.mark.parametrize("projection", [nn.Linear(16, 24, bias=False), nn.Linear(16, 16), Conv1D(24, 16), Conv1D(16, 16)], ids=["linear", "square", "Conv1D", "square Conv1D"])
+def test_a_merged_weight_gives_what_the_module_gave(projection: nn.Module) -> None:
+    """Whichever way round the projection holds its weight."""
+    projection, x = copy.deepcopy(projection).double(), torch.randn(5, 16, dtype=torch.float64)
+    y = projection(x)
+    lora = LoRA(16, y.shape[-1], 4, dropout=0.1, dtype=torch.float64).eval()
+    nn.init.normal_(lora.lora_B.weight)
+    expected, merged = lora(x, y), lora.merged_weight(projection)
+    assert not torch.allclose(expected, y)
+    projection.weight.data.copy_(merged)
+    assert_matches_recorded("merged", projection(x), expected)
+
+
+def test_what_cannot_be_merged() -> None:
+    lora, projection = LoRA(16, 24, 4), nn.Linear(16, 24)
+    for weight, match in ((torch.ones(192, 1, dtype=torch.uint8), r"torch.uint8 \(192, 1\)"), (torch.ones(16, 24), r"torch.float32 \(16, 24\)")):
+        projection.weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(ValueError, match=match):
+            lora.merged_weight(projection)
+    projection.weight = nn.Parameter(torch.full((24, 16), 6e4, dtype=torch.half))
+    nn.init.constant_(lora.lora_A.weight, 1e3), nn.init.constant_(lora.lora_B.weight, 1e3)
+    with pytest.raises(ValueError, match="would not be finite"):
+        lora.merged_weight(projection)
+
+
 def test_only_the_selected_task_gets_gradients() -> None:
     module = PerTask({task: Bottleneck(8, 4) for task in ("vqa", "gqa")}, ["up_sampler.weight", "up_sampler.bias"])
     module.set_task("gqa")
@@ -199,6 +259,9 @@ def test_only_the_selected_task_gets_gradients() -> None:
         (lambda: LowRankLinear(8, 8, 0), ValueError, "rank: must be a positive integer, not 0"),
         (lambda: LoRA(8, 8, 4, dropout=1.0), ValueError, "dropout: must be from 0 to below 1, not 1.0"),
         (lambda: LoRA(8, 8, 4, alpha=math.nan), ValueError, "alpha: must be a finite number, not nan"),
+        (lambda: MergedLoRA(8, 9, 4, enabled=(True, False)), ValueError, r"enabled: must have a true part, and as many parts as divide out_features 9, not \(True, False\)"),
+        (lambda: MergedLoRA(8, 9, 4, enabled=(False,) * 3), ValueError, "enabled: must have a true part"),
+        (lambda: MergedLoRA(8, 9, 4, enabled=()), ValueError, "enabled: must have a true part"),
         (lambda: PerTask({}), ValueError, "tasks: an adapter per task needs at least one task"),
         (lambda: PerTask({"keys": nn.Identity()}), ValueError, "tasks: 'keys' cannot name a module"),
         (lambda: PerTask({"vqa": Bottleneck(8, 4)}).set_task("gqa"), ValueError, "task: 'gqa' has no adapter here; must be one of vqa"),

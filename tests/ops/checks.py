@@ -86,8 +86,8 @@ def evaluate(call: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[st
 
 
 def fused(spec: Spec, name: str, tensors: Mapping[str, Tensor], dy: Tensor | None, needs: tuple[str, ...] | None = None, backward: str | None = None) -> Results:
-    """The library's result under backend ``name`` (and ``backward``), which must have run it. The gradient of a residual is dy and takes no kernel."""
-    kernel_grads = set(tensors if needs is None else needs) - {"residual"}
+    """The library's result under backend ``name`` (and ``backward``), which must have run it. The gradient of what is only added is dy and takes no kernel."""
+    kernel_grads = set(tensors if needs is None else needs) - {"residual", "y"}
     with runs_on(spec.op, name, backward, counts=(1, int(dy is not None and bool(kernel_grads)))):
         return evaluate(lambda t: spec.call(functional, t), tensors, dy, needs)
 
@@ -220,7 +220,7 @@ def assert_any_layout(spec: Spec, name: str, device: str) -> None:
         assert_same(fused(spec, name, changed, layouts(dy)[layout]), expected)
         for one in spec.activations:
             assert_same(fused(spec, name, {**tensors, one: changed[one]}, dy), expected)
-    row = dy.reshape(-1, spec.width)[0]
+    row = dy.reshape(-1, spec.out_width)[0]
     for expanded in (row[0].expand(dy.shape), row.expand(dy.shape)):
         assert_same(fused(spec, name, tensors, expanded), fused(spec, name, tensors, expanded.contiguous()))
 

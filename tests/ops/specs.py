@@ -48,7 +48,11 @@ class Spec:
 
     @property
     def activations(self) -> tuple[str, ...]:
-        return tuple(n for n in self.shapes() if n in ("x", "h", "residual"))
+        return tuple(n for n in self.shapes() if n in ("x", "h", "y", "residual"))
+
+    @property
+    def out_width(self) -> int:
+        return self.width
 
     def draw(self, seed: int, device: str = "cpu") -> dict[str, Tensor]:
         """Arguments of the size that training has: unit activations, projections that keep variance, vectors of N(0, 0.3)."""
@@ -65,7 +69,7 @@ class Spec:
         return 1 / max(shape[-1], 1) ** 0.5 if len(shape) == 2 else 0.3
 
     def cotangent(self, seed: int, device: str = "cpu") -> Tensor:
-        return torch.randn((*self.lead, self.width), generator=torch.Generator().manual_seed(2000 + seed)).to(device, self.dtype)
+        return torch.randn((*self.lead, self.out_width), generator=torch.Generator().manual_seed(2000 + seed)).to(device, self.dtype)
 
     def __str__(self) -> str:
         default = type(self)()
@@ -309,11 +313,53 @@ class Routed(Spec):
         )
 
 
+@dataclass(frozen=True)
+class Lora(Spec):
+    biases: str = "none"
+    out: int = 40
+    scale: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0x123456789ABCDEF0
+
+    op = "lora"
+
+    @property
+    def out_width(self) -> int:
+        return self.out
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {"x": (*self.lead, self.width), "y": (*self.lead, self.out), "w_down": (self.rank, self.width), "w_up": (self.out, self.rank)}
+        return {**shapes, "b_up": (self.out,)} if self.biases == "up" else shapes
+
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "dropout": self.dropout}
+
+    def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
+        seed = torch.tensor([self.seed], device=tensors["x"].device) if self.dropout else None
+        return getattr(ops, self.op)(**tensors, **self.options(), seed=seed)
+
+    @staticmethod
+    def random(rng: random.Random) -> Lora:
+        dtype, param_dtype = rng.choice(DTYPES)
+        return Lora(
+            lead=_random_lead(rng),
+            width=rng.randint(1, 96),
+            rank=rng.randint(1, 40),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            biases=rng.choice(("none", "none", "up")),
+            out=rng.randint(1, 96),
+            scale=rng.choice((1.0, 0.25, -2.0)),
+            dropout=rng.choice((0.0, 0.0, 0.1, 0.5)),
+            seed=rng.randint(-(2**63), 2**63 - 1),
+        )
+
+
 def _random_lead(rng: random.Random) -> tuple[int, ...]:
     return rng.choice(((rng.randint(1, 80),), (rng.randint(1, 5), rng.randint(1, 16)), (2, 2, rng.randint(1, 9))))
 
 
-def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM] | type[Routed], count: int, seed: int = 20) -> list[Spec]:
+def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM] | type[Routed] | type[Lora], count: int, seed: int = 20) -> list[Spec]:
     rng = random.Random(seed)
     return [kind.random(rng) for _ in range(count)]
 
