@@ -21,6 +21,7 @@ from fastadapt.ops.bottleneck import reference as bottleneck_reference
 from fastadapt.ops.bottleneck.plan import PLAN as BOTTLENECK
 from fastadapt.ops.gated_bottleneck import reference as gated_reference
 from fastadapt.ops.gated_bottleneck.plan import PLAN as GATED
+from fastadapt.ops.lora.plan import PLAN as LORA
 from fastadapt.ops.phm_bottleneck import reference as phm_reference
 from fastadapt.ops.phm_bottleneck.plan import PLAN as PHM
 from fastadapt.ops.routed_bottleneck import reference as routed_reference
@@ -190,6 +191,34 @@ def test_triton_runs_compacter_in_one_launch_and_two(launches: list[str], param_
     module.backward(x, x, z, *down, *up, 1.0, 3, True, [True] * 9)
     assert launches == ["forward_kernel", "backward_kernel", "sums_kernel"]
     assert [kernel.launches for kernel in (*model.forward, *model.backward)] == [1, 1, 1]
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize(("param_dtype", "casts"), [(torch.bfloat16, 0), (torch.float32, 1)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_triton_runs_lora_in_one_launch_and_three(launches: list[str], dropout: float, param_dtype: torch.dtype, casts: int) -> None:
+    of = call("lora", param_dtype=param_dtype, rows=300, width=64, rank=24)._replace(options=(("dropout", dropout > 0), ("out_width", 96)))
+    module, model = LORA.module("triton"), LORA.models["triton"](of)
+    x, y, z = (torch.zeros(300, wide, dtype=of.dtype) for wide in (64, 96, 24))
+    wd, wu, seed = torch.zeros(24, 64, dtype=param_dtype), torch.zeros(96, 24, dtype=param_dtype), torch.zeros(1, dtype=torch.int64) if dropout else None
+    module.forward(x, y, wd, wu, None, seed, 1.0, dropout, True)
+    module.backward(y, x, z, wd, wu, seed, 1.0, dropout, [True, True, True, False])
+    assert launches == ["forward_kernel", "rows_kernel", "weights_kernel", "reduce_kernel"]
+    assert [sum(kernel.launches for kernel in kernels) for kernels in (model.forward, model.backward)] == [1 + casts, 3 + casts]
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize(("width", "out"), [(768, 768), (768, 3072), (3072, 768), (770, 1030)])
+def test_lora_s_bytes(width: int, out: int) -> None:
+    """Forward reads x and y and writes y' and z, backward reads dy and x twice, z once, and writes dx and dz, which it reads again; a mask moves none, but takes time."""
+    of = call("lora", param_dtype=torch.bfloat16, rows=200_000, width=width, rank=16)._replace(options=(("dropout", False), ("out_width", out)))
+    kept, dropped = (LORA.estimate("triton", of._replace(options=(("dropout", p), ("out_width", out)))) for p in (False, True))
+    assert kept is not None and dropped is not None
+    t, r = 2 * of.rows, of.rank
+    assert kept.forward.bytes == pytest.approx(t * (width + 2 * out + r), rel=0.02)
+    assert kept.backward.bytes == pytest.approx(t * (2 * width + 2 * out + 3 * r), rel=0.02)
+    assert (dropped.forward.bytes, dropped.backward.bytes) == (kept.forward.bytes, kept.backward.bytes)
+    assert dropped.forward.gpu > kept.forward.gpu and dropped.backward.gpu > kept.backward.gpu
 
 
 PLAN_H = ROOT / "csrc" / "include" / "cuda_plan.h"

@@ -6,12 +6,15 @@ rank wide is a tuple with one tile a chunk. Sums over rows are cut by shape alon
 
 Rows of several tasks (ORDER is not None): ORDER (T,) lists the rows sorted by task, STARTS (TASKS + 1,) says where each task's begin, those of no task last. Tiles and splits are
 pieces of one task's stretch of ORDER, `piece` finds a program's from its number, and a launch has as many programs as there can be pieces: nothing of the ids is known on the host.
+
+Beside a projection (LoRA; D_OUT is not None) y has D_OUT columns and x has D. With dropout (SEED is not None) M (.) x stands in place of x: `keep` draws M again for each tile.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from fastadapt.backend import Call
 from fastadapt.ops._library import none
+from fastadapt.ops.philox import threshold
 
 try:
     import triton
@@ -57,7 +61,7 @@ def logistic(v):
 def activation_slope(z, ACTIVATION: tl.constexpr):
     """phi'(z) in fp32; relu'(0) = 0."""
     if ACTIVATION == 0:
-        return z * 0.0 + 1.0
+        return 1.0
     elif ACTIVATION == 1:
         return tl.where(z > 0.0, 1.0, 0.0)
     elif ACTIVATION == 2:
@@ -128,6 +132,18 @@ def load_across(X, stride, rows, valid, columns, D, EVEN: tl.constexpr):
 
 
 @jit
+def keep(seed, threshold, rows, start, BLOCK_D: tl.constexpr):
+    """M[rows, start to start + BLOCK_D - 1] of `fastadapt.ops.philox.keep`; ``threshold`` is 2^31 below the one there, so that it fits a signed number of 32 bits.
+
+    One counter makes the words of four columns, which lie side by side in a thread: joined, they need no exchange.
+    """
+    groups = start // 4 + tl.arange(0, BLOCK_D // 4)
+    a, b, c, d = tl.philox(seed, groups[None, :], rows.to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None], 0)
+    words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(rows.shape[0], BLOCK_D)
+    return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+
+
+@jit
 def store_tile(Y, stride, rows, valid, columns, D, y, EVEN: tl.constexpr):
     mask = valid[:, None] if EVEN else valid[:, None] & (columns < D)[None, :]
     tl.store(Y + rows[:, None] * stride + columns[None, :], y.to(Y.dtype.element_ty), mask=mask)
@@ -154,14 +170,19 @@ def load_weight(W, i, stride_i, end_i, j, stride_j, end_j, EVEN_I: tl.constexpr,
 
 
 @jit
-def project(X, stride, rows, valid, D, G, W, step_r, step_d, R: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):
-    """(X (.) G) W' for a weight (R, D) that lies in memory with steps step_r and step_d: one fp32 tile (rows, chunk) a rank chunk. G, a vector (D,), may be None."""
+def project(
+    X, stride, rows, valid, D, G, W, step_r, step_d, R: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    seed=None, threshold=None,
+):  # fmt: skip
+    """(M (.) X (.) G) W' for a weight (R, D) that lies in memory with steps step_r and step_d: one fp32 tile (rows, chunk) a rank chunk. G, a vector (D,), and M may be None."""
     z = ()
     for i in tl.static_range(len(CHUNKS)):
         z = z + (tl.zeros((rows.shape[0], CHUNKS[i][1]), tl.float32),)
     for start in tl.range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         x = load_tile(X, stride, rows, valid, columns, D, EVEN)
+        if seed is not None:
+            x = tl.where(keep(seed, threshold, rows, start, BLOCK_D), x, 0.0)
         if G is not None:
             x = (x.to(tl.float32) * load_vector(G, columns, D, x.dtype)[None, :]).to(x.dtype)
         following = ()
@@ -204,6 +225,15 @@ def zero_unless(condition, z, CHUNKS: tl.constexpr):
 
 
 @jit
+def times(z, factor, CHUNKS: tl.constexpr):
+    """z times a number."""
+    out = ()
+    for i in tl.static_range(len(CHUNKS)):
+        out = out + (z[i] * factor,)
+    return out
+
+
+@jit
 def load_chunks(Z, rows, valid, R: tl.constexpr, CHUNKS: tl.constexpr):
     z = ()
     for i in tl.static_range(len(CHUNKS)):
@@ -233,11 +263,12 @@ def rows_kernel(
     DY, Z, WD, WU, G, S, DX, DZ, A, SUMS, scale, add, T, D, stride_dy,
     R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ORDER=None, STARTS=None, stride_wd=None, stride_wu=None, TASKS: tl.constexpr = 0,
+    D_OUT=None, SEED=None, threshold=None,
 ):  # fmt: skip
-    """dz = s ((dy (.) g) Wu) (.) phi'(z), its column sums per row tile, a = phi(z), and dx = dz Wd + add dy.
+    """dz = s ((dy (.) g) Wu) (.) phi'(z), its column sums per row tile, a = phi(z), and dx = M (.) (dz Wd) + add dy.
 
     Global memory a row: reads 2 (D + R) bytes in half precision (dy once more from L2), writes 2 (D + 2 R): a is stored because each of the D / BLOCK_D programs of
-    `weights_kernel` would have to evaluate it again.
+    `weights_kernel` would have to evaluate it again. The identity's a is z: neither is then read nor written.
     """
     dtype: tl.constexpr = DY.dtype.element_ty
     if ORDER is None:
@@ -249,7 +280,7 @@ def rows_kernel(
         WD += tl.minimum(task, TASKS - 1) * stride_wd
         WU += tl.minimum(task, TASKS - 1) * stride_wu
     if DZ is not None or SUMS is not None or DX is not None:
-        da = project(DY, stride_dy, rows, valid, D, G, WU, 1, R, R, CHUNKS, BLOCK_D, EVEN, PRECISION)
+        da = project(DY, stride_dy, rows, valid, D if D_OUT is None else D_OUT, G, WU, 1, R, R, CHUNKS, BLOCK_D, EVEN, PRECISION)
     z = load_chunks(Z, rows, valid, R, CHUNKS)  # not before the loop, which needs the registers
     if A is not None:
         store_chunks(A, rows, valid, activate_chunks(z, ACTIVATION, CHUNKS), R, CHUNKS)
@@ -266,9 +297,12 @@ def rows_kernel(
         if DZ is not None:
             store_chunks(DZ, rows, valid, dz, R, CHUNKS)
         if DX is not None:
+            seed = None if SEED is None else tl.load(SEED)
             for start in tl.range(0, D, BLOCK_D):
                 columns = start + tl.arange(0, BLOCK_D)
                 dx = expand(dz, WD, columns, 1, D, D, R, CHUNKS, EVEN, PRECISION)
+                if SEED is not None:
+                    dx = tl.where(keep(seed, threshold, rows, start, BLOCK_D), dx, 0.0)
                 if ORDER is not None:
                     dx = tl.where(task < TASKS, dx, 0.0)
                 if add is not None:
@@ -277,28 +311,15 @@ def rows_kernel(
 
 
 @jit
-def weights_kernel(
-    DY, A, X, DZ, P, Q, S, T, D, rows_per_split, stride_dy, stride_x,
+def slab_sums(
+    DY, A, X, DZ, P, Q, S, slab, columns, r, split, first, last, D, stride_dy, stride_x, ORDER, SEED, threshold,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ORDER=None, STARTS=None, TASKS: tl.constexpr = 0,
 ):  # fmt: skip
-    """Partials over one split of the rows: P = dy' a and Q = x' dz, (D, R) each, and S = column sums of dy, (D,). Grid: slabs of D, splits, chunks of R.
-
-    S is a product with ones on the matrix unit: tl.sum would cost 30 more registers.
-    """
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """The part of `weights_kernel` that a program does: columns of one slab, rows of one split, a chunk of R."""
     p = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     s = tl.zeros((BLOCK_D, 16), tl.float32)
-    if ORDER is None:
-        first = split * rows_per_split
-        last = tl.minimum(first + rows_per_split, T)
-    else:
-        task, first, last = piece(STARTS, split, T, rows_per_split, TASKS)
-        if task >= TASKS:
-            return
+    seed = None if SEED is None else tl.load(SEED)
     for start in tl.range(first, last, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         valid = rows < last
@@ -312,6 +333,8 @@ def weights_kernel(
                 s = tl.dot(dy, tl.full((BLOCK_T, 16), 1.0, dy.dtype), s, input_precision=PRECISION)
         if Q is not None:
             x = load_across(X, stride_x, rows, valid, columns, D, EVEN)
+            if SEED is not None:
+                x = tl.where(tl.trans(keep(seed, threshold, rows, slab * BLOCK_D, BLOCK_D)), x, 0.0)
             q = tl.dot(x, load_tile(DZ, R, rows, valid, r, R, R % BLOCK_R == 0), q, input_precision=PRECISION)
     exists = columns < D
     if P is not None:
@@ -324,23 +347,59 @@ def weights_kernel(
 
 
 @jit
+def weights_kernel(
+    DY, A, X, DZ, P, Q, S, T, D, rows_per_split, stride_dy, stride_x,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER=None, STARTS=None, TASKS: tl.constexpr = 0, D_OUT=None, SEED=None, threshold=None,
+):  # fmt: skip
+    """Partials over one split of the rows: P = dy' a and Q = (M (.) x)' dz, (D, R) each, and S = column sums of dy, (D,). Grid: slabs of D, splits, chunks of R.
+
+    Beside a projection P and S are of slabs of D_OUT, and Q is of those of D, which the grid has behind them: no program holds both sums.
+    S is a product with ones on the matrix unit: tl.sum would cost 30 more registers.
+    """
+    slab = tl.program_id(0)
+    if D_OUT is not None:
+        slabs = tl.cdiv(D_OUT, BLOCK_D)
+        of_up = slab < slabs
+        slab = tl.where(of_up, slab, slab - slabs)
+    columns = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if ORDER is None:
+        first = split * rows_per_split
+        last = tl.minimum(first + rows_per_split, T)
+    else:
+        task, first, last = piece(STARTS, split, T, rows_per_split, TASKS)
+        if task >= TASKS:
+            return
+    if D_OUT is None:
+        slab_sums(DY, A, X, DZ, P, Q, S, slab, columns, r, split, first, last, D, stride_dy, stride_x, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
+    elif of_up:
+        slab_sums(DY, A, X, DZ, P, None, S, slab, columns, r, split, first, last, D_OUT, stride_dy, stride_x, ORDER, None, None, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
+    else:
+        slab_sums(DY, A, X, DZ, None, Q, None, slab, columns, r, split, first, last, D, stride_dy, stride_x, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
+
+
+@jit
 def reduce_kernel(
     P, Q, S, WU, BU, G, SCALE, DWD, DWU, DBU, DG, DSCALE, scale, splits, D,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
-    STARTS=None, T=None, rows_per_split=None, SHARED: tl.constexpr = True, TASKS: tl.constexpr = 0,
+    STARTS=None, T=None, rows_per_split=None, SHARED: tl.constexpr = True, TASKS: tl.constexpr = 0, D_OUT=None,
 ):  # fmt: skip
     """Adds the partials in the order of the splits. dWd = Q', dWu = s g (.) P, dbu = s g (.) S, dg = s b and, summed over D elsewhere, ds = g (.) b, with
     b = rowsum(Wu (.) P) + bu (.) S: the gradients of gate and scale need no up-projection."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = columns < D
+    C = D if D_OUT is None else D_OUT
+    of_up = columns < C
     first, last = 0, splits
     if STARTS is not None:
         first, last = pieces_to_add(STARTS, T, rows_per_split, SHARED, TASKS)
         task = tl.program_id(1).to(tl.int64)
         if DBU is not None:
-            DBU += task * D
+            DBU += task * C
         if DWU is not None:
-            DWU += task * D * R
+            DWU += task * C * R
         if DWD is not None:
             DWD += task * D * R
     full = scale
@@ -352,26 +411,27 @@ def reduce_kernel(
     b = tl.zeros((BLOCK_D,), tl.float32)
     if S is not None:
         s = tl.zeros((BLOCK_D,), tl.float32)
-        part = S + first * D + columns
+        part = S + first * C + columns
         for _ in tl.range(first, last):
-            s += tl.load(part, mask=exists, other=0.0)
-            part += D
+            s += tl.load(part, mask=of_up, other=0.0)
+            part += C
         if DBU is not None:
-            tl.store(DBU + columns, (full * g * s).to(DBU.dtype.element_ty), mask=exists)
+            tl.store(DBU + columns, (full * g * s).to(DBU.dtype.element_ty), mask=of_up)
         if BU is not None:
             b = load_vector(BU, columns, D, DTYPE) * s
     for start in tl.static_range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         mask = exists[:, None] & (r < R)[None, :]
+        mask_up = of_up[:, None] & (r < R)[None, :]
         at = columns[:, None] * R + r[None, :]
         if P is not None:
             p = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
-            part = P + first * D * R + at
+            part = P + first * C * R + at
             for _ in tl.range(first, last):
-                p += tl.load(part, mask=mask, other=0.0)
-                part += D * R
+                p += tl.load(part, mask=mask_up, other=0.0)
+                part += C * R
             if DWU is not None:
-                tl.store(DWU + at, (full * g[:, None] * p).to(DWU.dtype.element_ty), mask=mask)
+                tl.store(DWU + at, (full * g[:, None] * p).to(DWU.dtype.element_ty), mask=mask_up)
             if DG is not None or DSCALE is not None:
                 b += tl.sum(tl.load(WU + at, mask=mask, other=0.0).to(tl.float32) * p, 1)
         if Q is not None:
@@ -451,6 +511,8 @@ _ROUTED_SLOPE_TILES = {
     "fp32": ((192, Tile(32, 32, 8, 1, 0, 255)), (256, Tile(16, 16, 8, 2, 0, 255)), (1024, Tile(16, 16, 16, 2))),
 }
 """Of the same kernels over the rows of several tasks, whose loaded numbers take more registers than counted ones."""
+_DROPOUT_TILES = {"half": tuple((bound, shape._replace(registers=255)) for bound, shape in _ROW_TILES["half"]), "fp32": _ROW_TILES["fp32"]}
+"""Of a forward that draws masks."""
 _GATE_TILES = {
     "half": ((64, Tile(64, 64, 8, 3)), (128, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 2)), (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
     "fp32": ((128, Tile(32, 32, 8, 2)), (512, Tile(16, 16, 8, 2, 0, 255))),
@@ -463,11 +525,18 @@ _ROUTED_WEIGHT_TILES = {
     "half": tuple((bound, shape._replace(warps=8, registers=255)) for bound, shape in _WEIGHT_TILES["half"]),
     "fp32": _WEIGHT_TILES["fp32"],
 }
+_PROJECTION_WEIGHT_TILES = {
+    "half": tuple((bound, shape._replace(registers=255)) for bound, shape in _WEIGHT_TILES["half"]),
+    "fp32": _WEIGHT_TILES["fp32"],
+}
+"""Of `weights_kernel` where a program does one of the two products."""
 _MASKED_TILES = {
     "forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:]),
     "routed_forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:-1], (1024, Tile(16, 16, 8, 2))),
+    "dropout_forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:-1], (1024, Tile(16, 16, 8, 2))),
     "rows": (*_SLOPE_TILES["half"][:-1], (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
-    "weights": tuple((bound, shape._replace(registers=255)) for bound, shape in _WEIGHT_TILES["half"]),
+    "projection_rows": tuple((bound, shape._replace(registers=255)) for bound, shape in (*_SLOPE_TILES["half"][:-1], (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2)))),
+    "weights": _PROJECTION_WEIGHT_TILES["half"],
     "routed_rows": (*_SLOPE_TILES["half"][:-1], (1024, Tile(16, 16, 8, 2, 0, 255))),
     "gated_forward": (*_GATE_TILES["half"][:2], (256, Tile(32, 16, 8, 2)), *_GATE_TILES["half"][3:]),
 }
@@ -480,7 +549,8 @@ MAX_RANK_GATED_FP32 = 256
 def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel, a function of shape and dtype alone: nothing is timed at run time, so equal calls run equal code."""
     tables = {
-        "rows": _SLOPE_TILES, "weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES,
+        "rows": _SLOPE_TILES, "weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES, "dropout_forward": _DROPOUT_TILES, "projection_rows": _SLOPE_TILES,
+        "projection_weights": _PROJECTION_WEIGHT_TILES,
         "routed_forward": _ROUTED_ROW_TILES, "routed_rows": _ROUTED_SLOPE_TILES, "routed_weights": _ROUTED_WEIGHT_TILES,
     }  # fmt: skip
     table = tables.get(kernel, _ROW_TILES)["fp32" if dtype == torch.float32 else "half"]
@@ -515,8 +585,8 @@ def reasons(call: Call) -> list[str]:
         out.append(f"gate rank {gate_rank} is above {MAX_RANK}")
     if call.op == "gated_bottleneck" and call.dtype == torch.float32 and max(call.rank, gate_rank) > MAX_RANK_GATED_FP32:
         out.append(f"float32 with rank or gate rank {max(call.rank, gate_rank)} is above {MAX_RANK_GATED_FP32}")
-    if call.width > MAX_WIDTH:
-        out.append(f"width {call.width} is above {MAX_WIDTH}, where the offsets of a weight no longer fit 32 bits")
+    if (width := max(call.width, call.option("out_width", 0))) > MAX_WIDTH:
+        out.append(f"width {width} is above {MAX_WIDTH}, where the offsets of a weight no longer fit 32 bits")
     return out
 
 
@@ -596,6 +666,23 @@ class Routing(NamedTuple):
         return cdiv(rows, size) + self.stretches - 1
 
 
+class Projection(NamedTuple):
+    """What a call beside a projection has and a bottleneck has not: another width of y, and dropout of x."""
+
+    width: int
+    seed: Tensor | None
+    dropout: float
+
+    @property
+    def factor(self) -> float:
+        """By which dropout makes up for what it drops."""
+        return 1.0 / (1.0 - self.dropout)
+
+    def options(self, *, masks: bool) -> dict[str, Any]:
+        """What kernels take; ``masks``: the one that has tiles of x."""
+        return {"D_OUT": self.width, **({"SEED": self.seed, "threshold": threshold(self.dropout) - 2**31} if masks and self.seed is not None else {})}
+
+
 def column_sums(partials: Tensor, out: Tensor | None, rest: Tensor | None, width: int, routing: Routing | None = None, rows_per_part: int = 0) -> None:
     """With ``routing``, of each task's partials into its row of ``out``, or of all into the only row."""
     parts, columns = partials.shape
@@ -619,21 +706,24 @@ def token_splits(rows: int, programs: int) -> tuple[int, int]:
 def bottleneck_backward(
     dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None,
     scale: float, activation: int, add: float | None, needs: Sequence[bool], param_dtype: torch.dtype, routing: Routing | None = None,
+    projection: Projection | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x, as ``reference.backward`` returns them; w_down and w_up already rounded, vectors contiguous.
+    With ``projection`` those of s (D(x) Wd' Wu' + bu), in which dropout's D(x) is k M (.) x.
 
     With ``routing`` the parameters are banks of tasks, and there is neither gate nor scale tensor. A task's gradients have the bits of a call with its rows alone while the splits
     of both have 256 rows; their size is one for all tasks, or each would have 192 programs.
     """
     need_x, need_wd, need_bd, need_wu, need_bu, need_gate, need_scale = needs
-    (t, d), r, dtype = x.shape, z.shape[1], x.dtype
+    (t, d), r, dtype, d_out = x.shape, z.shape[1], x.dtype, dy.shape[1]
+    even = math.gcd(d, d_out)
 
     def new(needed: bool, *shape: int, of: torch.dtype = param_dtype) -> Any:
         return torch.empty(shape, dtype=of, device=x.device) if needed else None
 
     wd, bd, wu, bu = ((),) * 4 if routing is None else ((bank,) for bank in routing.banks)
     dx, dg = new(need_x, t, d, of=dtype), new(need_gate, d)
-    dwd, dbd, dwu, dbu = new(need_wd, *wd, r, d), new(need_bd, *bd, r), new(need_wu, *wu, d, r), new(need_bu, *bu, d)
+    dwd, dbd, dwu, dbu = new(need_wd, *wd, r, d), new(need_bd, *bd, r), new(need_wu, *wu, d_out, r), new(need_bu, *bu, d_out)
     ds = new(need_scale, d, of=torch.float32)
     if t == 0:
         for gradient in (dwd, dbd, dwu, dbu, dg, ds):
@@ -642,26 +732,31 @@ def bottleneck_backward(
     else:
         bracket = need_gate or need_scale
         shared = {"R": r, "PRECISION": precision(dtype)}
-        a, dz = new(need_wu or bracket, t, r, of=dtype), new(need_wd, t, r, of=dtype)
-        if need_x or need_wd or need_bd or a is not None:
-            shape = tile("rows" if routing is None else "routed_rows", r, d, dtype)
+        activated, dz = new((need_wu or bracket) and activation != 0, t, r, of=dtype), new(need_wd, t, r, of=dtype)
+        a = z if (need_wu or bracket) and activation == 0 else activated
+        if need_x or need_wd or need_bd or activated is not None:
+            shape = tile("routed_rows" if routing is not None else "rows" if projection is None else "projection_rows", r, even, dtype)
             tiles = cdiv(t, shape.block_t) if routing is None else routing.pieces(t, shape.block_t)
             sums = new(need_bd, tiles, r, of=torch.float32)
             by_row = {} if routing is None else routing.by_row(stride_wd=task_stride(w_down), stride_wu=task_stride(w_up))
-            constants = {"CHUNKS": chunks(r), "ACTIVATION": activation, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": d % shape.block_d == 0, **shared}
-            args = (dy, z, w_down, w_up, gate, scale_tensor, dx, dz, a, sums, scale, add, t, d, dy.stride(0))
+            by_row |= {} if projection is None else projection.options(masks=need_x)
+            constants = {"CHUNKS": chunks(r), "ACTIVATION": activation, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": even % shape.block_d == 0, **shared}
+            full = scale if projection is None else scale * projection.factor
+            args = (dy, z, w_down, w_up, gate, scale_tensor, dx, dz, activated, sums, full, add, t, d, dy.stride(0))
             launch(rows_kernel, (tiles,), x, *args, tile=shape, **constants, **by_row)
             if sums is not None:
                 column_sums(sums, dbd, None, r, routing, shape.block_t)
         if a is not None or need_wd or need_bu:
-            shape = tile("weights" if routing is None else "routed_weights", r, d, dtype)
+            shape = tile("routed_weights" if routing is not None else "weights" if projection is None else "projection_weights", r, even, dtype)
             slabs, parts = cdiv(d, shape.block_d), cdiv(r, shape.block_r) if a is not None or need_wd else 1
+            slabs += 0 if projection is None else cdiv(d_out, shape.block_d)
             splits, size = token_splits(t, slabs * parts)
             splits = splits if routing is None else routing.pieces(t, size)
-            p, q = (new(needed, splits, d, r, of=torch.float32) for needed in (a is not None, need_wd))
-            s = new(need_bu or (bracket and b_up is not None), splits, d, of=torch.float32)
-            constants = {"BLOCK_R": shape.block_r, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": d % shape.block_d == 0, **shared}
+            p, q = new(a is not None, splits, d_out, r, of=torch.float32), new(need_wd, splits, d, r, of=torch.float32)
+            s = new(need_bu or (bracket and b_up is not None), splits, d_out, of=torch.float32)
+            constants = {"BLOCK_R": shape.block_r, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": even % shape.block_d == 0, **shared}
             by_row = {} if routing is None else routing.by_row()
+            by_row |= {} if projection is None else projection.options(masks=need_wd)
             if routing is not None:  # loads at addresses that are loaded too: Triton shares the stages out among the two, and would leave half of them for the tiles
                 shape = shape._replace(stages=2 * shape.stages - 1)
             launch(weights_kernel, (slabs, splits, parts), x, dy, a, x, dz, p, q, s, t, d, size, dy.stride(0), x.stride(0), tile=shape, **constants, **by_row)
@@ -669,7 +764,8 @@ def bottleneck_backward(
             constants = {"BLOCK_R": min(shape.block_r, max(16, power_of_two(r))), "BLOCK_D": shape.block_d, "DTYPE": language_dtype(dtype), "R": r}
             if routing is None:
                 args = (p, q, s, w_up, b_up, gate, scale_tensor, dwd, dwu, dbu, dg, ds, scale, splits, d)
-                launch(reduce_kernel, (cdiv(d, shape.block_d),), x, *args, tile=shape, **constants)
+                constants |= {} if projection is None else projection.options(masks=False)
+                launch(reduce_kernel, (cdiv(max(d, d_out), shape.block_d),), x, *args, tile=shape, **constants)
             else:  # one launch for the parameters that each task has its own of, and one for those that all share
                 pairs = ((p, dwu), (q, dwd), (s, dbu))
                 for tasks in {len(gradient): None for _, gradient in pairs if gradient is not None}:

@@ -145,7 +145,7 @@ def install(mutant: Mutant | None, directory: str) -> None:
 
 
 def concerns(mutant: Mutant | None, op: str) -> bool:
-    plain = op == "routed_bottleneck" and mutant is not None and mutant.file == FILES[1]  # whose kernels it runs
+    plain = op in ("routed_bottleneck", "lora") and mutant is not None and mutant.file == FILES[1]  # whose kernels these run
     return mutant is None or (mutant.file == FILES[0] and op != "phm_bottleneck") or plain or f"/{op}/" in mutant.file
 
 
@@ -209,6 +209,7 @@ def interpreted(family: str) -> Attempt:
         [*test_ops.PHM_CALLS, *test_ops.PHM_SHAPES, *test_ops.PHM_OPTIONS, *test_ops.PHM_REAL, *test_ops.PHM_LONG]
         if phm
         else [*test_ops.CALLS, *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS, *test_ops.ROUTED, *test_ops.STRETCHES]
+        + [*test_ops.LORA, *test_ops.LORA_SMALL, *test_ops.LORA_SPLITS]
     )
     prepared = []
     for spec in specs:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from fastadapt.ops import _triton
 from fastadapt.ops._library import none
 from fastadapt.ops._triton import (
+    Projection,
     Routing,
     activate_chunks,
     add_bias,
@@ -30,6 +33,7 @@ from fastadapt.ops._triton import (
     task_stride,
     tile_of_task,
     tile_rows,
+    times,
     tl,
     zero_unless,
 )
@@ -43,10 +47,12 @@ def forward_kernel(
     R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, ADD_INPUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ORDER=None, STARTS=None, stride_wd=None, stride_bd=None, stride_wu=None, stride_bu=None, TASKS: tl.constexpr = 0,
+    D_OUT=None, SEED=None, threshold=None, factor=None,
 ):  # fmt: skip
     """One tile of rows: down-projection over all of D, activation, up-projection slab by slab.
 
-    Global memory a row in half precision: 4 D + 2 R bytes (x once, y, z), 2 D more for another residual; the second reading of x hits L2.
+    Global memory a row in half precision: 4 D + 2 R bytes (x once, y, z), 2 D more for another residual; the second reading of x hits L2. Beside a projection, whose output is the
+    residual: 2 D + 4 D_OUT + 2 R. ``factor`` makes up for what dropout drops, in fp32 on the sums: kernels only zero elements of x, exactly.
     """
     dtype: tl.constexpr = X.dtype.element_ty
     if ORDER is None:
@@ -62,7 +68,11 @@ def forward_kernel(
             BD += own * stride_bd
         if BU is not None:
             BU += own * stride_bu
-    z = add_bias(project(X, stride_x, rows, valid, D, None, WD, D, 1, R, CHUNKS, BLOCK_D, EVEN, PRECISION), BD, R, CHUNKS, dtype)
+    seed = None if SEED is None else tl.load(SEED)
+    z = project(X, stride_x, rows, valid, D, None, WD, D, 1, R, CHUNKS, BLOCK_D, EVEN, PRECISION, seed, threshold)
+    if SEED is not None:
+        z = times(z, factor, CHUNKS)
+    z = add_bias(z, BD, R, CHUNKS, dtype)
     if ORDER is not None:
         z = zero_unless(task < TASKS, z, CHUNKS)
     if Z is not None:
@@ -70,41 +80,46 @@ def forward_kernel(
     a = activate_chunks(z, ACTIVATION, CHUNKS)
     if S is not None:
         scale *= tl.load(S).to(dtype).to(tl.float32)
-    for start in tl.range(0, D, BLOCK_D):
+    C = D if D_OUT is None else D_OUT
+    for start in tl.range(0, C, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        y = expand(a, WU, columns, R, 1, D, R, CHUNKS, EVEN, PRECISION)
+        y = expand(a, WU, columns, R, 1, C, R, CHUNKS, EVEN, PRECISION)
         if BU is not None:
-            y += load_vector(BU, columns, D, dtype)[None, :]
+            y += load_vector(BU, columns, C, dtype)[None, :]
         y *= scale
         if G is not None:
-            y *= load_vector(G, columns, D, dtype)[None, :]
+            y *= load_vector(G, columns, C, dtype)[None, :]
         if ORDER is not None:
             y = tl.where(task < TASKS, y, 0.0)
         if ADD_INPUT:
-            y += load_tile(X, stride_x, rows, valid, columns, D, EVEN).to(tl.float32)
+            y += load_tile(X, stride_x, rows, valid, columns, C, EVEN).to(tl.float32)
         if RESIDUAL is not None:
-            y += load_tile(RESIDUAL, stride_residual, rows, valid, columns, D, EVEN).to(tl.float32)
-        store_tile(Y, D, rows, valid, columns, D, y, EVEN)
+            y += load_tile(RESIDUAL, stride_residual, rows, valid, columns, C, EVEN).to(tl.float32)
+        store_tile(Y, C, rows, valid, columns, C, y, EVEN)
 
 
 def forward(
     x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None, residual: Tensor | None,
-    scale: float, activation: int, add_input: bool, save: bool, routing: Routing | None = None,
+    scale: float, activation: int, add_input: bool, save: bool, routing: Routing | None = None, projection: Projection | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and z for backward, as ``reference.forward``: one launch, and one to round fp32 weights under half-precision activations. With ``routing`` parameters are banks."""
-    (t, d), r = x.shape, w_down.shape[-2]
-    y = torch.empty((t, d), dtype=x.dtype, device=x.device)
+    (t, d), r, d_out = x.shape, w_down.shape[-2], w_up.shape[-2]
+    y = torch.empty((t, d_out), dtype=x.dtype, device=x.device)
     z = torch.empty((t, r), dtype=x.dtype, device=x.device) if save else None
     if t:
-        tile = _triton.tile("forward" if routing is None else "routed_forward", r, d, x.dtype)
+        even = math.gcd(d, d_out)
+        kernel = "routed_forward" if routing is not None else "forward" if projection is None or projection.seed is None else "dropout_forward"
+        tile = _triton.tile(kernel, r, even, x.dtype)
         w_down, w_up = rounded(x.dtype, w_down, w_up)
         b_down, b_up, gate = contiguous(b_down, b_up, gate)
         args = (x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, y, z, scale, t, d, x.stride(0), 0 if residual is None else residual.stride(0))
-        constants = {"ACTIVATION": activation, "ADD_INPUT": add_input, "BLOCK_T": tile.block_t, "BLOCK_D": tile.block_d, "EVEN": d % tile.block_d == 0}
+        constants: dict[str, Any] = {"ACTIVATION": activation, "ADD_INPUT": add_input, "BLOCK_T": tile.block_t, "BLOCK_D": tile.block_d, "EVEN": even % tile.block_d == 0}
         tiles = cdiv(t, tile.block_t)
         if routing is not None:
             strides = {f"stride_{name}": task_stride(p) for name, p in (("wd", w_down), ("bd", b_down), ("wu", w_up), ("bu", b_up))}
             tiles, constants = routing.pieces(t, tile.block_t), {**constants, **routing.by_row(**strides)}
+        if projection is not None:
+            constants |= {**projection.options(masks=True), "factor": projection.factor}
         _triton.launch(forward_kernel, (tiles,), x, *args, tile=tile, R=r, CHUNKS=chunks(r), PRECISION=_triton.precision(x.dtype), **constants)
     return y, none(x) if z is None else z
 

@@ -12,6 +12,7 @@ from fastadapt.ops._library import ACTIVATIONS
 from fastadapt.ops.bottleneck import triton as bottleneck
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
 from fastadapt.ops.gated_bottleneck.reference import KINDS
+from fastadapt.ops.lora import triton as lora
 from fastadapt.ops.phm_bottleneck import triton as phm_bottleneck
 from fastadapt.ops.routed_bottleneck import triton as routed_bottleneck
 from tests.triton.compiled.aot import Launch, recorded
@@ -19,7 +20,8 @@ from tests.triton.compiled.aot import Launch, recorded
 
 class Case(NamedTuple):
     """One call of an op; ``kind`` is None for the plain bottleneck, "routed" for samples of several tasks, "shared" where these share Wd and bd, "phm" for Compacter's, which
-    alone has a division, a factor rank and numbers of gradients that nobody asks for. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
+    alone has a division, a factor rank and numbers of gradients that nobody asks for, and "lora" for LoRA's, with a width of the output and, where ``dropout``, a mask on x.
+    Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
 
     kind: str | None
     rank: int
@@ -35,16 +37,19 @@ class Case(NamedTuple):
     factor_rank: int = 1
     frozen: tuple[int, ...] = ()
     tasks: int = 4
+    out: int = 1024
+    dropout: bool = True
 
     @property
     def op(self) -> str:
-        return {None: "bottleneck", "phm": "phm_bottleneck", "routed": "routed_bottleneck", "shared": "routed_bottleneck"}.get(self.kind, "gated_bottleneck")
+        return {None: "bottleneck", "phm": "phm_bottleneck", "routed": "routed_bottleneck", "shared": "routed_bottleneck", "lora": "lora"}.get(self.kind, "gated_bottleneck")
 
     def __str__(self) -> str:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         extra = [f"d{self.width}"] * (self.width != 768) + [f"t{self.rows}"] * (self.rows != 4096) + [self.activation] * (self.activation != "gelu_new")
         extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate + [f"g{self.tasks}"] * (self.tasks != 4)
         extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm") + [f"frozen{''.join(map(str, self.frozen))}"] * bool(self.frozen)
+        extra += [f"o{self.out}", "dropout" if self.dropout else "kept"] * (self.kind == "lora")
         return "-".join([self.kind or "bottleneck", f"r{self.rank}", names[self.dtype], f"p{names[self.param_dtype]}", *extra])
 
 
@@ -60,6 +65,8 @@ def launches(case: Case) -> list[Launch]:
 
     if case.kind == "phm":
         return phm_launches(case, parameter, optional)
+    if case.kind == "lora":
+        return lora_launches(case, parameter, optional)
     x, wd, wu, bd, bu = torch.empty(t, d, dtype=case.dtype), parameter(r, d), parameter(d, r), optional(r), optional(d)
     with recorded() as made:
         if case.kind is None:
@@ -99,4 +106,15 @@ def phm_launches(case: Case, parameter: Callable[..., Tensor | None], optional: 
         phm_bottleneck.forward(x, *down, bd, *up, bu, x if case.options else None, 0.5, activation, True, True)
         needs = [p is not None and i not in case.frozen for i, p in enumerate((x, *down, bd, *up, bu))]
         phm_bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), *down, *up, 0.5, activation, True, needs)
+    return made
+
+
+def lora_launches(case: Case, parameter: Callable[..., Tensor | None], optional: Callable[..., Tensor | None]) -> list[Launch]:
+    t, d, out, r = case.rows, case.width, case.out, case.rank
+    x, y, z = (torch.empty(t, wide, dtype=case.dtype) for wide in (d, out, r))
+    wd, wu, bu, dropout = parameter(r, d), parameter(out, r), optional(out), 0.1 if case.dropout else 0.0
+    seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
+    with recorded() as made:
+        lora.forward(x, y, wd, wu, bu, seed, 0.5, dropout, True)
+        lora.backward(y, x, z, wd, wu, seed, 0.5, dropout, [True, True, True, bu is not None])
     return made

@@ -30,6 +30,8 @@ QUICK = [
     (80, Case("phm", 96, FP32, FP32)),
     (80, Case("routed", 96, BF16, FP32)),
     (90, Case("shared", 96, BF16, BF16)),
+    (80, Case("lora", 16, BF16, FP32)),
+    (90, Case("lora", 8, BF16, BF16, out=3072)),
 ]
 ARCHES = (80, 86, 90, 100, 120)
 # Every entry of the table of Compacter's tiles, with the costliest activations: (dtype, activation, division, factor rank).
@@ -47,6 +49,10 @@ FULL = [
     *((a, Case("routed", r, d, FP32)) for a in ARCHES for r in (1, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
     *((a, Case("routed", r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for r in (7, 96, 192, 512)),
     *((a, Case("shared", 96, BF16, FP32, tasks=64)) for a in ARCHES),
+    *((a, Case("lora", r, d, FP32)) for a in ARCHES for r in (4, 8, 16, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
+    *((a, Case("lora", r, BF16, FP32, dropout=False)) for a in ARCHES for r in (4, 64, 256)),
+    *((a, Case("lora", r, FP16, FP16, width=770, out=1030, dropout=p)) for a in ARCHES for r in (7, 96, 192, 512) for p in (True, False)),
+    *((a, Case("lora", 7, d, FP32, width=1, out=33, rows=1, options=False)) for a in (80, 90) for d in (BF16, FP32)),
     *((a, Case(k, 256, FP32, FP32, width=770)) for a in ARCHES for k in ("middleX", "small")),
     *((a, Case(k, r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for k in (None, "large") for r in (96, 192, 512)),
     *((a, Case(None, 64, FP16, FP32, activation="silu", width=33, options=False)) for a in ARCHES),

@@ -15,6 +15,7 @@ ROW_AXIS = {"forward_kernel": "x", "rows_kernel": "x", "backward_kernel": "x", "
 CASES = [
     *(Case(kind, 24, torch.bfloat16, torch.float32, save_gate=s) for kind in (None, "routed", "shared", "large", "logits", "middleX", "middleY", "small") for s in (False, True)),
     *(Case(kind, 96, torch.float32, torch.float32, width=33, options=False) for kind in (None, "routed", "small")),
+    *(Case("lora", 24, torch.bfloat16, torch.float32, width=w, dropout=p) for w, p in ((768, True), (33, False))),
     Case("phm", 24, torch.bfloat16, torch.float32),
     Case("phm", 96, torch.float32, torch.float32, width=36, options=False),
 ]

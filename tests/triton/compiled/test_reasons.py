@@ -14,6 +14,7 @@ from fastadapt import backend
 from fastadapt.ops import _triton
 from fastadapt.ops.bottleneck import triton as bottleneck
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
+from fastadapt.ops.lora import triton as lora
 from fastadapt.ops.phm_bottleneck import triton as phm_bottleneck
 from fastadapt.ops.routed_bottleneck import triton as routed_bottleneck
 from tests.triton.compiled.aot import recorded
@@ -36,6 +37,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_device_can_run_it(device: pytest.MonkeyPatch, dtype: torch.dtype, rank: int) -> None:
     assert bottleneck.reasons(call(dtype=dtype, rank=rank)) == []
     assert routed_bottleneck.reasons(call(op="routed_bottleneck", dtype=dtype, rank=rank, options=(("tasks", 64),))) == []
+    assert lora.reasons(call(op="lora", dtype=dtype, rank=rank, options=(("dropout", True), ("out_width", 3072)))) == []
     assert gated_bottleneck.reasons(call(op="gated_bottleneck", options=(("gate_rank", rank), ("granularity", "large")))) == []
 
 
@@ -46,6 +48,7 @@ def test_a_device_can_run_it(device: pytest.MonkeyPatch, dtype: torch.dtype, ran
         ({"dtype": torch.float64}, "torch.float64 is not supported"),
         ({"rank": 513}, "rank 513 is above 512"),
         ({"width": 2**22 + 1}, "width 4194305 is above 4194304"),
+        ({"op": "lora", "options": (("dropout", False), ("out_width", 2**22 + 1))}, "width 4194305 is above 4194304"),
         ({"op": "routed_bottleneck", "rank": 513, "options": (("tasks", 4),)}, "rank 513 is above 512"),
         ({"op": "gated_bottleneck", "options": (("gate_rank", 600),)}, "gate rank 600 is above 512"),
         ({"op": "gated_bottleneck", "options": (("gate_rank", 300),), "dtype": torch.float32}, "float32 with rank or gate rank 300 is above 256"),
@@ -108,7 +111,7 @@ def test_every_rank_has_chunks_and_tiles() -> None:
         assert rank <= sum(size for _, size in chunks) <= max(16, 2 * rank)
         for dtype in (torch.float32, torch.bfloat16):
             for width in (768, 770):
-                for kernel in ("forward", "rows", "weights", "gated_forward", "gates"):
+                for kernel in ("forward", "dropout_forward", "rows", "projection_rows", "weights", "projection_weights", "gated_forward", "gates"):
                     if dtype == torch.bfloat16 or rank <= _triton.MAX_RANK_GATED_FP32 or "gate" not in kernel:
                         _triton.tile(kernel, rank, width, dtype)
 
@@ -119,9 +122,9 @@ def test_every_rank_has_chunks_and_tiles() -> None:
         "import fastadapt, fastadapt.functional, sys; assert 'triton' not in sys.modules",
         "import sys; sys.modules['triton'] = None; import fastadapt; from fastadapt import backend\n"
         "from fastadapt.ops.bottleneck import triton as b; from fastadapt.ops.gated_bottleneck import triton as g\n"
-        "from fastadapt.ops.phm_bottleneck import triton as p; from fastadapt.ops.routed_bottleneck import triton as r\n"
+        "from fastadapt.ops.phm_bottleneck import triton as p; from fastadapt.ops.routed_bottleneck import triton as r; from fastadapt.ops.lora import triton as l\n"
         "import torch; call = backend.Call('bottleneck', 'cuda', torch.float32, torch.float32, 4, 8, 2)\n"
-        "assert b.reasons(call) == g.reasons(call) == p.reasons(call) == r.reasons(call) == ['triton is not installed']",
+        "assert b.reasons(call) == g.reasons(call) == p.reasons(call) == r.reasons(call) == l.reasons(call) == ['triton is not installed']",
     ],
     ids=["lazy", "absent"],
 )
@@ -140,3 +143,17 @@ def test_ids_are_never_read_on_the_host() -> None:
             routed_bottleneck.backward(x, x, ids, z, wd, bd, wu, bu, 1.0, 3, True, [True] * 5)
         made.append([(launch.kernel, launch.grid, [a if isinstance(a, (int, float)) else None for a in launch.arguments], launch.options) for launch in launches])
     assert made[0] == made[1] and len(made[0]) == 8
+
+
+def test_a_seed_is_never_read_on_the_host() -> None:
+    """Nor does another seed compile anew: it is a tensor to every launch."""
+    made = []
+    for device in ("cpu", "meta"):
+        x, y, seed = torch.empty(300, 64, device=device), torch.empty(300, 96, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        wd, wu = torch.empty(8, 64, device=device), torch.empty(96, 8, device=device)
+        with recorded() as launches:
+            _, z = lora.forward(x, y, wd, wu, None, seed, 1.0, 0.1, True)
+            lora.backward(y, x, z, wd, wu, seed, 1.0, 0.1, [True, True, True, False])
+        made.append([(launch.kernel, launch.grid, [a if isinstance(a, (int, float)) else None for a in launch.arguments], launch.options) for launch in launches])
+        assert [launch.constants.get("SEED") is seed for launch in launches] == [True, True, True, False]
+    assert made[0] == made[1]

@@ -15,7 +15,7 @@ import torch
 from fastadapt import functional
 from fastadapt.ops import _triton
 from tests.ops import checks, test_routed_bottleneck
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, random_specs, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, random_specs, specs
 
 TRITON = ("triton", "cpu")
 FP16, FP16_MIXED = DTYPES[3:]
@@ -74,6 +74,20 @@ ROUTED = [
 ]
 # Three splits of each task, more row tiles than one step of their column sums takes, and more ids than one step of the sort takes.
 STRETCHES = [over(FP32, Routed, lead=(1100,), ids="row", tasks=2, width=64, rank=64, scale=0.5)]
+# Widths of one to three slabs, below and above each other and equal; tiles with and without masks; seeds with either sign.
+LORA = [
+    over(FP32, Lora, lead=(65,), width=96, out=70, rank=1, dropout=0.1),
+    over(BF16, Lora, lead=(37,), width=70, out=131, rank=8, biases="up", scale=0.5, dropout=0.5),
+    over(MIXED, Lora, lead=(3, 23), width=131, out=64, rank=96, scale=-2.0, biases="up"),
+    over(FP16_MIXED, Lora, lead=(37,), width=64, out=192, rank=16, dropout=0.3, seed=-2),
+    over(FP16, Lora, lead=(1,), width=96, out=96, rank=4, dropout=0.2, biases="up"),
+    over(FP32, Lora, lead=(19,), width=128, out=32, rank=24, dropout=0.75, scale=0.3, biases="up"),
+    over(FP32, Lora, lead=(37,), width=96, out=96, rank=40),
+]
+# A row of one column, and a projection to one.
+LORA_SMALL = [over(FP32, Lora, lead=(9,), width=1, out=33, rank=7, dropout=0.5), over(FP32, Lora, lead=(9,), width=33, out=1, rank=7, biases="up", dropout=0.1)]
+LORA_REAL = [over(MIXED, Lora, lead=(65,), width=768, out=256, rank=16, dropout=0.1)]
+LORA_SPLITS = [over(FP32, Lora, lead=(600,), width=64, out=96, rank=64, dropout=0.1, scale=0.5, biases="up")]
 REAL = [over(MIXED, lead=(65,), width=768, rank=96, scale=0.3), over(MIXED, Gated, lead=(5, 13), width=768, rank=96, gate_rank=96)]
 # More rows in a sample than one step of the mean takes.
 LONG = [over(MIXED, Gated, lead=(2, 150), width=64, rank=7, granularity="small", biases="none", gate_bias=False)]
@@ -84,17 +98,20 @@ CALLS = [
     over(FP32, Gated, lead=(3, 5)),
     over(FP16, Gated, lead=(3, 5), granularity="small"),
     over(MIXED, Routed, lead=(3, 13), outside=True, residual="other", shared="up"),
+    over(MIXED, Lora, lead=(3, 13), out=70, biases="up", dropout=0.3),
 ]
 MORE_CALLS = [over(BF16, Gated, lead=(3, 13), granularity=g, combine=c, save_gate=s) for g in GRANULARITIES for c, s in (("multiply", True), ("add", False))]
 ROUNDED = [
     over(MIXED, lead=(13,), scale="tensor", gate=True),
     *(over(MIXED, Gated, lead=(3, 5), granularity=g, save_gate=False) for g in GRANULARITIES),
     over(MIXED, Routed, lead=(13,)),
+    over(MIXED, Lora, lead=(13,), biases="up", dropout=0.3),
 ]
 EMPTY = [
     *(over(d, lead=(0,), scale="tensor", gate=True) for d in (FP32, MIXED)),
     *(over(d, Gated, lead=lead, granularity=g) for d in (FP32, MIXED) for lead, g in (((0,), "large"), ((0, 5), "small"))),
     *(over(MIXED, Routed, lead=lead, shared="down") for lead in ((0,), (0, 5), (5, 0))),
+    *(over(MIXED, Lora, lead=(0,), biases="up", dropout=p) for p in (0.0, 0.1)),
 ]
 PAIRS = [
     over(MIXED, lead=(39,), gate=True, width=70, rank=70),
@@ -103,6 +120,7 @@ PAIRS = [
         for g, s in (("large", True), ("small", False))
     ),
     over(MIXED, Routed, lead=(3, 13), outside=True, **BANKS),
+    over(MIXED, Lora, lead=(39,), width=70, out=90, rank=70, biases="up", dropout=0.3),
 ]
 # Parts of 24, 9 (and 6), 6, 24 (and 25), 9 and 1 columns; parts of 16 and more pairs, and padded divisions and factor ranks.
 PHM_SHAPES = [
@@ -136,13 +154,13 @@ def test_phm_random(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
 
 
-@specs([*SHAPES, *WIDTHS, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *ROUTED, *REAL])
+@specs([*SHAPES, *WIDTHS, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *ROUTED, *REAL, *LORA, *LORA_SMALL, *LORA_REAL])
 def test_within_rule(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
 
 
 @pytest.mark.full
-@specs([*random_specs(Bottleneck, 60, seed=31), *random_specs(Gated, 90, seed=32), *random_specs(Routed, 60, seed=33)])
+@specs([*random_specs(Bottleneck, 60, seed=31), *random_specs(Gated, 90, seed=32), *random_specs(Routed, 60, seed=33), *random_specs(Lora, 60, seed=34)])
 def test_random(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
 
@@ -164,6 +182,12 @@ def test_several_splits(spec: Spec) -> None:
 def test_several_splits_of_each_task(spec: Routed) -> None:
     counts = spec.task_ids().bincount()
     assert _triton.token_splits(1100, 1)[1] == 256 and all(512 < n <= 768 for n in counts)
+    checks.assert_within_rule(spec, *TRITON)
+
+
+@specs(LORA_SPLITS)
+def test_several_splits_beside_a_projection(spec: Lora) -> None:
+    assert _triton.token_splits(600, 2 * (2 + 3))[0] == 3
     checks.assert_within_rule(spec, *TRITON)
 
 
@@ -229,6 +253,7 @@ def test_more_calls(spec: Spec) -> None:
         over(MIXED, lead=(2, 7), residual="other", gate=True),
         over(FP32, Gated, lead=(2, 7), granularity="middleX", biases="none", gate_bias=False),
         over(MIXED, PHM, lead=(2, 3), division=2, residual="other"),
+        over(MIXED, Lora, lead=(2, 7), dropout=0.3),
     ]
 )
 def test_any_layout(spec: Spec) -> None:
