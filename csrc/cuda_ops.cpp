@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
@@ -330,6 +331,52 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   return std::tuple_cat(grads);
 }
 
+cuda::LoraCall lora_call(Arguments& in, const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& seed, double scale, double dropout) {
+  cuda::LoraCall p{};
+  p.activation_type = Kind(x).type(), p.parameter_type = Kind(w_down).type();
+  p.rows = x.size(0), p.width = x.size(1), p.out = w_up.size(0), p.rank = w_down.size(0);
+  const char* why = cuda::why_not(p.activation_type, p.parameter_type, p.out, p.rank, 0);
+  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width of y ", p.out, ", rank ", p.rank, ")");
+  p.x = in.rows(x, p.x_stride), p.w_down = in.whole(w_down), p.w_up = in.whole(w_up), p.scale = static_cast<float>(scale);
+  p.seed = static_cast<const int64_t*>(in.whole(seed));
+  p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 0x1p32), 0x1p32 - 1)), p.kept = static_cast<float>(1 / (1 - dropout));
+  return p;
+}
+
+std::tuple<Tensor, Tensor> lora(const Tensor& x, const Tensor& y, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& seed, double scale,
+                                double dropout, bool save) {
+  const Kind wide(x);
+  const DeviceGuard guard(wide.device);
+  Tensor out = empty({x.size(0), w_up.size(0)}, wide), z = output(save, {x.size(0), w_down.size(0)}, wide);
+  if (x.size(0) == 0) return {out, z};
+  Arguments in;
+  cuda::LoraCall p = lora_call(in, x, w_down, w_up, seed, scale, dropout);
+  p.residual = in.rows(y, p.residual_stride), p.b_up = in.whole(b_up);
+  p.y = out.mutable_data_ptr(), p.z = pointer(save, z);
+  launch(p, cuda::lora_forward_workspace(p), cuda::lora_forward, wide, 0);
+  return {out, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& seed,
+                                                         double scale, double dropout, int64_t needs) {
+  const Kind wide(x), parameters(w_down);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = x.size(0), rank = w_down.size(0), out = w_up.size(0);
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  Tensor dx = output(need(0), {rows, x.size(1)}, wide), dwd = output(need(1), {rank, x.size(1)}, parameters), dwu = output(need(2), {out, rank}, parameters),
+         dbu = output(need(3), {out}, parameters);
+  if (rows == 0) {
+    for (const Tensor* t : {&dwd, &dwu, &dbu}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
+    return {dx, dwd, dwu, dbu};
+  }
+  Arguments in;
+  cuda::LoraCall p = lora_call(in, x, w_down, w_up, seed, scale, dropout);
+  p.dy = in.rows(dy, p.dy_stride), p.z = in.saved(z);
+  p.dx = pointer(need(0), dx), p.dw_down = pointer(need(1), dwd), p.dw_up = pointer(need(2), dwu), p.db_up = pointer(need(3), dbu);
+  launch(p, cuda::lora_backward_workspace(p), cuda::lora_backward, wide, 0);
+  return {dx, dwd, dwu, dbu};
+}
+
 // Parts of a multiple of 8 columns are read 16 bytes at a time.
 int64_t multiple_of(const cuda::PhmShape& shape) { return shape.whole() ? 8 : 1; }
 
@@ -432,6 +479,9 @@ FASTADAPT_LIBRARY(FASTADAPT_NAMESPACE, m) {
   m.def("routed_bottleneck(Tensor x, Tensor task_ids, " FASTADAPT_ROUTED "Tensor? residual, float scale, int activation, bool add_input, bool save) -> (Tensor, Tensor)");
   m.def("routed_bottleneck_backward(Tensor dy, Tensor x, Tensor task_ids, Tensor z, " FASTADAPT_ROUTED
         "float scale, int activation, bool add_input, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("lora(Tensor x, Tensor y, Tensor w_down, Tensor w_up, Tensor? b_up, Tensor? seed, float scale, float dropout, bool save) -> (Tensor, Tensor)");
+  m.def(
+      "lora_backward(Tensor dy, Tensor x, Tensor z, Tensor w_down, Tensor w_up, Tensor? seed, float scale, float dropout, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("device_count() -> int");
   m.def("driver_version() -> int");
   m.def("runtime_version() -> int");
@@ -448,6 +498,8 @@ FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
   m.impl("phm_bottleneck_backward", TORCH_BOX(&phm_bottleneck_backward));
   m.impl("routed_bottleneck", TORCH_BOX(&routed_bottleneck));
   m.impl("routed_bottleneck_backward", TORCH_BOX(&routed_bottleneck_backward));
+  m.impl("lora", TORCH_BOX(&lora));
+  m.impl("lora_backward", TORCH_BOX(&lora_backward));
 }
 
 FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {

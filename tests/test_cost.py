@@ -282,6 +282,23 @@ def test_compacter_s_bytes() -> None:
         assert found.backward.bytes == pytest.approx(6 * td + 2 * tr, rel=0.01)
 
 
+@pytest.mark.parametrize(("width", "out"), [(768, 768), (768, 3072), (3072, 768)])
+def test_lora_s_bytes_on_cuda(width: int, out: int) -> None:
+    """Forward reads x and y and writes y' and z; backward reads dy twice, x once, z twice, and writes dx and dz, which it reads again. A mask moves nothing, but takes time."""
+    of = call("lora", param_dtype=torch.bfloat16, rows=200_000, width=width, rank=16)
+    kept, dropped = (LORA.estimate("cuda", of._replace(options=(("dropout", p), ("out_width", out)))) for p in (False, True))
+    assert kept is not None and dropped is not None
+    t, r = 2 * of.rows, of.rank
+    assert kept.forward.bytes == pytest.approx(t * (width + 2 * out + r), rel=0.01)
+    assert kept.backward.bytes == pytest.approx(t * (2 * width + 2 * out + 4 * r), rel=0.01)
+    assert (dropped.forward.bytes, dropped.backward.bytes) == (kept.forward.bytes, kept.backward.bytes)
+    assert dropped.forward.gpu > kept.forward.gpu and dropped.backward.gpu > kept.backward.gpu
+    assert (kept.forward.launches, kept.backward.launches) == (dropped.forward.launches, dropped.backward.launches) == (1, 3)
+    for change, forward, backward in (({"param_dtype": torch.float32}, 2, 4), ({"rank": 7}, 3, 4)):
+        found = LORA.estimate("cuda", of._replace(**change))
+        assert found is not None and (found.forward.launches, found.backward.launches) == (forward, backward)
+
+
 def test_launches_of_cuda() -> None:
     for param_dtype, rank, packs in ((torch.bfloat16, 96, 0), (torch.float32, 96, 1), (torch.bfloat16, 100, 1)):
         found = estimate("cuda", call(param_dtype=param_dtype, rank=rank))
@@ -338,6 +355,7 @@ def test_every_kernel_fits_every_architecture() -> None:
         for rank in _cost.CUDA_RANKS:
             assert _cost.too_large(BOTTLENECK.cuda_kernels, call(rank=rank, arch=device.arch)) == []
             assert _cost.too_large(GATED.cuda_kernels, call("gated_bottleneck", rank=rank, arch=device.arch)) == []
+            assert _cost.too_large(LORA.cuda_kernels, call("lora", rank=rank, arch=device.arch)) == []
 
 
 def test_a_kernel_that_does_not_fit_excludes_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:

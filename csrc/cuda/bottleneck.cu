@@ -12,7 +12,7 @@ const char* why_not(Type activation_type, Type parameter_type, int64_t width, in
 }
 
 Projections prepare(PrologueParams& prologue, Workspace& workspace, Type activations, Type parameters, int64_t width, int64_t rank, const void* w_down, const void* b_down, const void* w_up,
-                    const void* b_up, int64_t downs, int64_t ups) {
+                    const void* b_up, int64_t downs, int64_t up_rows) {
   const bool cast = activations != parameters;
   const auto copied = [&](const void* from, int64_t rows, int64_t columns) -> const void* {
     const int stride = plan::round8(columns);
@@ -22,7 +22,7 @@ Projections prepare(PrologueParams& prologue, Workspace& workspace, Type activat
     return to;
   };
   prologue.float_parameters = parameters == kFloat;
-  return {copied(w_down, downs * rank, width), b_down, copied(w_up, ups * width, rank), b_up, static_cast<int>(rank), plan::round8(rank)};
+  return {copied(w_down, downs * rank, width), b_down, copied(w_up, up_rows ? up_rows : width, rank), b_up, static_cast<int>(rank), plan::round8(rank)};
 }
 
 void* padded(Workspace& workspace, int64_t rows, int64_t rank) { return workspace.take(true, 2 * rows * plan::round8(rank)); }
@@ -38,15 +38,16 @@ void unpad(PrologueParams& epilogue, const void* z, void* to, int64_t rows, int6
   if (to && z != to) epilogue.copies[epilogue.count++] = {z, to, rows, static_cast<int>(rank), plan::round8(rank), static_cast<int>(rank), false};
 }
 
-BackwardSequence::BackwardSequence(int64_t rows, int64_t width, bool float_parameters, Activation activation, const void* scale_tensor, int64_t tasks) : tasks(tasks) {
-  const plan::Splits splits = plan::splits(rows, width);
+BackwardSequence::BackwardSequence(int64_t rows, int64_t width, bool float_parameters, Activation activation, const void* scale_tensor, int64_t tasks, int64_t in_width)
+    : tasks(tasks), in_width(in_width ? in_width : width) {
+  const plan::Splits splits = plan::splits(rows, this->in_width > width ? this->in_width : width);
   backward.rows = rows, backward.rows_per_split = splits.rows, backward.width = static_cast<int>(width);
   backward.float_parameters = float_parameters, backward.activation = activation, backward.scale_tensor = scale_tensor;
   reduce.splits = tasks ? plan::routed_splits(rows, width, tasks) : splits.count, reduce.width = backward.width, reduce.float_parameters = last.float_parameters = float_parameters, reduce.scale_tensor = scale_tensor;
 }
 
 void BackwardSequence::add_problem(Workspace& workspace, const Projections& weights, int bucket, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* z,
-                                   const void* gate, float scale, float add, const BottleneckGradients& wanted) {
+                                   const void* gate, float scale, float add, const BottleneckGradients& wanted, bool a_is_z) {
   const int64_t rows = backward.rows, width = backward.width, stride = weights.up_stride, splits = reduce.splits, tile = plan::row_tile(bucket).rows();
   const int64_t tiles = tasks ? plan::routed_pieces(rows, tasks, tile) : plan::ceil_div(rows, tile);
   const bool bracket = wanted.dgate || wanted.dscale, needs_a = wanted.dw_up || bracket;
@@ -54,13 +55,13 @@ void BackwardSequence::add_problem(Workspace& workspace, const Projections& weig
   b = {dy, x, z, dy_stride, x_stride, weights, gate};
   b.scale = scale, b.add = add, b.dx = wanted.dx;
   b.needs_dz = wanted.dx || wanted.dw_down || wanted.db_down;
-  b.a = workspace.take(needs_a, 2 * rows * stride);
+  b.a = a_is_z ? const_cast<void*>(z) : workspace.take(needs_a, 2 * rows * stride);
   b.dz = workspace.take(wanted.dx || wanted.dw_down, 2 * rows * stride);
   b.bias_sums = workspace.take<float>(wanted.db_down != nullptr, tiles * weights.rank);
   b.p = workspace.take<float>(needs_a, splits * width * stride);
-  b.q = workspace.take<float>(wanted.dw_down != nullptr, splits * width * weights.rank);
+  b.q = workspace.take<float>(wanted.dw_down != nullptr, splits * in_width * weights.rank);
   b.s = workspace.take<float>(wanted.db_up || (bracket && weights.b_up), splits * width);
-  rows_needed |= b.needs_dz || needs_a;
+  rows_needed |= b.needs_dz || (needs_a && !a_is_z);
   slab_needed |= needs_a || wanted.dw_down || wanted.dx || wanted.db_up;
 
   ReduceProblem r{b.p, b.q, b.s, weights.w_up, weights.b_up, gate, wanted.dw_down, wanted.dw_up, wanted.db_up, wanted.dgate, nullptr, weights.rank, weights.up_stride, scale};

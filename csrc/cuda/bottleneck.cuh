@@ -1,4 +1,4 @@
-// The kernels of a bottleneck, forward and backward; VL-PET's gated bottleneck launches them too. Here the bytes of a row, each tensor counted once: second readings of a row hit L2.
+// The kernels of a bottleneck, forward and backward; the other ops launch them too, or make kernels of their loops. Here the bytes of a row, each tensor counted once: second readings of a row hit L2.
 //
 //   kernel            reads                  writes                      weights from L2, a row tile or slab
 //   forward           2 D (+ 2 D residual)   2 D + 2 R                   4 D R
@@ -17,14 +17,27 @@
 
 namespace fastadapt::cuda {
 
+// An x as wide as y, of which nothing is dropped. (lora.cuh has others.)
+struct Whole {
+  template <class Params>
+  explicit FASTADAPT_DEVICE Whole(const Params&) {}
+  FASTADAPT_DEVICE bool of_x(int) const { return true; }  // of a slab that begins at this column
+  FASTADAPT_DEVICE bool of_y(int) const { return true; }
+  FASTADAPT_DEVICE void draw(char*, int64_t, int) const {}                     // a tile's mask, where the tile begins at (row, column) of x
+  FASTADAPT_DEVICE void drop(uint32_t (&)[4], const char*, int, int) const {}  // by a tile's mask, from what has the place of the operand at (row, column)
+  FASTADAPT_DEVICE void drop_trans(uint32_t (&)[4], const char*, int, int) const {}
+  template <int kTiles>
+  FASTADAPT_DEVICE void scale_kept(Fragments<kTiles>&) const {}  // sums of a product with what was kept
+};
+
 // A block's share of the work, of row kernels: one tile of all rows, which one adapter takes. (routed_bottleneck.cuh has those of several adapters.)
-template <class Tr>
-struct RowShare {
+template <class Tr, class Input = Whole>
+struct RowShare : Input {
   using At = Place;
   int64_t rows;
 
   template <class Params>
-  explicit FASTADAPT_DEVICE RowShare(const Params& p) : rows(p.rows) {}
+  explicit FASTADAPT_DEVICE RowShare(const Params& p) : Input(p), rows(p.rows) {}
   FASTADAPT_DEVICE bool empty() const { return false; }
   FASTADAPT_DEVICE bool adapts() const { return true; }  // the rows have an adapter
   FASTADAPT_DEVICE Consecutive tile() const { return {Tr::first_row(), rows}; }
@@ -48,9 +61,10 @@ struct RowTraits {
   using Share = RowShare<RowTraits>;
 };
 
-// Tiles of x and, beside each, of part of Wd's rows.
+// Tiles of x, with their masks, and, beside each, of part of Wd's rows.
 template <class Tr, class Of>
 struct DownLoad {
+  const typename Tr::Share& share;
   const void* x;
   int64_t stride;
   const Of& rows;
@@ -61,18 +75,20 @@ struct DownLoad {
     load_tile<typename Tr::T, Tr::kThreads, Tr::kBlockT, Tr::kDepth>(stage, x, stride, rows, step * Tr::kDepth, width);
     const void* const from = static_cast<const typename Tr::T*>(w.w_down) + static_cast<int64_t>(part) * Tr::kPart * width;
     load_tile<typename Tr::T, Tr::kThreads, Tr::kPart, Tr::kDepth>(stage + kX, from, width, 0, w.rank - part * Tr::kPart, step * Tr::kDepth, width);
+    share.draw(stage, Tr::first_row(), step * Tr::kDepth);
   }
 };
 // The pre-activations x Wd' + bd of one tile of rows. Where registers are short, in two parts of the rank, and x is read again.
 template <class Tr, class Of>
-FASTADAPT_DEVICE Rows<Tr::kTiles> project(char* arena, const void* x, int64_t stride, const Of& rows, const Projections& w, int width, bool float_parameters, bool adapts) {
+FASTADAPT_DEVICE Rows<Tr::kTiles> project(const typename Tr::Share& share, char* arena, const void* x, int64_t stride, const Of& rows, const Projections& w, int width, bool float_parameters,
+                                          bool adapts) {
   using T = typename Tr::T;
   using Load = DownLoad<Tr, Of>;
   const int steps = adapts ? static_cast<int>(plan::ceil_div(width, Tr::kDepth)) : 0;
   Rows<Tr::kTiles> z;
 #pragma unroll
   for (int part = 0; part < Tr::kRank / Tr::kPart; ++part) {
-    auto tiles = pipeline<Tr::kStages, Load::kBytes>(arena, steps, Load{x, stride, rows, w, width, part});
+    auto tiles = pipeline<Tr::kStages, Load::kBytes>(arena, steps, Load{share, x, stride, rows, w, width, part});
     auto sum = biases<T, Tr::kPart / 8>(w.b_down, float_parameters, part * Tr::kPart, w.rank);
     for (int step = 0; step < steps; ++step) {
       const char* stage = tiles.next(step);
@@ -80,9 +96,11 @@ FASTADAPT_DEVICE Rows<Tr::kTiles> project(char* arena, const void* x, int64_t st
       for (int k = 0; k < Tr::kDepth; k += 16) {
         uint32_t a[4];
         load_a<Tr::kDepth>(a, stage, 16 * warp(), k);
+        share.drop(a, stage, 16 * warp(), k);
         multiply<T, Tr::kDepth, false>(sum, a, stage + Load::kX, k);
       }
     }
+    share.scale_kept(sum);
     const auto own = rounded<T>(sum);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -134,11 +152,11 @@ FASTADAPT_DEVICE void forward(const Params& p) {
   if (Epilogue<Tr>::reads_z(p)) {
     a = load_activated<T, Tr::kTiles>(p.z, p.adapter.up_stride, at, p.activation);
   } else {
-    a = project<Tr>(arena, p.x, p.x_stride, tile, adapter, p.width, p.float_parameters, share.adapts());
+    a = project<Tr>(share, arena, p.x, p.x_stride, tile, adapter, p.x_width(), p.float_parameters, share.adapts());
     store_and_activate<T>(a, p.z, p.adapter.up_stride, at, p.activation);
   }
   if constexpr (Tr::kDual) {
-    a_second = project<Tr>(arena, p.other, p.other_stride, tile, second, p.width, p.float_parameters, true);
+    a_second = project<Tr>(share, arena, p.other, p.other_stride, tile, second, p.width, p.float_parameters, true);
     store_and_activate<T>(a_second, Epilogue<Tr>::second_z(p), second.up_stride, at, p.activation);
   }
 
@@ -331,12 +349,13 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) rows_kernel(const __grid_constant__ BackwardPa
 }
 
 // A block's share of the slab kernel: a split of all rows.
-struct SlabShare {
+template <class Input = Whole>
+struct SlabShare : Input {
   int64_t first, last;
 
   template <class Params>
   explicit FASTADAPT_DEVICE SlabShare(const Params& p)
-      : first(static_cast<int64_t>(blockIdx.y) * p.rows_per_split), last(first + p.rows_per_split < p.rows ? first + p.rows_per_split : p.rows) {}
+      : Input(p), first(static_cast<int64_t>(blockIdx.y) * p.rows_per_split), last(first + p.rows_per_split < p.rows ? first + p.rows_per_split : p.rows) {}
   FASTADAPT_DEVICE bool empty() const { return false; }
   FASTADAPT_DEVICE bool adapts() const { return true; }
   FASTADAPT_DEVICE Consecutive tile(int64_t from) const { return {from, last}; }
@@ -351,10 +370,22 @@ struct SlabTraits {
   static constexpr plan::SlabTile kTile = plan::slab_tile(kRank);
   static constexpr int kBlockT = kTile.rows, kStages = kTile.stages, kShared = plan::slab_shared(kRank);
   static constexpr int kRowTile = plan::tile_bytes(kBlockT, kSlab), kRankTile = plan::tile_bytes(kBlockT, kRank);
-  using Share = SlabShare;
+  using Share = SlabShare<>;
 };
 
-// For one slab of 64 columns of D and one split of the rows: dx = dz Wd + add dy, and the split's partials of dy' a, dz' x and the column sums of dy.
+// Rows of a product, two fragments at a time as an operand, without what was dropped of them.
+template <class Share, int kTiles>
+FASTADAPT_DEVICE void drop_rows(const Share& share, Rows<kTiles>& rows, const char* tile, int row, int column) {
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k) {
+    uint32_t a[4];
+    operand(a, rows, k);
+    share.drop(a, tile, row, column + 16 * k);
+    rows.v[0][2 * k] = a[0], rows.v[1][2 * k] = a[1], rows.v[0][2 * k + 1] = a[2], rows.v[1][2 * k + 1] = a[3];
+  }
+}
+
+// For one slab of 64 columns of D, of x's and of y's, and one split of the rows: dx = dz Wd + add dy, and the split's partials of dy' a, dz' x and the column sums of dy.
 //
 // Warps 0 to 3 own 16 columns each of dy' a, warps 4 to 7 of x' dz, in registers from the first row to the last: x and dy are read once for everything, and nothing is added atomically.
 template <class Tr, class Params>
@@ -365,18 +396,20 @@ FASTADAPT_DEVICE void slab(const Params& p) {
   const typename Tr::Share share(p);
   if (share.empty()) return;
   const int64_t first = share.first, last = share.last;
-  const bool needs_dy = problem.p || problem.s || (problem.dx && problem.add != 0.f), needs_dz = problem.q || problem.dx;
+  const bool of_x = share.of_x(first_column), of_y = share.of_y(first_column);
+  const bool needs_dy = (of_y && (problem.p || problem.s)) || (problem.dx && problem.add != 0.f), needs_dz = of_x && (problem.q || problem.dx);
   FASTADAPT_SHARED(arena);
   char* const w_down = arena + Tr::kStages * 2 * (Tr::kRowTile + Tr::kRankTile);
-  if (problem.dx)  // joins the first stage's group
-    load_tile<T, Tr::kThreads, Tr::kRank, Tr::kSlab>(w_down, share.weights(problem.weights).w_down, p.width, 0, share.adapts() ? rank : 0, first_column, p.width);
+  if (of_x && problem.dx)  // joins the first stage's group
+    load_tile<T, Tr::kThreads, Tr::kRank, Tr::kSlab>(w_down, share.weights(problem.weights).w_down, p.x_width(), 0, share.adapts() ? rank : 0, first_column, p.x_width());
   const auto load = [&](char* stage, int step) {
     const int64_t row = first + static_cast<int64_t>(step) * Tr::kBlockT;
     const auto rows = share.tile(row);
     if (needs_dy) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kSlab>(stage, problem.dy, problem.dy_stride, rows, first_column, p.width);
-    if (problem.q) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kSlab>(stage + Tr::kRowTile, problem.x, problem.x_stride, rows, first_column, p.width);
-    if (problem.p) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kRank>(stage + 2 * Tr::kRowTile, problem.a, stride, row, last, 0, stride);
+    if (of_x && problem.q) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kSlab>(stage + Tr::kRowTile, problem.x, problem.x_stride, rows, first_column, p.x_width());
+    if (of_y && problem.p) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kRank>(stage + 2 * Tr::kRowTile, problem.a, stride, row, last, 0, stride);
     if (needs_dz) load_tile<T, Tr::kThreads, Tr::kBlockT, Tr::kRank>(stage + 2 * Tr::kRowTile + Tr::kRankTile, problem.dz, stride, row, last, 0, stride);
+    if (needs_dz) share.draw(stage + Tr::kRowTile, row, first_column);
   };
   const int steps = first < last ? static_cast<int>(plan::ceil_div(last - first, Tr::kBlockT)) : 0;
   auto tiles = pipeline<Tr::kStages, 2 * (Tr::kRowTile + Tr::kRankTile)>(arena, steps, load);
@@ -390,7 +423,7 @@ FASTADAPT_DEVICE void slab(const Params& p) {
   for (int step = 0; step < steps; ++step) {
     const char* stage = tiles.next(step);
     const char *dy = stage, *x = stage + Tr::kRowTile, *a = stage + 2 * Tr::kRowTile, *dz = a + Tr::kRankTile;
-    if (problem.dx) {
+    if (of_x && problem.dx) {
       auto out = zeros<kOutTiles>();
 #pragma unroll
       for (int k = 0; k < Tr::kRank; k += 16) {
@@ -412,13 +445,15 @@ FASTADAPT_DEVICE void slab(const Params& p) {
           }
           dx.v[i][j] = pack(v.x, v.y, T{});
         }
-      store_rows<T>(problem.dx, p.width, share.place(first + static_cast<int64_t>(step) * Tr::kBlockT + 16 * row_group + lane() / 4), first_column + column, p.width, dx);
+      drop_rows(share, dx, x, 16 * row_group, column);
+      store_rows<T>(problem.dx, p.x_width(), share.place(first + static_cast<int64_t>(step) * Tr::kBlockT + 16 * row_group + lane() / 4), first_column + column, p.x_width(), dx);
     }
-    if (owns_p ? problem.p || problem.s : problem.q != nullptr) {
+    if (owns_p ? of_y && (problem.p || problem.s) : of_x && problem.q != nullptr) {
 #pragma unroll
       for (int k = 0; k < Tr::kBlockT; k += 16) {
         uint32_t f[4];
         load_a_trans<Tr::kSlab>(f, owns_p ? dy : x, own_columns, k);
+        if (!owns_p) share.drop_trans(f, x, own_columns, k);
         if (owns_p ? problem.p : problem.q) multiply<T, Tr::kRank, true>(sum, f, owns_p ? a : dz, k);
         if (owns_p && problem.s) ptx::mma(sums.v[0], f, one, one, T{});
       }
@@ -429,16 +464,16 @@ FASTADAPT_DEVICE void slab(const Params& p) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int d = first_column + own_columns + lane() / 4 + 8 * i;
-    if (d >= p.width) continue;
+    if (d >= (owns_p ? p.width : p.x_width())) continue;
     if (owns_p && problem.s && (lane() & 3) == 0) ptx::store_global(problem.s + split * p.width + d, sums.v[0][2 * i]);
 #pragma unroll
     for (int j = 0; j < Tr::kTiles; ++j) {
       const int r = 8 * j + 2 * (lane() & 3);
       if (owns_p && problem.p && r < stride) ptx::store_global(problem.p + (split * p.width + d) * stride + r, float2{sum.v[j][2 * i], sum.v[j][2 * i + 1]});
       if (!owns_p && problem.q) {
-        float* const q = problem.q + (split * rank + r) * p.width + d;
+        float* const q = problem.q + (split * rank + r) * p.x_width() + d;
         if (r < rank) ptx::store_global(q, sum.v[j][2 * i]);
-        if (r + 1 < rank) ptx::store_global(q + p.width, sum.v[j][2 * i + 1]);
+        if (r + 1 < rank) ptx::store_global(q + p.x_width(), sum.v[j][2 * i + 1]);
       }
     }
   }
@@ -462,7 +497,7 @@ FASTADAPT_DEVICE void slab(const Params& p) {
 //   96              256    58880   125 / 125 / 122 / 125 2 / 2 / 2 / 1
 //   128             256    71680   126 / 126 / 127 / 126 2 / 2 / 2 / 1
 //   192             256    97280   170 / 168 / 168 / 170 1 / 1 / 1 / 1
-//   256             256    79872   243 / 242 / 242 / 241 1 / 1 / 1 / 1
+//   256             256    79872   242 / 244 / 240 / 241 1 / 1 / 1 / 1
 template <class Tr>
 FASTADAPT_KERNEL(Tr::kThreads) slab_kernel(const __grid_constant__ BackwardParams p) {
   slab<Tr>(p);
@@ -483,7 +518,7 @@ FASTADAPT_DEVICE void reduce(const Params& p) {
   int64_t block = blockIdx.x;
   for (int n = 0; n < p.problem_count; ++n) {
     const ReduceProblem& problem = p.problems[n];
-    const ReduceBlocks blocks = reduce_blocks(problem, p.width);
+    const ReduceBlocks blocks = reduce_blocks(problem, p.width, p.x_width());
     const Part part = part_of(p, n, block, blocks.up + blocks.down);
     if (block < blocks.up) {
       const int d = static_cast<int>(block) * 8 + warp();
@@ -513,7 +548,7 @@ FASTADAPT_DEVICE void reduce(const Params& p) {
     }
     block -= blocks.up;
     if (block < blocks.down) {
-      const int64_t all = static_cast<int64_t>(problem.rank) * p.width, i = (block * kReduceThreads + threadIdx.x) * 4;  // all is a multiple of 4: the width is one of 8
+      const int64_t all = static_cast<int64_t>(problem.rank) * p.x_width(), i = (block * kReduceThreads + threadIdx.x) * 4;  // all is a multiple of 4: the width is one of 8
       if (i >= all) return;
       float4 sum{0.f, 0.f, 0.f, 0.f};
       for (int64_t s = part.first; s < part.last; ++s) {

@@ -30,12 +30,18 @@ template <class T>
 int launch_routed_slab(const RoutedBackwardParams& p, int64_t splits, void* stream);
 template <class T>
 int launch_routed_reduce(const RoutedReduceParams& p, void* stream);
+template <class T>
+int launch_lora_forward(const LoraForwardParams& p, void* stream);
+template <class T>
+int launch_lora_slab(const LoraBackwardParams& p, void* stream);
+template <class T>
+int launch_lora_reduce(const LoraReduceParams& p, void* stream);
 
 template <int kRank>
 struct RankConstant {
   static constexpr int value = kRank;
 };
-// f(bucket as a constant), for the kernels of the plain bottleneck or, of which there are fewer, the gated and routed ones. Mutants are compiled for few ranks: of four and of eight warps, of one and of
+// f(bucket as a constant), for the kernels of the plain bottleneck and of LoRA or, of which there are fewer, the gated and routed ones. Mutants are compiled for few ranks: of four and of eight warps, of one and of
 // two parts of a down-projection, of one and of two stages, of four and of two fragments a step of an up-projection, of tiles that the threads
 // divide and do not.
 template <class F>

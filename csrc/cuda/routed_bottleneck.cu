@@ -14,7 +14,7 @@ Routing routing(Workspace& workspace, const RoutedCall& p) {
 }
 
 Projections projections(PrologueParams& prologue, Workspace& workspace, const RoutedCall& p, const void* w_down) {
-  return prepare(prologue, workspace, p.activation_type, p.parameter_type, p.width, p.rank, w_down, p.b_down, p.w_up, p.b_up, p.shares_w_down ? 1 : p.tasks, p.shares_w_up ? 1 : p.tasks);
+  return prepare(prologue, workspace, p.activation_type, p.parameter_type, p.width, p.rank, w_down, p.b_down, p.w_up, p.b_up, p.shares_w_down ? 1 : p.tasks, (p.shares_w_up ? 1 : p.tasks) * p.width);
 }
 
 struct ForwardSequence {

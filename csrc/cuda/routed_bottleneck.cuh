@@ -67,14 +67,14 @@ struct GatheredPlace {
 
 // A tile of one task's rows.
 template <class Tr>
-struct RoutedRowShare {
+struct RoutedRowShare : Whole {
   using At = GatheredPlace;
   const Routing& routing;
   bool float_parameters;
   int task, first, end;
 
   template <class Params>
-  explicit FASTADAPT_DEVICE RoutedRowShare(const Params& p) : routing(p.routing), float_parameters(p.float_parameters), first(0), end(0) {
+  explicit FASTADAPT_DEVICE RoutedRowShare(const Params& p) : Whole(p), routing(p.routing), float_parameters(p.float_parameters), first(0), end(0) {
     const int tile = static_cast<int>(blockIdx.x);
     task = task_of(routing, routing.tiles, tile);
     if (empty()) return;
@@ -96,13 +96,13 @@ struct RoutedRowTraits : RowTraits<T, kRank> {
 
 // A split of one task's rows.
 template <class Tr>
-struct RoutedSlabShare {
+struct RoutedSlabShare : Whole {
   const Routing& routing;
   int task;
   int64_t first, last;
 
   template <class Params>
-  explicit FASTADAPT_DEVICE RoutedSlabShare(const Params& p) : routing(p.routing), first(0), last(0) {
+  explicit FASTADAPT_DEVICE RoutedSlabShare(const Params& p) : Whole(p), routing(p.routing), first(0), last(0) {
     const int split = static_cast<int>(blockIdx.y);
     task = task_of(routing, routing.splits, split);
     if (empty()) return;
@@ -134,9 +134,9 @@ struct RoutedSlabTraits : SlabTraits<T, kRank> {
 //
 // routed_forward_kernel's resources:
 //   rank        threads   shared   registers             blocks
-//   32              128    27648   96 / 96 / 105 / 92    5 / 5 / 4 / 3
+//   32              128    27648   96 / 96 / 105 / 94    5 / 5 / 4 / 3
 //   96              128    46080   162 / 165 / 174 / 145 3 / 3 / 2 / 2
-//   192             256    51200   202 / 206 / 202 / 190 1 / 1 / 1 / 1
+//   192             256    51200   200 / 204 / 200 / 188 1 / 1 / 1 / 1
 //   256             256    61440   238 / 238 / 238 / 226 1 / 1 / 1 / 1
 template <class Tr>
 FASTADAPT_KERNEL(Tr::kThreads, 1) routed_forward_kernel(const __grid_constant__ RoutedForwardParams p) {
@@ -179,7 +179,7 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) routed_rows_kernel(const __grid_constant__ Rou
 //   32              256    61952   80 / 79 / 79 / 72     2 / 3 / 3 / 1
 //   96              256    58880   120 / 121 / 124 / 122 2 / 2 / 2 / 1
 //   192             256    97280   168 / 168 / 168 / 172 1 / 1 / 1 / 1
-//   256             256    79872   241 / 242 / 242 / 242 1 / 1 / 1 / 1
+//   256             256    79872   242 / 243 / 243 / 239 1 / 1 / 1 / 1
 template <class Tr>
 FASTADAPT_KERNEL(Tr::kThreads) routed_slab_kernel(const __grid_constant__ RoutedBackwardParams p) {
   slab<Tr>(p);

@@ -30,10 +30,10 @@ int with_type(Type type, F f) {
 // Whether rows of `columns` numbers are as the kernels want them: 16-byte aligned.
 inline bool ragged(int64_t columns) { return columns % 8 != 0; }
 
-// The projections of one bottleneck, or of several that lie one after the other: `downs` and `ups` of them. Matrices in other than the activations' type, and up-projections with ragged rows,
-// are copied by the prologue.
+// The projections of one bottleneck, or of several that lie one after the other: `downs` of them, and up-projections of `up_rows` rows in all (0: of width). Matrices in other than the
+// activations' type, and up-projections with ragged rows, are copied by the prologue.
 Projections prepare(PrologueParams& prologue, Workspace& workspace, Type activations, Type parameters, int64_t width, int64_t rank, const void* w_down, const void* b_down, const void* w_up,
-                    const void* b_up, int64_t downs = 1, int64_t ups = 1);
+                    const void* b_up, int64_t downs = 1, int64_t up_rows = 0);
 
 // The padded pre-activations of a ragged rank: a place for the forward to write, and a copy for the backward to read.
 void* padded(Workspace& workspace, int64_t rows, int64_t rank);
@@ -45,18 +45,19 @@ struct BottleneckGradients {
   void *dx, *dw_down, *db_down, *dw_up, *db_up, *dgate, *dscale;
 };
 
-// Rows, slab and reduce of up to two problems. add_problem fills the kernels' arguments for what is asked for.
+// Rows, slab and reduce of up to two problems. add_problem fills the kernels' arguments for what is asked for; a_is_z: phi is the identity, and no kernel need write a.
 struct BackwardSequence {
   BackwardParams backward{};
   ReduceParams reduce{};
   ReduceParams last{};  // the sum over D behind the gradient of a scale
   int problems = 0;
-  int64_t tasks;  // of a routed bottleneck, else 0
+  int64_t tasks;     // of a routed bottleneck, else 0
+  int64_t in_width;  // of x
   bool rows_needed = false, slab_needed = false;
 
-  BackwardSequence(int64_t rows, int64_t width, bool float_parameters, Activation activation, const void* scale_tensor, int64_t tasks = 0);
+  BackwardSequence(int64_t rows, int64_t width, bool float_parameters, Activation activation, const void* scale_tensor, int64_t tasks = 0, int64_t in_width = 0);
   void add_problem(Workspace& workspace, const Projections& weights, int bucket, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* z, const void* gate, float scale,
-                   float add, const BottleneckGradients& wanted);
+                   float add, const BottleneckGradients& wanted, bool a_is_z = false);
   void add_sums(const float* parts, int64_t count, int stride, int columns, void* out, void* rest);
   template <class T>
   int launch(void* stream) const;

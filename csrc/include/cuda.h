@@ -32,6 +32,12 @@ struct RoutedCall : BottleneckParams {
   void* stream;
 };
 
+// x has `width` columns, and the projection's output (residual), y and dy have `out`. Neither b_down, gate nor scale tensor, and no activation.
+struct LoraCall : BottleneckParams {
+  void* workspace;
+  void* stream;
+};
+
 // Why the kernels cannot run a shape (width, rank, types), or null. `gate_rank` is 0 where there is none.
 const char* why_not(Type activation_type, Type parameter_type, int64_t width, int64_t rank, int64_t gate_rank);
 
@@ -49,6 +55,11 @@ size_t routed_forward_workspace(const RoutedCall& p);
 int routed_forward(const RoutedCall& p);
 size_t routed_backward_workspace(const RoutedCall& p);
 int routed_backward(const RoutedCall& p);
+
+size_t lora_forward_workspace(const LoraCall& p);
+int lora_forward(const LoraCall& p);
+size_t lora_backward_workspace(const LoraCall& p);
+int lora_backward(const LoraCall& p);
 
 int device_count();                // 0 where there is no driver or no device
 const char* error_text(int code);  // the name and description of a cudaError_t

@@ -16,7 +16,7 @@ struct Projections {
 
 struct ForwardParams {
   int64_t rows;
-  int width;
+  int width;  // of y
   bool float_parameters;
   Activation activation;
   const void *x, *other;  // A; of the gated op h and x
@@ -27,6 +27,7 @@ struct ForwardParams {
   const void *gate, *scale_tensor;  // P
   float scale;
   bool add_input;
+  constexpr int x_width() const { return width; }
 };
 
 struct GateParams {
@@ -86,6 +87,7 @@ struct BackwardParams {
   Activation activation;
   const void* scale_tensor;  // P
   BackwardProblem problems[2];
+  constexpr int x_width() const { return width; }
 };
 
 // Sums of the partials, in order.
@@ -102,9 +104,9 @@ struct ReduceBlocks {
   int64_t up, down;
 };
 constexpr int kReduceThreads = 256;
-constexpr ReduceBlocks reduce_blocks(const ReduceProblem& problem, int width) {
+constexpr ReduceBlocks reduce_blocks(const ReduceProblem& problem, int width, int x_width) {
   const bool any = problem.dw_up || problem.db_up || problem.dgate || problem.dscale;
-  return {any ? plan::ceil_div(width, 8) : 0, problem.dw_down ? plan::ceil_div(static_cast<int64_t>(problem.rank) * width, 4 * kReduceThreads) : 0};
+  return {any ? plan::ceil_div(width, 8) : 0, problem.dw_down ? plan::ceil_div(static_cast<int64_t>(problem.rank) * x_width, 4 * kReduceThreads) : 0};
 }
 struct ColumnSums {
   const float* parts;  // (count, stride)
@@ -120,7 +122,19 @@ struct ReduceParams {
   const void* scale_tensor;
   ReduceProblem problems[2];
   ColumnSums sums[3];
+  constexpr int x_width() const { return width; }
 };
+
+template <class Params>
+constexpr int64_t reduce_blocks(const Params& p) {
+  int64_t blocks = 0;
+  for (int n = 0; n < p.problem_count; ++n) {
+    const ReduceBlocks of = reduce_blocks(p.problems[n], p.width, p.x_width());
+    blocks += of.up + of.down;
+  }
+  for (int n = 0; n < p.sum_count; ++n) blocks += plan::ceil_div(p.sums[n].columns + (p.sums[n].rest ? 1 : 0), 32);
+  return blocks;
+}
 
 // What comes before the kernels, in one launch: matrices rounded to A with padded rows, and the fold of an up-projection with a gate's weight. Where 8 does not divide the rank, also the
 // pre-activations, and behind the forward a launch that takes their padding off.
@@ -170,6 +184,28 @@ struct RoutedReduceParams : ReduceParams {
 struct RoutedPrologueParams : PrologueParams {
   Routing routing;
   int width;
+};
+
+// LoRA: x has `in` columns and y `width`; some of x may be dropped. An element is where its number is below the threshold; what the others give is multiplied by `kept`.
+struct Dropout {
+  const int64_t* seed;  // null: nothing is dropped
+  uint32_t threshold;
+  float kept;
+};
+struct LoraForwardParams : ForwardParams {
+  int in;
+  Dropout dropout;
+  constexpr int x_width() const { return in; }
+};
+struct LoraBackwardParams : BackwardParams {
+  int in;
+  Dropout dropout;
+  constexpr int x_width() const { return in; }
+};
+struct LoraReduceParams : ReduceParams {
+  static constexpr bool kGates = false;
+  int in;
+  constexpr int x_width() const { return in; }
 };
 
 }  // namespace fastadapt::cuda

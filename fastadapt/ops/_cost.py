@@ -365,7 +365,7 @@ def cuda_limits(call: Call) -> list[str]:
         return [f"the cuda kernels take bfloat16 and float16, not {call.dtype}"]
     if call.op == "phm_bottleneck":
         return cuda_phm_limits(call)
-    if call.width < 8 or call.width % 8:
+    if any(width < 8 or width % 8 for width in (call.width, call.option("out_width", call.width))):
         return ["the cuda kernels need a width that is a multiple of 8"]
     return [] if 1 <= call.rank <= CUDA_RANKS[-1] and call.option("gate_rank", 0) <= CUDA_RANKS[-1] else [f"the cuda kernels take ranks from 1 to {CUDA_RANKS[-1]}"]
 

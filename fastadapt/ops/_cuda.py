@@ -104,7 +104,8 @@ def _unsupported(call: Call, namespace: str | None) -> list[str]:
     if call.op == "phm_bottleneck":
         why = ops.phm_why_not(*types, call.width, call.rank, call.option("division", 1), call.option("factor_rank", 1))
     else:
-        why = ops.why_not(*types, call.width, call.rank, call.option("gate_rank", 0))
+        widths = (call.width, call.option("out_width", call.width))
+        why = next(filter(None, (ops.why_not(*types, width, call.rank, call.option("gate_rank", 0)) for width in widths)), "")
     return [why] if why else []
 
 

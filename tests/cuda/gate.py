@@ -180,7 +180,8 @@ def _above(kernel: str, kernels: dict[str, dict[str, int]]) -> str:
         rows = [kernels[f"{key} sm_{arch}"] for arch in ARCHS]
         rank = re.search(r", (\d+)(?:, (true|false))?>", key)
         parts = "whole" if "true" in key else "not whole"
-        name = (parts if "PhmTraits" in key else "any") if rank is None else rank[1] + (", dual" if rank[2] == "true" else "")
+        flag = ", drops" if "Lora" in key else ", dual"
+        name = (parts if "PhmTraits" in key else "any") if rank is None else rank[1] + (flag if rank[2] == "true" else "")
         registers, blocks = (" / ".join(str(row[column]) for row in rows) for column in ("registers", "blocks"))
         lines.append(f"//   {name:10}{rows[0]['threads']:9}{rows[0]['shared']:9}   {registers:22}{blocks}")
     return "\n".join(lines) + "\n"

@@ -34,6 +34,10 @@ size_t routed_forward_workspace(const RoutedCall&) { return 1; }
 int routed_forward(const RoutedCall& p) { return launch(p.y, p.stream); }
 size_t routed_backward_workspace(const RoutedCall&) { return 1; }
 int routed_backward(const RoutedCall& p) { return launch(p.workspace, p.stream); }
+size_t lora_forward_workspace(const LoraCall&) { return 1; }
+int lora_forward(const LoraCall& p) { return launch(p.y, p.stream); }
+size_t lora_backward_workspace(const LoraCall&) { return 1; }
+int lora_backward(const LoraCall& p) { return launch(p.workspace, p.stream); }
 
 int device_count() {
   int n = 0;

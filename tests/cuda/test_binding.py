@@ -22,7 +22,7 @@ from tests.cuda import nvcc
 
 ROOT = Path(__file__).parents[2]
 needs_nvcc = pytest.mark.skipif(nvcc.find() is None, reason="no nvcc")
-OPS = tuple(f"{op}{suffix}" for op in ("bottleneck", "gated_bottleneck", "phm_bottleneck", "routed_bottleneck") for suffix in ("", "_backward"))
+OPS = tuple(f"{op}{suffix}" for op in ("bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck") for suffix in ("", "_backward"))
 
 
 def run(*command: str, cwd: Path, fails: bool = False, **env: str) -> str:
@@ -216,6 +216,9 @@ class TestReasons:
         monkeypatch.setattr(torch.ops.fastadapt_cuda, "why_not", lambda *shape: asked.append(shape) or "no such shape")
         assert _cuda.reasons(CALL._replace(param_dtype=torch.float32, options=(("gate_rank", 7),))) == ["no such shape"]
         assert asked == [(1, 0, 64, 16, 7)]
+        monkeypatch.setattr(torch.ops.fastadapt_cuda, "why_not", lambda *shape: "" if shape[2] == 64 else f"width {shape[2]}")
+        assert _cuda.reasons(CALL._replace(op="lora", options=(("out_width", 64),))) == []
+        assert _cuda.reasons(CALL._replace(op="lora", options=(("out_width", 68),))) == ["width 68"]
         monkeypatch.setattr(torch.ops.fastadapt_cuda, "phm_why_not", lambda *shape: asked.append(shape) or "no such factors", raising=False)
         assert _cuda.reasons(CALL._replace(op="phm_bottleneck", options=(("division", 4), ("factor_rank", 2)))) == ["no such factors"]
         assert asked[1:] == [(1, 1, 64, 16, 4, 2)]

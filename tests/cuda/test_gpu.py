@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastadapt import backend, functional
 from tests.ops import checks
-from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, specs
+from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, specs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CALLS: list[Spec] = [
@@ -17,6 +19,8 @@ CALLS: list[Spec] = [
     *(Gated(lead=(8, 500), width=768, rank=96, gate_rank=96, dtype=MIXED[0], param_dtype=MIXED[1], granularity=g) for g in GRANULARITIES if g != "large_full"),
     PHM(lead=(10000,), width=768, rank=96, dtype=MIXED[0], param_dtype=MIXED[1]),
     PHM(lead=(1000,), width=772, rank=24, dtype=BF16[0], factor_rank=2),
+    Lora(lead=(4096,), width=1024, out=512, rank=16, dtype=MIXED[0], param_dtype=MIXED[1], dropout=0.1),
+    Lora(lead=(1000,), width=512, out=1536, rank=96, dtype=BF16[0], biases="up"),
 ]
 
 
@@ -118,6 +122,34 @@ def test_other_tasks_in_the_same_cuda_graph() -> None:
             graph.replay()
             expected = step(ids)
             checks.assert_same_bits({str(i): t for i, t in enumerate(expected)}, {str(i): t.detach() for i, t in enumerate(captured)})
+
+
+def test_other_seeds_in_the_same_cuda_graph() -> None:
+    """The seed is read on the device alone: a replay drops what the seed of that time says, forward and backward alike."""
+    spec = Lora(lead=(1000,), width=1024, out=512, rank=16, dtype=MIXED[0], param_dtype=MIXED[1])
+    leaves = {n: t.requires_grad_() for n, t in spec.draw(0, "cuda").items()}
+    dy, seed = spec.cotangent(0, "cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        y = functional.lora(**leaves, dropout=0.3, seed=seed)
+        return (y, *torch.autograd.grad(y, list(leaves.values()), dy))
+
+    with backend.use("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        seen = []
+        for number in (1, -(2**40), 2**63 - 1):
+            seed.fill_(number)
+            graph.replay()
+            seen.append(captured[1].clone())
+            checks.assert_same_bits({str(i): t for i, t in enumerate(step())}, {str(i): t.detach() for i, t in enumerate(captured)})
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
 
 
 def test_a_thread_of_its_own() -> None:

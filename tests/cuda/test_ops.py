@@ -18,11 +18,12 @@ import torch
 from fastadapt import backend, functional
 from fastadapt.ops import _cuda
 from fastadapt.ops.gated_bottleneck.reference import KINDS
+from fastadapt.ops.philox import keep, philox
 from tests.cuda import emulator
 from tests.golden import load_case
-from tests.ops import checks, test_bottleneck, test_gated_bottleneck, test_phm_bottleneck, test_routed_bottleneck
+from tests.ops import checks, test_bottleneck, test_gated_bottleneck, test_lora, test_phm_bottleneck, test_routed_bottleneck
 from tests.ops.checks import CUDA
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, random_specs, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, random_specs, specs
 from tests.tolerance import assert_close_to_f64
 
 FP16, FP16_MIXED = DTYPES[3:]
@@ -44,7 +45,7 @@ def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck,
     return kind(dtype=dtypes[0], param_dtype=dtypes[1], **options)
 
 
-def supported(count: int, kind: type[Bottleneck] | type[Gated] | type[Routed], seed: int) -> list[Spec]:
+def supported(count: int, kind: type[Bottleneck] | type[Gated] | type[Routed] | type[Lora], seed: int) -> list[Spec]:
     """Random calls that the kernels take: half precision, widths that are multiples of 8; some wide ranks and more rows than a tile has."""
     rng, out = random.Random(seed), []
     for spec in random_specs(kind, count, seed):
@@ -57,12 +58,15 @@ def supported(count: int, kind: type[Bottleneck] | type[Gated] | type[Routed], s
             changes["lead"] = (rng.randint(100, 400),)
         if isinstance(spec, Gated) and rng.random() < 0.1:
             changes["gate_rank"] = rng.randint(41, 256)
+        if isinstance(spec, Lora):
+            changes["out"] = max(8, spec.out // 8 * 8)
         out.append(replace(spec, **changes))
     return out
 
 
 RANDOM = [*supported(100, Bottleneck, 41), *supported(140, Gated, 42)]
 RANDOM_ROUTED = supported(120, Routed, 43)
+RANDOM_LORA = supported(120, Lora, 44)
 ROWS, RANKS = (1, 63, 64, 65, 129), (1, 7, 8, 16, 24, 33, 64, 96, 100, 128, 192, 256)
 SHAPES = [over(HALF[i % 4], lead=(ROWS[i % 5],), rank=r, **ONE_SEED) for i, r in enumerate(RANKS)]
 SHAPES += [over(HALF[(i + 1) % 4], lead=(t,), rank=96, width=w, biases="up") for i, (t, w) in enumerate(((130, 64), (65, 72), (37, 136), (64, 768), (65, 1024)))]
@@ -111,6 +115,26 @@ ROUTED = [
     over(FP16, Routed, lead=(70,), width=40, rank=9, tasks=64, ids="row", biases="none"),
     over(BF16, Routed, lead=(1,), width=40, rank=8, tasks=5, biases="none"),
     over(BF16, Routed, lead=(700,), width=64, rank=24, tasks=2, ids="row", outside=True, biases="up"),
+]  # fmt: skip
+# Slabs that only x or only y has columns of, or both in part; a seed of either sign; splits of rows.
+DROPS: dict[str, Any] = {"dropout": 0.3, "seed": -0x123456789ABCDEF}
+LORA_SHAPES = (
+    *((1, 64, 200, 64), (63, 200, 64, 64), (65, 72, 136, 33), (64, 136, 72, 16), (129, 64, 64, 100)),
+    *((37, 328, 96, 200), (70, 96, 328, 128), (130, 64, 192, 256), (9, 192, 64, 192)),
+)
+LORA = [
+    *(
+        over(HALF[i % 4], Lora, lead=(t,), width=w, out=o, rank=r, biases="up" if i % 2 else "none", scale=(1.0, 0.25, -2.0)[i % 3], **(DROPS if i % 3 else {}))
+        for i, (t, w, o, r) in enumerate(LORA_SHAPES)
+    ),
+    *(over(HALF[i % 4], Lora, lead=(5, 13), width=w, out=o, rank=r, **DROPS) for i, (w, o, r) in enumerate(((64, 72, 4), (72, 64, 7), (200, 64, 1), (8, 264, 16), (264, 8, 16)))),
+    *(over(d, Lora, lead=(600,), width=w, out=o, rank=r, biases="up", **DROPS) for d, w, o, r in ((MIXED, 64, 136, 16), (FP16, 136, 64, 96))),
+    *(over(MIXED, Lora, lead=(70,), width=64, out=72, rank=16, dropout=p) for p in (1e-12, 0.999)),
+    over(MIXED, Lora, lead=(33,), width=768, out=768, rank=16, dropout=0.1),
+]
+ALL_LORA = [
+    over(d, Lora, lead=(t,), width=w, out=o, rank=r, biases="up", scale=0.5, dropout=p)
+    for d, r in zip(HALF, (4, 64, 100, 256)) for t in ROWS for w, o in ((64, 200), (200, 64), (72, 72)) for p in (0.0, 0.1)
 ]  # fmt: skip
 # Several row tiles of a sample, and samples that end inside a tile.
 LONG = [over(MIXED, Gated, lead=lead, width=64, rank=7, granularity="small", biases="none", gate_bias=False) for lead in ((2, 150), (7, 37))]
@@ -166,30 +190,33 @@ CALLS = [
 CALLS += [over(MIXED, Routed, lead=(3, 23), rank=7, residual="other", scale=0.7, outside=True, shared="up"), over(FP16, Routed, lead=(70,), ids="row")]
 EMPTY = [
     over(MIXED, Routed, lead=(0, 5)),
+    *(over(d, Lora, lead=(0, 5), out=64, width=40, biases="up", **DROPS) for d in (MIXED, FP16)),
     *(over(d, lead=lead, scale="tensor", gate=True) for d in (BF16, FP16_MIXED) for lead in ((0,), (5, 0))),
     *(over(d, Gated, lead=(0, 5), granularity=g, save_gate=s) for d in (MIXED, FP16) for g in GRANULARITIES for s in (True, False)),
     *(over(d, PHM, lead=lead, width=64) for d in (MIXED, FP16) for lead in ((0,), (5, 0))),
 ]
+CALLS += [over(MIXED, Lora, lead=(3, 23), width=40, out=72, rank=7, biases="up", scale=0.7, **DROPS), over(FP16, Lora, lead=(70,), width=72, out=40, rank=8)]
 PAIRS = [
     *(over(d, lead=(70,), gate=True, scale="tensor", width=72, rank=r, activation=a) for d, r, a in ((MIXED, 70, "gelu_new"), (FP16, 24, "silu"))),
     *(over(d, Gated, lead=(3, 23), granularity=g, save_gate=s, rank=30, gate_rank=20) for d, s in ((MIXED, True), (FP16, False)) for g in GRANULARITIES),
     *(over(d, PHM, lead=(37,), width=64, rank=64, activation=a) for d, a in ((MIXED, "gelu_new"), (FP16, "silu"))),
     over(MIXED, Routed, lead=(70,), rank=30, outside=True, shared="up", ids="row"),
+    *(over(d, Lora, lead=(70,), width=w, out=o, rank=30, **DROPS) for d, w, o in ((MIXED, 72, 64), (FP16, 64, 72))),
 ]
 
 
-ALL_ROWS = [*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL, *ROUTED]
+ALL_ROWS = [*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL, *ROUTED, *LORA]
 
 
 @on_kernels
-@specs([*ALL_ROWS, *RANDOM[:30], *RANDOM[100:140], *PHM_RANDOM[:20], *RANDOM_ROUTED[:24]])
+@specs([*ALL_ROWS, *RANDOM[:30], *RANDOM[100:140], *PHM_RANDOM[:20], *RANDOM_ROUTED[:24], *RANDOM_LORA[:24]])
 def test_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
 @pytest.mark.full
 @on_kernels
-@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES, *PHM_RANDOM[20:], *ALL_PHM, *RANDOM_ROUTED[24:], *ALL_ROUTED])
+@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES, *PHM_RANDOM[20:], *ALL_PHM, *RANDOM_ROUTED[24:], *ALL_ROUTED, *RANDOM_LORA[24:], *ALL_LORA])
 def test_more_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
@@ -227,7 +254,7 @@ class TestCall:
         checks.assert_deterministic(spec, name, device)
 
 
-@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0], PHM_SHAPES[5], ROUTED[-1]])
+@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0], PHM_SHAPES[5], ROUTED[-1], LORA[-5]])
 def test_schedules_change_no_bit(spec: Spec, emulated: None) -> None:
     """Warps and blocks in any order: sums are added in an order of their own."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
@@ -267,7 +294,7 @@ def test_activations_far_from_zero(activation: str, dtypes: tuple[torch.dtype, t
 
 
 @on_kernels
-@specs([over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM, Routed)])
+@specs([over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM, Routed, Lora)])
 def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
     """Rows 2^30 elements apart: the offset of the third does not fit in 32 bits. The 4 GiB are reserved, not touched."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
@@ -275,7 +302,7 @@ def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
     torch.use_deterministic_algorithms(False)  # or the whole buffer would be filled with NaN
 
     def apart(t: torch.Tensor) -> torch.Tensor:
-        return torch.empty(2 * 2**30 + 16 + spec.width, dtype=spec.dtype, device=device).as_strided((3, spec.width), (2**30 + 8, 1)).copy_(t)
+        return torch.empty(2 * 2**30 + 16 + t.shape[1], dtype=spec.dtype, device=device).as_strided(t.shape, (2**30 + 8, 1)).copy_(t)
 
     checks.assert_same_bits(expected, checks.fused(spec, name, {n: apart(t) if n in spec.activations else t for n, t in tensors.items()}, apart(dy)))
 
@@ -295,6 +322,39 @@ def test_a_mixed_batch_gives_row_for_row_what_batches_of_one_task_give(
 def test_rows_of_no_task_and_absent_tasks(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_routed_bottleneck, "EVERYTHING", replace(test_routed_bottleneck.EVERYTHING, dtype=MIXED[0], param_dtype=MIXED[1]))
     test_routed_bottleneck.test_rows_of_no_task_pass_untouched_and_absent_tasks_have_zero_gradients(name, device)
+
+
+@on_kernels
+@pytest.mark.parametrize(("rows", "width"), [(65, 32), (300, 72), (130, 256)])
+def test_forward_and_backward_drop_what_the_definition_says(rows: int, width: int, name: str, device: str) -> None:
+    """Element for element, also where a probability is the very number of an element, which is kept. The gradient of w_down is the mask where dz is an identity."""
+    seed = torch.tensor([-7], device=device)
+    at = int(philox((9 // 4, 5, 0, 0), (-7 & 0xFFFFFFFF, 0xFFFFFFFF))[9 % 4])
+    for p in (0.5, 0.03, at / 2**32, (at + 1) / 2**32):
+        kept = keep(seed, rows, width, p)
+        factor = torch.where(kept, 1 / (1 - p), 0.0).to(torch.bfloat16)
+        one = torch.eye(width, dtype=torch.bfloat16, device=device)
+        w_down, square = one.clone().requires_grad_(), torch.ones(width, width, dtype=torch.bfloat16, device=device)
+        with checks.runs_on("lora", name, counts=(2, 2)):
+            forward, backward = test_lora.masks(torch.ones(rows, width, dtype=torch.bfloat16, device=device), p, seed)
+            y = functional.lora(square, torch.zeros_like(square), w_down, one, dropout=p, seed=seed)
+            (d_down,) = torch.autograd.grad(y, w_down, one)
+        assert torch.equal(forward, factor) and torch.equal(backward, factor)
+        count = min(rows, width)
+        assert torch.equal(d_down[:count], factor[:count])
+    assert keep(seed, 6, 12, at / 2**32)[5, 9] and not keep(seed, 6, 12, (at + 1) / 2**32)[5, 9]
+
+
+@on_kernels
+def test_what_is_dropped_is_never_multiplied(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_lora, "EVERYTHING", replace(test_lora.EVERYTHING, dtype=MIXED[0], param_dtype=MIXED[1]))
+    test_lora.test_what_is_dropped_is_never_multiplied(name, device)
+
+
+@on_kernels
+@specs([over(d, Lora, lead=(130,), width=w, out=w, rank=r, scale=0.7) for d in HALF for w, r in ((32, 7), (96, 24), (72, 170))])
+def test_lora_without_dropout_is_a_bottleneck_of_identity(spec: Lora, name: str, device: str) -> None:
+    test_lora.test_without_dropout_it_is_a_bottleneck_of_identity(spec, name, device)
 
 
 @on_kernels

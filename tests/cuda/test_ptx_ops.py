@@ -10,7 +10,7 @@ import torch
 
 from tests.cuda import nvcc, ptx, ptx_device
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, specs
 
 FP16, FP16_MIXED = DTYPES[3:]
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
@@ -33,7 +33,11 @@ def routed(dtypes: tuple[torch.dtype, torch.dtype], **options: object) -> Routed
     return Routed(**{"dtype": dtypes[0], "param_dtype": dtypes[1], "lead": (5, 14), "width": 72, "biases": "up", "scale": 0.5, "outside": True, **options})
 
 
-# One kernel per template and dtype.
+def lora(dtypes: tuple[torch.dtype, torch.dtype], **options: object) -> Lora:
+    return Lora(**{"dtype": dtypes[0], "param_dtype": dtypes[1], "lead": (70,), "width": 72, "out": 136, "rank": 16, "scale": 0.5, **options})
+
+
+# One kernel per template and dtype, with two bottlenecks or dropout and without.
 CASES: list[Spec] = [
     plain(MIXED, rank=96),
     plain(FP16, rank=20, activation="gelu"),
@@ -48,6 +52,10 @@ CASES: list[Spec] = [
     phm(FP16_MIXED, activation="silu", lead=(9,)),
     routed(MIXED, rank=24),
     routed(FP16, rank=20, tasks=2, ids="row", residual="other"),
+    lora(MIXED, dropout=0.3, biases="up"),
+    lora(BF16, width=136, out=72),
+    lora(FP16_MIXED, dropout=0.5, width=136, out=64, rank=7),
+    lora(FP16),
 ]
 # Every instance, every option of the ops.
 ALL_CASES: list[Spec] = [
@@ -57,6 +65,7 @@ ALL_CASES: list[Spec] = [
     *(gated(d, rank=40, gate_rank=24, granularity=g, activation=a, combine=c) for d, c in ((BF16, "add"), (FP16, "multiply")) for g, a in zip(GRANULARITIES, ACTIVATIONS)),
     *(routed(d, rank=r, activation=a, shared=s) for d in (MIXED, FP16) for r, a, s in zip((32, 96, 192, 256), ACTIVATIONS, ("", "up", "down", ""))),
     routed(BF16, rank=7, biases="both", residual=None, lead=(130,), tasks=33, ids="row"),
+    *(lora(d, rank=r, dropout=p, biases="up") for d in (MIXED, FP16) for r in (32, 64, 96, 128, 192, 256) for p in (0.0, 0.3)),
     plain(BF16, rank=7, biases="both", scale="tensor", residual="other", lead=(3, 23)),
     plain(FP16_MIXED, rank=96, width=768, lead=(300,)),
     *(phm(d, width=w, activation=a) for (d, w), a in zip(((MIXED, 96), (FP16, 100), (BF16, 132), (FP16_MIXED, 160), (BF16, 64)), ACTIVATIONS, strict=True)),
@@ -74,7 +83,7 @@ def within_rule(spec: Spec, perturb: ptx.Perturb = 0) -> set[str]:
 
 
 def templates(kernels: set[str]) -> set[tuple[str, str]]:
-    """Template, and dtype with whether it has two bottlenecks."""
+    """Template, and dtype with whether it has two bottlenecks or dropout."""
     return {(name.split("<")[0], "".join(word for word in ("bf16", "half", "true") if word in name)) for name in kernels}
 
 

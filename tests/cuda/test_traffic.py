@@ -16,7 +16,7 @@ from fastadapt.backend import Call
 from fastadapt.ops import _cost
 from tests.cuda import emulator
 from tests.ops import checks
-from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec
+from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
 KERNELS = (
@@ -32,6 +32,7 @@ KERNELS = (
     "phm_reduce_kernel",
 )
 KERNELS += tuple(f"routed_{name}_kernel" for name in ("prologue", "forward", "rows", "slab", "reduce"))
+KERNELS += tuple(f"lora_{name}_kernel" for name in ("forward", "slab", "reduce"))
 
 
 class Line(NamedTuple):
@@ -104,6 +105,9 @@ def launches(spec: Spec, needs: frozenset[str]) -> Iterator[Launch]:
         return
     if isinstance(spec, Routed):
         yield from routed_launches(spec, needs)
+        return
+    if isinstance(spec, Lora):
+        yield from lora_launches(spec, needs)
         return
     gated = spec if isinstance(spec, Gated) else None
     shapes = spec.shapes()
@@ -315,6 +319,40 @@ def routed_launches(spec: Routed, needs: frozenset[str]) -> Iterator[Launch]:
         yield launch("routed_reduce_kernel", named, **{**of_splits, "begins": begins}, own_tiles=tiles["own"])
 
 
+# ---- LoRA's
+
+
+def lora_launches(spec: Lora, needs: frozenset[str]) -> Iterator[Launch]:
+    rows, into, out, rank = torch.Size(spec.lead).numel(), spec.width, spec.out, spec.rank
+    cast, save, stride = spec.param_dtype not in (None, spec.dtype), bool(needs), up_to(8, rank)
+    base = {"N": rows, "D": out, "I": into, "R": rank, "S": stride, "P": 4 if spec.param_dtype == torch.float32 else 2, **row_tiles(rows, bucket(rank))}
+    base |= {"slabs": -(-out // 64), "x_slabs": -(-into // 64), "larger": -(-max(into, out) // 64), "splits": splits(rows, max(into, out))}
+
+    def launch(kernel: str, named: dict[str, Any], counts: bool = True, **values: int) -> Launch:
+        return Launch(kernel, frozenset(name for name, there in named.items() if there), {**base, **values}, counts)
+
+    def prologue(down: bool = False, up: bool = False, z: bool = False, to_stride: int = stride) -> Iterator[Launch]:
+        copies = [(rank, into, into, base["P"])] if down and cast else []
+        copies += [(out, rank, stride, base["P"])] if up and (cast or rank % 8) else []
+        copies += [(rows, rank, to_stride, 2)] if z and rank % 8 else []
+        for i, (n, columns, to, size) in enumerate(copies):
+            yield launch("prologue_kernel", {"copy": True}, i == 0, rows=n, columns=columns, to_stride=to, B=size)
+
+    drops = spec.dropout > 0
+    yield from prologue(down=True, up=True)
+    yield launch("lora_forward_kernel", {"b_up": spec.biases == "up", "drops": drops, "z": save})
+    yield from prologue(z=save, to_stride=rank)
+    dx, down, up, b_up = (name in needs for name in ("x", "w_down", "w_up", "b_up"))
+    if not (dx or down or up or b_up):
+        return
+    yield from prologue(down=dx, up=dx or down, z=dx or down or up)
+    if dx or down:
+        yield launch("rows_kernel", {"d_z": True, "dz": True})
+    yield launch("lora_slab_kernel", {"dy": up or b_up, "q": down, "p": up, "dz": dx or down, "dx": dx, "drops": drops, "s": b_up})
+    if down or up or b_up:
+        yield launch("lora_reduce_kernel", {"p": up, "s": b_up, "q": down, "d_w_down": down, "d_w_up": up, "d_b_up": b_up})
+
+
 # ---- The calls
 
 
@@ -364,12 +402,18 @@ ROUTED = [
     over(BF16, Routed, lead=(1,), width=40, rank=9, tasks=20, biases="none"),
     over(MIXED, Routed, lead=(65,), width=64, rank=250, tasks=1, biases="down"),
 ]
-FEW = [PLAIN[1], PLAIN[4], COMPACTER[1], COMPACTER[2], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96)), *ROUTED[:2]]
+LORA = [
+    over(BF16, Lora, lead=(70,), width=72, out=200, rank=16, dropout=0.5),
+    over(MIXED, Lora, lead=(600,), width=328, out=64, rank=7, biases="up", dropout=0.1),
+    over(FP16, Lora, lead=(1,), width=64, out=40, rank=96),
+    over(FP16_MIXED, Lora, lead=(130,), width=64, out=264, rank=130, biases="up"),
+]
+FEW = [PLAIN[1], PLAIN[4], COMPACTER[1], COMPACTER[2], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96)), *ROUTED[:2], *LORA[:2]]
 
 
 def cases() -> list[Any]:
     """Every call with all gradients, and some of them with none, one, or all but one."""
-    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED, *COMPACTER, *ROUTED]]
+    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED, *COMPACTER, *ROUTED, *LORA]]
     for spec in FEW:
         out += [
             (spec, frozenset()),

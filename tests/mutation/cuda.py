@@ -20,14 +20,15 @@ from fastadapt.ops import _cuda
 from tests.cuda import emulator, test_traffic
 from tests.mutation import calls, cpp, forks, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Routed, Spec
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
 SHARED = ("csrc/common/activations.cuh", "csrc/common/tiles.cuh")
-OPS = ("bottleneck", "gated_bottleneck", "routed_bottleneck")
-FILES = (*SHARED, *(f"csrc/cuda/{op}.cuh" for op in OPS), *(f"csrc/cuda/{op}.cu" for op in OPS), "csrc/cuda/sequence.h")
+PHILOX = "csrc/common/philox.cuh"
+OPS = ("bottleneck", "gated_bottleneck", "lora", "routed_bottleneck")
+FILES = (*SHARED, PHILOX, *(f"csrc/cuda/{op}.cuh" for op in OPS), *(f"csrc/cuda/{op}.cu" for op in OPS), "csrc/cuda/sequence.h")
 PHM_FILES = ("csrc/cuda/phm_bottleneck.cuh", "csrc/cuda/phm_bottleneck.cu")
-ONLY = {f"csrc/cuda/{op}{suffix}": op for op in OPS[1:] for suffix in (".cuh", ".cu")}
+ONLY = {PHILOX: "lora", **{f"csrc/cuda/{op}{suffix}": op for op in OPS[1:] for suffix in (".cuh", ".cu")}}
 """Files that one op alone runs."""
 SOURCES = {
     "_cuda_ops": "csrc/cuda_ops.cpp",
@@ -109,6 +110,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("bound", "p.gate_rank > p.rank -> p.gate_rank >= p.rank"): "where the two are equal, either is the larger one",
     ("condition", "large && p.gate_rank > p.rank -> static_cast<bool>(p.gate_rank > p.rank)"): "without a second bottleneck its rank is 0",
     ("deleted", "first.sums = nullptr -> static_cast<void>(first.sums = nullptr)"): "no step of the first launch gets to these stores",
+    ("offset", "row >> 32"): "rows from 2^32 on, more than a test's memory has",
     ("offset", "sizeof(V) + 255) / 256 -> (static_cast<size_t>(count) * sizeof(V) + 255)"): "a workspace of more bytes than it needs, its parts aligned as well",
 }
 
@@ -167,12 +169,22 @@ SPECS: list[Spec] = [
     over(BF16, Routed, lead=(700,), width=64, rank=16, tasks=2, ids="row", outside=True, residual=None),
     over(BF16, Routed, lead=(11, 13), width=72, rank=250, tasks=2, biases="none"),
     over(FP16_MIXED, Routed, lead=(9,), width=40, rank=9, tasks=20, biases="up"),
+    # Slabs that only x or only y has; masks of tiles whose threads draw 8, 16 and 32 bits each; the number of the one element that is kept, and not dropped.
+    over(MIXED, Lora, lead=(37,), width=72, out=136, rank=7, biases="up", scale=0.6, dropout=0.3),
+    over(BF16, Lora, lead=(70,), width=200, out=40, rank=16, dropout=0.5, seed=-3),
+    over(FP16, Lora, lead=(20,), width=40, out=136, rank=8),
+    over(BF16, Lora, lead=(1,), width=8, out=8, rank=1, dropout=0x92C9B44 / 2**32),
+    over(FP16, Lora, lead=(600,), width=64, out=136, rank=24, dropout=0.1),
+    over(BF16, Lora, lead=(130,), width=136, out=72, rank=170, dropout=0.3),
+    over(FP16_MIXED, Lora, lead=(70,), width=40, out=72, rank=250, biases="up", dropout=0.2),
     *(over(BF16, Gated, lead=(2, 300), width=64, rank=8, gate_rank=8, granularity=g, save_gate=False) for g in ("large", "middleX", "middleY", "small")),
 ]
 CALLS: list[Spec] = [
     over(MIXED, lead=(20,), width=40, rank=7, residual="other", scale="tensor", gate=True),
     over(MIXED, Routed, lead=(5, 7), width=40, rank=7, residual="other", outside=True, shared="up"),
     over(BF16, Routed, lead=(20,), width=40, rank=8, ids="row", outside=True),
+    over(MIXED, Lora, lead=(3, 7), width=40, out=72, rank=7, biases="up", dropout=0.3),
+    over(FP16, Lora, lead=(20,), width=72, out=40, rank=8, dropout=0.3),
     *(
         over(d, Gated, lead=(2, 9), width=40, rank=8, gate_rank=7, granularity=g, combine=c, save_gate=s)
         for g in GRANULARITIES
@@ -203,6 +215,11 @@ TRAFFIC: list[tuple[Spec, tuple[str, ...] | None]] = [
     ),
     *((over(BF16, Routed, lead=(700,), width=64, rank=16, tasks=2, ids="row", outside=True, shared="down"), needs) for needs in (EVERYTHING, ("x",), ("b_down",), ("b_up",))),
     (over(BF16, Routed, lead=(11, 13), width=72, rank=250, tasks=2, biases="none"), EVERYTHING),
+    *(
+        (over(MIXED, Lora, lead=(37,), width=72, out=200, rank=7, biases="up", dropout=0.3), needs)
+        for needs in (EVERYTHING, NOTHING, ("x",), ("w_down",), ("w_up",), ("b_up",), ("y",))
+    ),
+    *((over(BF16, Lora, lead=(600,), width=200, out=72, rank=200, dropout=p), EVERYTHING) for p in (0.0, 0.3)),
 ]
 # Types (activations, parameters), width, rank, rank of a gate; whether the kernels take them.
 SHAPES = [
@@ -276,7 +293,7 @@ def commands(folder: Path) -> list[list[str]]:
         language = "-std=c++20" if name == "guard" else emulator._language(emulator.ROOT / source)
         flags = f"{language} {emulator.FLAGS} -DFASTADAPT_MUTATION -Icsrc -O1 {BOUNDS}" + (" " + " ".join(f"-isystem{p}" for p in _torch_includes()) if name == "guard" else "")
         out.append(["g++", *flags.split(), "-c", str(path), "-o", f"{name}.o"])
-    return sorted(out, key=lambda command: "inst/gated" not in str(command) and "inst/routed" not in str(command))  # the longest first
+    return sorted(out, key=lambda command: not any(f"inst/{op}" in str(command) for op in OPS))  # the longest first
 
 
 def _torch_includes() -> list[str]:
@@ -398,7 +415,7 @@ def _on_device(policy: str, seed: int, step: Callable[[], str]) -> str:
 RULES = cpp.Rules(spelled=(*cpp.Rules().spelled, (r"FASTADAPT_SHARED\(arena\)", "char* arena")))  # a declaration, not a call that can be deleted
 TRIAL = Trial(
     SPECS,
-    lambda own: own[:3] + [p for p in own if p.spec.op == "gated_bottleneck"][::4] + [p for p in own if p.spec.op == "routed_bottleneck"][:3],
+    lambda own: own[:3] + [p for p in own if p.spec.op == "gated_bottleneck"][::4] + [p for p in own if p.spec.op in ("lora", "routed_bottleneck")][:4],
     CALLS,
     TRAFFIC,
     (("", partial(calls.relu_at_zero, "emulated-cuda", torch.bfloat16)), ("routed_bottleneck", ids_far_outside), ("routed_bottleneck", mixed_batch)),

@@ -40,13 +40,7 @@ int launch_slab(const BackwardParams& p, int problems, void* stream) {
 
 template <class T>
 int launch_reduce(const ReduceParams& p, void* stream) {
-  int64_t blocks = 0;
-  for (int n = 0; n < p.problem_count; ++n) {
-    const ReduceBlocks of = reduce_blocks(p.problems[n], p.width);
-    blocks += of.up + of.down;
-  }
-  for (int n = 0; n < p.sum_count; ++n) blocks += plan::ceil_div(p.sums[n].columns + (p.sums[n].rest ? 1 : 0), 32);
-  return FASTADAPT_LAUNCH(reduce_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kReduceThreads), 4 * kReduceThreads, stream, p);
+  return FASTADAPT_LAUNCH(reduce_kernel<T>, dim3(static_cast<unsigned>(reduce_blocks(p))), dim3(kReduceThreads), 4 * kReduceThreads, stream, p);
 }
 
 }  // namespace fastadapt::cuda

@@ -42,7 +42,7 @@ template <class T>
 int launch_routed_reduce(const RoutedReduceParams& p, void* stream) {
   int64_t blocks = 0;
   for (int n = 0; n < p.problem_count; ++n) {
-    const ReduceBlocks of = reduce_blocks(p.problems[n], p.width);
+    const ReduceBlocks of = reduce_blocks(p.problems[n], p.width, p.width);
     blocks += (n ? 1 : p.routing.tasks) * (of.up + of.down);
   }
   for (int n = 0; n < p.sum_count; ++n) blocks += (p.routing.b_down ? p.routing.tasks : 1) * plan::ceil_div(p.sums[n].columns, 32);

@@ -1,0 +1,3 @@
+#include "lora.cuh"
+
+FASTADAPT_INSTANTIATE(half)
