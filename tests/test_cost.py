@@ -21,6 +21,7 @@ from fastadapt.ops.bottleneck import reference as bottleneck_reference
 from fastadapt.ops.bottleneck.plan import PLAN as BOTTLENECK
 from fastadapt.ops.gated_bottleneck import reference as gated_reference
 from fastadapt.ops.gated_bottleneck.plan import PLAN as GATED
+from fastadapt.ops.lora import reference as lora_reference
 from fastadapt.ops.lora.plan import PLAN as LORA
 from fastadapt.ops.phm_bottleneck import reference as phm_reference
 from fastadapt.ops.phm_bottleneck.plan import PLAN as PHM
@@ -28,7 +29,7 @@ from fastadapt.ops.routed_bottleneck import reference as routed_reference
 from fastadapt.ops.routed_bottleneck.plan import PLAN as ROUTED
 
 ROOT = Path(__file__).parents[1]
-PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED, "phm_bottleneck": PHM, "routed_bottleneck": ROUTED}
+PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED, "lora": LORA, "phm_bottleneck": PHM, "routed_bottleneck": ROUTED}
 ARCHS = (80, 86, 89, 90, 100, 120)
 KINDS = ("large", "logits", "middleX", "middleY", "small")
 
@@ -57,6 +58,8 @@ def call(op: str = "bottleneck", *, kind: str = "large", gate_rank: int | None =
         shape["options"] = (("division", division), ("factor_rank", factor_rank))
     elif op == "routed_bottleneck":
         shape["options"] = (("tasks", tasks),)
+    elif op == "lora":
+        shape["options"] = (("dropout", kind == "dropout"), ("out_width", 320))
     return Call(op=op, **shape)
 
 
@@ -101,6 +104,14 @@ def eager_operations(of: Call) -> list[Counted]:
         with counts[1]:
             bottleneck_reference.backward(dy, x, z, wd, wu, bu, None, None, 1.0, 3, True, [True] * 5 + [False] * 2)
         return counts
+    if of.op == "lora":
+        dropout, y, wu = 0.1 if of.option("dropout") else 0.0, torch.randn(t, of.option("out_width"), dtype=a), torch.randn(of.option("out_width"), r, dtype=p)
+        seed, bu = torch.zeros(1, dtype=torch.int64) if dropout else None, wu[:, 0].contiguous()
+        with counts[0]:
+            _, z = lora_reference.forward(x, y, wd, wu, bu, seed, 0.5, dropout, True)
+        with counts[1]:
+            lora_reference.backward(y, x, z, wd, wu, seed, 0.5, dropout, [True] * 4)
+        return counts
     if of.op == "routed_bottleneck":
         ids, banks = torch.zeros(8, dtype=torch.int64), [p.expand(of.option("tasks"), *p.shape) for p in projections]
         with counts[0]:
@@ -120,7 +131,7 @@ def eager_operations(of: Call) -> list[Counted]:
 
 
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), ("routed_bottleneck", ""), *(("gated_bottleneck", kind) for kind in KINDS)])
+@pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), ("routed_bottleneck", ""), ("lora", ""), ("lora", "dropout"), *(("gated_bottleneck", kind) for kind in KINDS)])
 def test_the_reference_is_modelled_as_it_runs(op: str, kind: str, param_dtype: torch.dtype) -> None:
     """The same number of operations, and their bytes to 3 %."""
     of = call(op, kind=kind, param_dtype=param_dtype, rows=512, width=192, rank=24)

@@ -57,7 +57,7 @@ def _places(layer: Any) -> tuple[Place, ...]:
 def _text_places(layer: Any) -> tuple[Place, ...]:
     """A text encoder alone, or with cross-attention to the image: in BLIP one class, also of the decoder."""
     side = "decoder" if hasattr(layer, "crossattention") else "encoder"
-    own = Place(f"{side}.self_attention", "attention.output", "adapter"), Place(f"{side}.feed_forward", "output", "adapter")
+    own: tuple[Place, ...] = Place(f"{side}.self_attention", "attention.output", "adapter"), Place(f"{side}.feed_forward", "output", "adapter")
     own += projections(f"{side}.self_attention", "attention.self", "query", "value")
     if side == "encoder":
         return own

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from tests.mutation import forks, table
 
 ROOT = Path(__file__).parents[2]
-FILES = ("fastadapt/ops/_triton.py", "fastadapt/ops/bottleneck/triton.py", "fastadapt/ops/gated_bottleneck/triton.py", "fastadapt/ops/routed_bottleneck/triton.py")
+FILES = ("fastadapt/ops/_triton.py", *(f"fastadapt/ops/{op}/triton.py" for op in ("bottleneck", "gated_bottleneck", "lora", "routed_bottleneck")))
 PHM_FILES = ("fastadapt/ops/phm_bottleneck/triton.py",)
 SOURCES = {file: (ROOT / file).read_text() for file in (*FILES, *PHM_FILES)}
 """Read once: an edit during the run changes nothing."""
