@@ -1,6 +1,7 @@
 """fastadapt: fused adapter layers for tuning vision-and-language models.
 
-Three ways in: `patch` an existing transformers model, use the drop-in modules of `fastadapt.nn`, or call the ops of `fastadapt.functional`.
+Three ways in: `patch` an existing transformers model, `fuse` the adapter layers that a model already has or use the drop-in modules of `fastadapt.nn`, or call the ops of
+`fastadapt.functional`.
 """
 
 from importlib import import_module
@@ -12,14 +13,19 @@ from fastadapt._version import __version__
 if TYPE_CHECKING:
     from fastadapt import methods as methods
     from fastadapt import nn as nn
+    from fastadapt.interop.fusing import fuse as fuse
+    from fastadapt.interop.fusing import unfuse as unfuse
     from fastadapt.patching import Handle as Handle
     from fastadapt.patching import load as load
     from fastadapt.patching import patch as patch
 
-__all__ = ["Handle", "__version__", "backend", "functional", "load", "methods", "nn", "patch"]
+__all__ = ["Handle", "__version__", "backend", "functional", "fuse", "load", "methods", "nn", "patch", "unfuse"]
 
 # Loaded on first use: `import fastadapt` needs neither transformers nor triton.
-_LAZY = {"patch": "fastadapt.patching", "Handle": "fastadapt.patching", "load": "fastadapt.patching", "nn": "", "methods": ""}
+_LAZY = {
+    "patch": "fastadapt.patching", "Handle": "fastadapt.patching", "load": "fastadapt.patching", "fuse": "fastadapt.interop.fusing", "unfuse": "fastadapt.interop.fusing",
+    "nn": "", "methods": "",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -138,13 +138,26 @@ class PHMLinear(_Product):
         return self.rule(), self._parameters["W_left"], self._parameters["W_right"]  # type: ignore[return-value]
 
     def matrix(self) -> Tensor:
-        p, rule = self._parameters, self.rule()
-        # Products and sums and no matmul, which autocast would round to half precision.
-        w = p["W"] if self.rank is None else (p["W_left"][..., None] * p["W_right"][:, None]).sum(2)  # type: ignore[index]
-        return (rule[:, :, None, :, None] * w[:, None, :, None, :]).sum(0).reshape(self.in_features, self.out_features)  # type: ignore[index]
+        p = self._parameters
+        w = p["W"] if self.rank is None else factor_product(p["W_left"], p["W_right"])  # type: ignore[arg-type]
+        return kronecker_sum(self.rule(), w)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, division={self.division}, rank={self.rank}"
+
+
+# Products and sums and no matmul, which autocast would round to half precision.
+
+
+def factor_product(left: Tensor, right: Tensor) -> Tensor:
+    """(n, a, k) and (n, k, b) -> (n, a, b)."""
+    return (left[..., None] * right[:, None]).sum(2)
+
+
+def kronecker_sum(rule: Tensor, w: Tensor) -> Tensor:
+    """(n, n, n) and (n, in/n, out/n) -> H, (in, out)."""
+    n, rows, columns = w.shape
+    return (rule[:, :, None, :, None] * w[:, None, :, None, :]).sum(0).reshape(n * rows, n * columns)
 
 
 def low_rank_phm(down: nn.Module, up: nn.Module) -> bool:

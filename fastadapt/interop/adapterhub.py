@@ -1,0 +1,289 @@
+"""AdapterHub's bottleneck layers: sequential, parallel and Compacter adapters, on `fastadapt.functional.bottleneck` and `phm_bottleneck`; and the files of its
+Houlsby adapters in and out.
+
+What is fused is the layer that holds the adapters of one place, and of it the step that runs one adapter: compositions (Stack, Parallel, BatchSplit, Split, Average, Fuse),
+adapters that are added later, and the context of shared Compacter parameters stay the library's. The layer norms and sums with the transformer's residual stream are the library's
+too.
+
+An adapter runs its own ``forward`` where its activation is none that the op has, where a part has hooks or is no plain Linear or PHM layer, for parameters of another
+half-precision dtype than the input's, or where gating scores are asked for. Inside a Fuse, with dropout, stochastic depth or gating, and under autocast the op computes the scaled
+up-projection and the library's own steps follow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt import functional, patching
+from fastadapt.checkpoint import AdapterFileError
+from fastadapt.interop.fusing import Foreign, Fused, Kind, activation_name, autocast_dtype, fits, plain, quiet
+from fastadapt.interop.published import read_state_dict
+from fastadapt.nn import Bottleneck, PerTask
+from fastadapt.nn.projections import factor_product, kronecker_sum
+from fastadapt.patching import Handle, _some
+
+_PARTS = ("input_size", "add_layer_norm_before", "add_layer_norm_after", "adapter_residual_before_ln", "use_gating", "adapter_down", "adapter_up", "scaling", "dropout")
+_PARALLEL = "ParallelAdapter.forward"
+
+
+class _BottleneckLayer(Fused):
+    def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
+        """The library's step, without the down-projection that it does not use; the up-projection only for a Fuse."""
+        adapter = self.adapters[adapter_setup]
+        context = _forward_context(type(adapter))
+        if getattr(context, "output_adapter_gating_scores", False):
+            return super().compose_single(adapter_setup, state, lvl)  # type: ignore[misc]
+        fusing = len(self.adapter_fusion_layer) > 0 and _holds_fuse(self.get_active_setup())
+        found = _run(adapter, state.hidden_states, state.adapter_residual, fusing)
+        if found is None:
+            return super().compose_single(adapter_setup, state, lvl)  # type: ignore[misc]
+        return state._replace(hidden_states=found[0], bottleneck_up=found[1], last=adapter_setup)
+
+
+def _forward_context(cls: type) -> Any:
+    """What the forward pass carries along, by the library's own thread-local stack."""
+    holder = getattr(sys.modules.get(cls.__module__), "ForwardContext", None)
+    return None if holder is None else holder.get_context()
+
+
+def _holds_fuse(setup: Any) -> bool:
+    if type(setup).__name__ == "Fuse":
+        return True
+    return not isinstance(setup, str) and any(_holds_fuse(child) for child in setup or ())
+
+
+def _run(adapter: Any, x: Tensor, residual: Tensor, need_up: bool) -> tuple[Tensor, Tensor | None] | None:
+    """The adapter's output, and the scaled up-projection where that was computed; None: the op does not take the call."""
+    arguments = _arguments(adapter, x) if isinstance(residual, Tensor) else None
+    if arguments is None:
+        return None
+    op, projections, common = arguments
+    parallel, norm = _forward(adapter) == _PARALLEL, adapter.adapter_norm_after if adapter.add_layer_norm_after else None
+    early = not parallel and (norm is None or adapter.adapter_residual_before_ln)  # the residual is added before the norm
+    drops = (adapter.dropout.training and adapter.dropout.p > 0.0) or (adapter.training and hasattr(adapter, "DropPath"))
+    alone = need_up or drops or adapter.use_gating or autocast_dtype(x) is not None or residual.dtype != x.dtype or residual.shape != x.shape
+    y = up = op(x, *projections, residual=residual if early and not alone else None, **common)
+    if alone:
+        if hasattr(adapter, "DropPath") and not parallel:
+            up = adapter.DropPath(up)
+        y = adapter.dropout(up)
+        if adapter.use_gating:
+            y = y * torch.sigmoid(adapter.gate(x)).mean(dim=1).unsqueeze(-1)
+        if early:
+            y = y + residual
+    if norm is not None:
+        y = norm(y)
+    return (y if parallel or early else y + residual), up if alone else None
+
+
+def _arguments(adapter: Any, x: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    *before, down, middle = adapter.adapter_down
+    up, activation, scaling = adapter.adapter_up, activation_name(adapter.non_linearity.f), adapter.scaling
+    if activation is None or not all(quiet(m) for m in (adapter, adapter.adapter_down, middle, down, up, *before)) or not all(type(norm) is nn.LayerNorm for norm in before):
+        return None
+    common: dict[str, Any] = {"activation": activation, "norm_before": (before[0].weight, before[0].bias, before[0].eps) if before else None}
+    op: Any
+    projections: tuple[Any, ...]
+    if plain(down) and plain(up):
+        op, projections = functional.bottleneck, (down.weight, up.weight, down.bias, up.bias)
+    elif type(down).__name__ == type(up).__name__ == "PHMLayer":
+        (rule_down, w_down), (rule_up, w_up) = _phm(down), _phm(up)
+        if _by_factors(adapter):
+            op, projections = functional.phm_bottleneck, (rule_down, *w_down, rule_up, *w_up, down.b, up.b)
+        else:
+            matrices = [kronecker_sum(rule, w[0] if len(w) == 1 else factor_product(*w)) for rule, w in ((rule_down, w_down), (rule_up, w_up))]
+            op, projections = functional.bottleneck, (*(matrix.t() for matrix in matrices), down.b, up.b)
+    else:
+        return None
+    vectors = (*before[0].parameters(),) if before else ()
+    if isinstance(scaling, Tensor):
+        common["scale" if scaling.numel() == 1 else "gate"] = scaling
+        vectors = (*vectors, scaling)
+    else:
+        common["scale"] = float(scaling)
+    return (op, projections, common) if fits(x, *projections, *vectors) else None
+
+
+def _by_factors(adapter: Any) -> bool:
+    """Whether a Compacter adapter's projections need not be formed. The op of factors takes a number as its scale, and one rank."""
+    down, up = adapter.adapter_down[-2], adapter.adapter_up
+    return down.factorized_phm_W and up.factorized_phm_W and down.phm_rank == up.phm_rank and isinstance(adapter.scaling, (int, float))
+
+
+def _phm(layer: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A Compacter projection's rule, and its W or the two factors of it; what all layers share is in the forward's context, as in the library."""
+    shared: Any = None
+    if layer.shared_W_phm or layer.shared_phm_rule:
+        shared = _forward_context(type(layer)).shared_parameters[layer.name]
+
+    def get(name: str, from_shared: bool) -> Tensor:
+        return shared[name] if from_shared else getattr(layer, name)
+
+    def names(factorised: bool, stem: str) -> tuple[str, ...]:
+        return (f"{stem}_left", f"{stem}_right") if factorised else (stem,)
+
+    rules = [get(name, layer.shared_phm_rule) for name in names(layer.factorized_phm_rule, "phm_rule")]
+    stem = f"W_{layer.position}" if layer.shared_W_phm else "W"
+    weights = tuple(get(name, layer.shared_W_phm) for name in names(layer.factorized_phm_W, stem))
+    return rules[0] if len(rules) == 1 else rules[0] * rules[1], weights
+
+
+def _forward(adapter: Any) -> str:
+    return getattr(type(adapter).forward, "__qualname__", "").split("<locals>.")[-1]
+
+
+def recognise(module: nn.Module) -> Kind | Foreign | None:
+    """A place of bottleneck adapters: a module with the library's ``compose_single`` over ``adapters`` that are bottlenecks. Other methods of the library are named."""
+    cls = module._base if isinstance(module, Fused) else type(module)
+    names = {c.__name__ for c in cls.__mro__}
+    if "BottleneckLayer" in names and hasattr(cls, "compose_single") and hasattr(module, "adapters"):
+        layer: Any = module
+        kinds, ops = set[str](), set[str]()
+        for name, adapter in layer.adapters.items():
+            if _forward(adapter) not in ("Adapter.forward", _PARALLEL) or not all(hasattr(adapter, part) for part in _PARTS):
+                return Foreign(f"AdapterHub's {cls.__name__}", f"its adapter {name!r}, a {type(adapter).__name__}, is no bottleneck of the library")
+            phm = type(adapter.adapter_up).__name__ == "PHMLayer"
+            kinds.add(f"{'parallel ' if _forward(adapter) == _PARALLEL else ''}{'Compacter' if phm else 'bottleneck'} adapter")
+            ops.add("phm_bottleneck" if phm and _by_factors(adapter) else "bottleneck")
+        if not layer.adapters:
+            return None
+        notes = [f"{name!r} runs as before: no op has its activation" for name, adapter in layer.adapters.items() if activation_name(adapter.non_linearity.f) is None]
+        return Kind(f"AdapterHub's {' and '.join(sorted(kinds))}", " and ".join(sorted(ops)), _BottleneckLayer, "; ".join(notes))
+    if "AdapterLayerBase" in names and len(getattr(module, getattr(module, "adapter_modules_name", ""), ())) > 0:
+        return Foreign(f"AdapterHub's {cls.__name__}", "only bottleneck, parallel and Compacter adapters have a fused op")
+    return None
+
+
+# Files.
+
+_CONFIG, _FILES = "adapter_config.json", ("pytorch_adapter.bin", "adapter.safetensors")
+# Where a config's adapters stand behind every sub-layer, before residual and layer norm, as VL-Adapter's do.
+_HOULSBY: dict[str, Any] = {
+    "is_parallel": False, "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False, "use_gating": False, "phm_layer": False, "scaling": 1.0,
+    "dropout": 0.0, "stochastic_depth": 0.0, "inv_adapter": None, "leave_out": [],
+}  # fmt: skip
+_ACTIVATION_NAMES = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+# By model type and place, the name of the module that holds the adapters; T5's sub-layers hold them themselves.
+_HOLDERS = {
+    "bart": {"self_attention": "attention_adapters.", "cross_attention": "cross_attention_adapters.", "feed_forward": "output_adapters."},
+    "t5": {"self_attention": "", "cross_attention": "", "feed_forward": ""},
+}
+_NAMES = {"down_sampler": "adapter_down.0", "up_sampler": "adapter_up"}
+
+
+def from_adapterhub(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default", dtype: torch.dtype | None = None) -> Handle:
+    """Patches a BART or T5 with the bottlenecks of a directory of AdapterHub's ``save_adapter``, and loads its tensors; `Handle.save` then writes fastadapt's file.
+
+    The adapters must be of the Houlsby kind (``double_seq_bn``): behind the sub-layers, before the residual and the layer norm. AdapterHub puts a host's dropout before the
+    adapter, fastadapt behind it as VL-Adapter does, so training differs by that and evaluation does not.
+
+    Args:
+        model: the base model.
+        directory: holds ``adapter_config.json``, and ``pytorch_adapter.bin`` or ``adapter.safetensors``.
+        name, dtype: as in `fastadapt.patch`.
+
+    Raises:
+        fastadapt.patching.AdapterFileError: the files are missing, hold another kind of adapter, or do not fit the model, which stays as it was.
+        ValueError, TypeError: see `fastadapt.patch`.
+    """
+    folder = Path(directory)
+    try:
+        saved = json.loads((folder / _CONFIG).read_text())
+        config, kind, adapter = saved["config"], saved["model_type"], saved["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{folder / _CONFIG}: is no adapter config of AdapterHub ({type(error).__name__}: {error})") from None
+    if different := [key for key, value in _HOULSBY.items() if config.get(key, value) != value]:
+        raise AdapterFileError(
+            f"{folder / _CONFIG}: {different[0]} is {config[different[0]]!r}; only adapters with {different[0]}={_HOULSBY[different[0]]!r} have a fastadapt method"
+        )
+    activation = _ACTIVATION_NAMES.get(str(config.get("non_linearity")).lower())
+    if kind not in _HOLDERS or activation is None:
+        what = f"model_type {kind!r}" if kind not in _HOLDERS else f"non_linearity {config.get('non_linearity')!r}"
+        raise AdapterFileError(f"{folder / _CONFIG}: {what} has no place in fastadapt; must be one of {', '.join(_HOLDERS if kind not in _HOLDERS else _ACTIVATION_NAMES)}")
+    file = next((folder / f for f in _FILES if (folder / f).exists()), folder / _FILES[0])
+    tensors = read_state_dict(file)
+    downs = [t for key, t in tensors.items() if key.endswith("adapter_down.0.weight")]
+    if not downs:
+        raise AdapterFileError(f"{file}: holds no bottleneck adapter")
+    places = {"self_attention": config["mh_adapter"], "cross_attention": config.get("cross_adapter", False), "feed_forward": config["output_adapter"]}
+    handle = patching.patch(
+        model, "vl_adapter", name=name, dtype=dtype, rank=downs[0].shape[0], activation=activation, layer_norms="none", visual_embedding=False, **places
+    )  # fmt: skip
+    try:
+        targets = _places(handle, kind, adapter, None)
+        if unequal := sorted(targets.keys() ^ tensors.keys()):
+            raise AdapterFileError(f"{file}: {len(unequal)} tensors are in the file or in the model only: {_some(unequal)}")
+        if wrong := [key for key, tensor in tensors.items() if tensor.shape != targets[key].shape]:
+            raise AdapterFileError(f"{file}: {wrong[0]} is {tuple(tensors[wrong[0]].shape)}; the model has {tuple(targets[wrong[0]].shape)}")
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                targets[key].copy_(tensor)
+    except BaseException:
+        handle.unpatch(restore_base=True)
+        raise
+    return handle
+
+
+def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: str = "default", task: str | None = None) -> None:
+    """Writes a patched BART's or T5's bottlenecks as AdapterHub's ``adapter_config.json`` and ``pytorch_adapter.bin``, which its ``load_adapter`` reads on the same base.
+
+    Args:
+        handle: of a model patched with VL-Adapter's bottlenecks in encoder and decoder, and no trained tensor of the base.
+        directory: made if it is not there.
+        name: of the adapter in the file.
+        task: whose adapters, where there is one per task.
+
+    Raises:
+        ValueError: the model is another, the adapters are others or have layer norms or an activation that AdapterHub has not, the patch trains tensors of the base, or ``task`` is
+            missing or unknown.
+    """
+    kind = getattr(getattr(handle.model, "config", None), "model_type", None)
+    if kind not in _HOLDERS:
+        raise ValueError(f"handle: of a {kind!r}; must be of one of {', '.join(_HOLDERS)}")
+    if handle._trained:
+        raise ValueError(f"handle: trains {handle._trained[0].id} of the base, which AdapterHub's file has no place for; patch with visual_embedding=False and layer_norms='none'")
+    tensors = _places(handle, kind, name, task)
+    first = _bottleneck(handle._sites[0].module, task)
+    if first.activation not in _ACTIVATION_NAMES:
+        raise ValueError(f"handle: AdapterHub has no activation {first.activation!r}")
+    width, rank = first.up_sampler.weight.shape  # type: ignore[union-attr, misc]
+    roles = {site.id.rpartition(".")[2] for site in handle._sites}
+    # Its rank is the whole part of width / factor, in floating point.
+    factor = width // rank if width % rank == 0 else width / rank * (1 - 1e-9)
+    config = {
+        **_HOULSBY, "mh_adapter": "self_attention" in roles, "cross_adapter": "cross_attention" in roles, "output_adapter": "feed_forward" in roles, "reduction_factor": factor,
+        "non_linearity": first.activation, "residual_before_ln": True, "adapter_residual_before_ln": False, "init_weights": "bert",
+    }  # fmt: skip
+    saved = {"config": config, "hidden_size": width, "model_class": type(handle.model).__name__, "model_name": "", "model_type": kind, "name": name, "version": "adapters.1.3.0"}
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, folder / _FILES[0])
+    (folder / _CONFIG).write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+
+
+def _bottleneck(module: nn.Module, task: str | None) -> Bottleneck:
+    if isinstance(module, PerTask):
+        if task is None or task not in module.adapters:
+            raise ValueError(f"task: must be one of {', '.join(module.adapters)}, whose adapters differ, not {task!r}")
+        module = module.adapters[task]
+    simple = type(module) is Bottleneck and module.residual and (module.scale, module.input_scale, module.pair) == (1.0, 1.0, False)
+    if not simple or module.gate is not None or module.pre_layer_norm is not None or module.post_layer_norm is not None or not isinstance(module.down_sampler, nn.Linear):
+        raise ValueError(f"handle: {type(module).__name__}({module.extra_repr()}) is no adapter of AdapterHub's Houlsby kind")
+    return module  # type: ignore[return-value]
+
+
+def _places(handle: Handle, kind: str, adapter: str, task: str | None) -> dict[str, Tensor]:
+    """The patched model's tensors by AdapterHub's keys."""
+    found: dict[str, Tensor] = {}
+    for site in handle._sites:
+        module = _bottleneck(site.module, task)
+        holder = f"{site.owner_path}.{_HOLDERS[kind][site.id.rpartition('.')[2]]}adapters.{adapter}"
+        found |= {f"{holder}.{theirs}.{leaf}": getattr(getattr(module, ours), leaf) for ours, theirs in _NAMES.items() for leaf in ("weight", "bias")}
+    return found

@@ -1,0 +1,61 @@
+"""What the tests of `fastadapt.fuse` share: a fused copy of a library's layer against the layer itself."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import fastadapt
+from fastadapt import backend
+from tests.tolerance import FLOOR, Compared, assert_rule, limit_of, relative_error
+
+
+@contextlib.contextmanager
+def ops_ran(**expected: int) -> Iterator[None]:
+    """Asserts how many forward ops of each name ran in the block, on whatever backend."""
+    before = backend.ran()
+    yield
+    found: dict[str, int] = {}
+    for (op, direction, name), n in backend.ran().items():
+        if direction == "forward" and (new := n - before.get((op, direction, name), 0)):
+            found[op] = found.get(op, 0) + new
+    assert found == expected
+
+
+def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """Output and the gradients of everything that is trained."""
+    model.zero_grad()
+    out = call(model)
+    out.float().square().sum().backward()
+    return {"out": out.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}}
+
+
+def same_numbers(make: Callable[[int], nn.Module], call: Callable[[nn.Module, int], Tensor], **ran: int) -> None:
+    """A fused copy against the library's own layers, with those in float64 as the exact values."""
+
+    def run(seed: int) -> dict[str, Compared]:
+        own = make(seed)
+        exact, fused = copy.deepcopy(own).double(), copy.deepcopy(own)
+        fastadapt.fuse(fused)
+        with ops_ran(**ran):
+            got = results(fused, lambda m: call(m, seed))
+        eager, want = results(own, lambda m: call(m, seed)), results(exact, lambda m: call(m, seed))
+        assert got.keys() == eager.keys() == want.keys() and len(got) > 1
+        return {name: Compared(got[name], want[name], eager[name], name != "out") for name in got}
+
+    assert_rule(run, torch.float32)
+
+
+def rows(seed: int, model: nn.Module, *shape: int) -> Tensor:
+    """Random numbers of the model's dtype that require a gradient."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype).requires_grad_()
+
+
+def assert_agree(got: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Two results of one computation where neither is the exact one: apart by no more than a gradient of an eager run that is itself off by twice the floor."""
+    error = relative_error(got, want)
+    assert error <= limit_of(2 * FLOOR[dtype], dtype, gradient=True), error
