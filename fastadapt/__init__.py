@@ -11,6 +11,7 @@ from fastadapt import backend, functional
 from fastadapt._version import __version__
 
 if TYPE_CHECKING:
+    from fastadapt import interop as interop
     from fastadapt import methods as methods
     from fastadapt import nn as nn
     from fastadapt.interop.fusing import fuse as fuse
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from fastadapt.patching import load as load
     from fastadapt.patching import patch as patch
 
-__all__ = ["Handle", "__version__", "backend", "functional", "fuse", "load", "methods", "nn", "patch", "unfuse"]
+__all__ = ["Handle", "__version__", "backend", "functional", "fuse", "interop", "load", "methods", "nn", "patch", "unfuse"]
 
 # Loaded on first use: `import fastadapt` needs neither transformers nor triton.
 _LAZY = {
     "patch": "fastadapt.patching", "Handle": "fastadapt.patching", "load": "fastadapt.patching", "fuse": "fastadapt.interop.fusing", "unfuse": "fastadapt.interop.fusing",
-    "nn": "", "methods": "",
+    "nn": "", "methods": "", "interop": "",
 }  # fmt: skip
 
 

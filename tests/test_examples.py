@@ -48,3 +48,9 @@ def test_trainer(tmp_path: Path) -> None:
     assert re.search(r"20 steps, loss [\d.]+; loaded again: 10 sites", run(str(ROOT / "examples/trainer.py"), str(tmp_path / "out"), cwd=tmp_path))
     assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= {path.name for path in (tmp_path / "out" / "checkpoint-20").iterdir()}
     assert not (tmp_path / "out" / "checkpoint-20" / "model.safetensors").exists()
+
+
+def test_fuse_peft(tmp_path: Path) -> None:
+    out = run(str(ROOT / "examples/fuse_peft.py"), cwd=tmp_path)
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", out).groups())  # type: ignore[union-attr]
+    assert last < first and out.startswith("20 layers fused, 0 left alone") and "read back as 20 sites" in out

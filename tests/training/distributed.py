@@ -5,6 +5,7 @@ For each of `RUNS`, trains a tiny model on its share of every batch and writes w
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
+import fastadapt
 from fastadapt.patching import Handle, patch
 from tests.hosts.tiny import randomize, tiny
 
@@ -25,13 +29,46 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"sharing": "multiple", "rank": 4, "dropout": 0.0}),
     "hyperformer": ("hyperformer", {"reduction_factor": 4, "task_dim": 8}),
 }
-RUNS = (*((method, torch.float64) for method in METHODS), ("vl_adapter", torch.float32))
+FUSED = "PEFT's LoRA, fused"
+RUNS = (*((method, torch.float64) for method in (*METHODS, FUSED)), ("vl_adapter", torch.float32), (FUSED, torch.float32))
 SAMPLES = 4
 # Of each step: the first process has the first half, which lacks a task of the other's; nobody captions.
 MIX = (("vqa", "gqa", "gqa", "gqa"), ("gqa", "gqa", "vqa", "vqa"), ("vqa", "vqa", "gqa", "vqa"))
 
 
-def patched(method: str, dtype: torch.dtype) -> Handle:
+class Foreign:
+    """A model with another library's adapters on fused ops, with the part of `Handle` that is used here."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        self.model: Any = get_peft_model(tiny("bart"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False)).to(dtype).train()  # type: ignore[arg-type]
+        assert len(fastadapt.fuse(self.model).fused) == 16
+        self.model = self.model.base_model.model
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def route(self, tasks: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def save(self, directory: Path) -> None:
+        tensors = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file({name: t.detach().clone() for name, t in tensors.items()}, directory / "adapter_model.safetensors")
+
+    def load(self, directory: Path) -> None:
+        for name, tensor in load_file(directory / "adapter_model.safetensors").items():
+            parameter = self.model.get_parameter(name)
+            with torch.no_grad():
+                parameter.copy_(distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if hasattr(parameter, "full_tensor") else tensor)
+
+
+def patched(method: str, dtype: torch.dtype) -> Handle | Foreign:
+    if method == FUSED:
+        return Foreign(dtype)
     name, options = METHODS[method]
     model = tiny("bart").to(dtype).train()
     handle = patch(model, name, tasks=TASKS, **options)
@@ -58,7 +95,7 @@ def wrap(model: nn.Module, mode: str) -> nn.Module:
     return model
 
 
-def train(handle: Handle, mode: str, share: slice) -> list[float]:
+def train(handle: Handle | Foreign, mode: str, share: slice) -> list[float]:
     """The losses of the whole batches."""
     model = wrap(handle.model, mode)
     optimizer = torch.optim.AdamW(handle.trainable_parameters(), lr=1e-2)

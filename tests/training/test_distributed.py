@@ -44,7 +44,7 @@ def alone(method: str, dtype: torch.dtype, out: Path) -> tuple[list[float], dict
     return losses, load_file(out / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("method", distributed.METHODS)
+@pytest.mark.parametrize("method", (*distributed.METHODS, distributed.FUSED))
 def test_two_processes_are_one(method: str, out: Path, tmp_path: Path) -> None:
     """In fp64, where both compute the same to the last digits; DDP sees no parameter without a gradient, though a process lacks a task."""
     whole, want = alone(method, torch.float64, tmp_path)
@@ -56,9 +56,10 @@ def test_two_processes_are_one(method: str, out: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(checks._NO_CPU, reason="the cpu backend needs x86-64 with AVX2 and a compiler")
-def test_fused_kernels_in_two_processes(out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["vl_adapter", distributed.FUSED])
+def test_fused_kernels_in_two_processes(method: str, out: Path, tmp_path: Path) -> None:
     """As far from fp64 as one process is; all parameters as one vector, since AdamW's first steps turn the noise of a gradient near zero into whole steps."""
-    _, exact = alone("vl_adapter", torch.float64, tmp_path / "exact")
-    _, one = alone("vl_adapter", torch.float32, tmp_path / "one")
-    got, want, eager = (torch.cat([tensors[name].flatten() for name in exact]) for tensors in (two(out, "vl_adapter", torch.float32)[1], exact, one))
+    _, exact = alone(method, torch.float64, tmp_path / "exact")
+    _, one = alone(method, torch.float32, tmp_path / "one")
+    got, want, eager = (torch.cat([tensors[name].flatten() for name in exact]) for tensors in (two(out, method, torch.float32)[1], exact, one))
     assert_close_to_f64("parameters", got, want, eager, gradient=True)

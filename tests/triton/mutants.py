@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from tests.mutation import forks, table
 
 ROOT = Path(__file__).parents[2]
-FILES = ("fastadapt/ops/_triton.py", *(f"fastadapt/ops/{op}/triton.py" for op in ("bottleneck", "gated_bottleneck", "lora", "routed_bottleneck")))
+FILES = ("fastadapt/ops/_triton.py", *(f"fastadapt/ops/{op}/triton.py" for op in ("bottleneck", "gated_bottleneck", "routed_bottleneck")))  # lora has no kernels of its own
 PHM_FILES = ("fastadapt/ops/phm_bottleneck/triton.py",)
 SOURCES = {file: (ROOT / file).read_text() for file in (*FILES, *PHM_FILES)}
 """Read once: an edit during the run changes nothing."""
