@@ -82,7 +82,13 @@ EXPLAINED: dict[tuple[str, str], str] = {
         "kEach < kOwn && first >= kRows * kColumns -> static_cast<bool>(first >= kRows * kColumns)",
     ): "where kEach is not smaller, every thread's numbers lie in the tile",
     ("loop", "j < kTiles -> j <= kTiles in for (int j = 0; j < kTiles; ++j)"): "what a turn too many changes lies beyond a local array, by an address that no check watches",
-    ("deleted", "forward.activation = kIdentity -> static_cast<void>(forward.activation = kIdentity"): "kIdentity is 0, which it is before",
+    ("deleted", "forward.activation = kIdentity, forward.dropout = dropout(p) -> static_cast<void>(forward.dropout = dropout(p))"): "kIdentity is 0, which it is before",
+    ("condition", "of_y && (problem.p || problem.s) -> static_cast<bool>((problem.p || problem.s))"): MORE,
+    ("condition", "of_x && problem.dx -> static_cast<bool>(problem.dx)"): MORE,
+    ("condition", "of_x && problem.q -> static_cast<bool>(problem.q)"): MORE,
+    ("bound", "column < x_width -> column <= x_width"): MORE,
+    ("bound", "column < y_width -> column <= y_width"): MORE,
+    ("bound", "this->in_width > width -> this->in_width >= width"): "where the two are equal, either is the larger one",
     ("bound", "d >= p.width -> d > p.width in if (d >= p.width) return;"): "8 divides the width, so each warp of a block has a row of dWu",
     ("deleted", "return; -> ; in if (d >= p.width) return;"): "8 divides the width, so each warp of a block has a row of dWu",
     ("scale", "problem.scale -> 1.f in if (problem.dscale)"): "a scale is a number or a tensor: beside a trained one the number is 1",
@@ -176,6 +182,7 @@ SPECS: list[Spec] = [
     over(BF16, Routed, lead=(700,), width=64, rank=16, tasks=2, ids="row", outside=True, residual=None),
     over(BF16, Routed, lead=(11, 13), width=72, rank=250, tasks=2, biases="none"),
     over(FP16_MIXED, Routed, lead=(9,), width=40, rank=9, tasks=20, biases="up"),
+    over(BF16, Routed, lead=(24, 5), width=40, rank=32, tasks=12),  # many more tiles than rows would fill
     # Slabs that only x or only y has; masks of tiles whose threads draw 8, 16 and 32 bits each; the number of the one element that is kept, and not dropped.
     over(MIXED, Lora, lead=(37,), width=72, out=136, rank=7, biases="up", scale=0.6, dropout=0.3),
     over(BF16, Lora, lead=(70,), width=200, out=40, rank=16, dropout=0.5, seed=-3),
