@@ -38,6 +38,11 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("constant", "other=0.0"): "what fills the padding is masked at the store, or meets a factor that is zero there",
     ("mask", "<= R"): "chooses a masked load where an unmasked one would do: the same numbers",
     ("rounding", "in tl.store("): "a store converts to what its pointer points to",
+    ("rounding", "tl.where(condition, z[i], 0.0).to(z[i].dtype) -> "): "a tensor's dtype outweighs a number's",
+    ("64-bit", "tl.program_id(0).to(tl.int64) -> tl.program_id(0) in task, first, last = piece("): "a tile's number is below 2^31, and what it meets is of 64 bits",
+    ("64-bit", "tl.arange(0, BLOCK_N), N, TASKS) < task).to(tl.int64) -> "): "a block's flags are summed in 32 bits at least, and join a number of 64",
+    ("64-bit", "own.to(tl.int64) -> own in "): "a block's flags are summed in 32 bits at least, and join a number of 64",
+    ("mask", "ids < TASKS -> (ids <= TASKS) in "): "TASKS stands for no task as well",
     ("rounding", ".to(tl.float32) ->"): "what it is added to or multiplied with is fp32, and so is the result either way",
     ("rounding", "x.to(tl.float32)"): "the product with an fp32 vector is fp32 either way",
     ("constant", "-80.0"): "any bound below 88 keeps exp in range, and above 17 its result exact",
@@ -238,6 +243,11 @@ def interpreted(family: str) -> Attempt:
                 wrong = calls.first_failing(
                     checks.assert_single_gradients, [s for s in (*test_ops.CALLS, *test_ops.PHM_CALLS) if (s.op == "phm_bottleneck") == phm and concerns(mutant, s.op)], "triton"
                 )
+            if not wrong and not phm and concerns(mutant, "routed_bottleneck"):
+                try:
+                    test_ops.test_rows_of_no_task_see_no_weights()
+                except Exception as error:
+                    wrong = f"rows of no task: {type(error).__name__}: {forks.last_line(error)}"
             return wrong
 
     return attempt
@@ -291,6 +301,7 @@ def main() -> int:
     parser.add_argument("family", nargs="?", choices=("", "phm"), default="", help="the kernels of Compacter's op; by default those of the other two")
     parser.add_argument("--sample", type=int, help="try this many mutants, evenly spread")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default 2)")
+    parser.add_argument("--again", action="store_true", help="of these very sources: tries only what survived the last run; the rest keep their fate")
     parser.add_argument("--explain", action="store_true", help="try nothing; give the survivors of the last run the present explanations")
     parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -308,12 +319,14 @@ def main() -> int:
     every = sorted({m for file in files for m in mutants_of(file)}, key=lambda m: (files.index(m.file), m.start, m.end, m.after))
     chosen = every if options.sample is None else every[:: max(1, len(every) // options.sample)]
     began = time.time()
-    fate = {m: f"interpreter: {verdict}" for m, verdict in zip(chosen, stage("interpreted", options.family, [None, *chosen], options.jobs)) if verdict}
+    rows = [table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, None, table.text_of(SOURCES[m.file].splitlines(), m.line)) for m in chosen]
+    fate = {m: verdict for m, verdict in zip(chosen, table.fates(name, sources, rows), strict=True) if verdict} if options.again else {}
+    left = [m for m in chosen if m not in fate]
+    fate |= {m: f"interpreter: {verdict}" for m, verdict in zip(left, stage("interpreted", options.family, [None, *left], options.jobs)) if verdict}
     left = [m for m in chosen if m not in fate]
     fate |= {m: f"64-bit check: {verdict}" for m, verdict in zip(left, stage("static", options.family, [None, *left], options.jobs)) if verdict}
     print(f"{time.time() - began:.0f} s, {forks.children_time():.0f} s of CPU time")
-    rows = [table.Row(f"{m.file}:{m.line}", m.kind, m.before, m.after, fate.get(m), table.text_of(SOURCES[m.file].splitlines(), m.line)) for m in chosen]
-    return table.write(name, sources, len(every), rows, explained)
+    return table.write(name, sources, len(every), [row._replace(killed_by=fate.get(m)) for m, row in zip(chosen, rows, strict=True)], explained)
 
 
 if __name__ == "__main__":
