@@ -21,7 +21,7 @@ from fastadapt.hosts.roles import UnknownHostError, is_adapted, is_before, is_be
 from fastadapt.hosts.stages import STAGES, Hook
 from fastadapt.hosts.tensors import SUFFIX, reparametrised
 from fastadapt.methods import MethodConfig
-from fastadapt.nn import PerTask
+from fastadapt.methods.base import has_tasks, of_task, task_parameters
 
 _Blocks = list[tuple[str, nn.Module, hosts.Host]]
 """Blocks of a model, with their paths and hosts."""
@@ -396,11 +396,11 @@ class Handle:
         self._check_active()
         self._check_enabled("merge")
         self._check_untouched()
-        pairs = _mergeable(self)
-        before = [(owner, owner.weight.data) for owner, _ in pairs]
+        found = _mergeable(self)
+        before: list[tuple[Any, Tensor]] = [(site.owner, site.owner.weight.data) for site in self._sites]  # type: ignore[misc]
         try:
-            for site, (owner, adapter) in zip(self._sites, pairs, strict=True):
-                _merge(owner, adapter, site.id)
+            for site, adapter, base in found:
+                _merge(site, adapter, base)
             kept = [trained.base for trained in self._trained]
             for trained in self._trained:  # what `disabled` takes for the base's
                 trained.base = trained.parameter
@@ -408,8 +408,8 @@ class Handle:
                 with self.disabled():
                     yield
             finally:
-                for trained, base in zip(self._trained, kept, strict=True):
-                    trained.base = base
+                for trained, was in zip(self._trained, kept, strict=True):
+                    trained.base = was
         finally:
             for owner, weight in before:
                 owner.weight.data = weight
@@ -468,7 +468,7 @@ class Handle:
                 "init": self.init,
                 "options": options,
                 "base_model": base,
-                "sites": {site.id: type(_adapter_of(site.module, task)).__name__ for site in self._sites},
+                "sites": {site.id: type(of_task(site.module, task)).__name__ for site in self._sites},
                 "trained_base": [trained.id for trained in self._trained],
             },
             tensors,
@@ -525,18 +525,16 @@ class Handle:
 
     def _options(self, task: str | None) -> dict[str, dict[str, Any]]:
         """What a file says of the method, or that of one task."""
-        alone = ("sharing", "prompt_sharing") if task else ()
-        return {family: {name: "single" if name in alone else value for name, value in config.stored().items()} for family, config in self.resolved.items()}
+        return {family: (config.one_task() if task else config).stored() for family, config in self.resolved.items()}
 
     def _tensors(self, task: str | None = None) -> dict[str, Tensor]:
         """What a file holds, or that of one task, each tensor once: a shared one under the first of its names."""
         if task is not None:
             if task not in self.tasks:
                 raise ValueError(f"task: must be one of {', '.join(self.tasks) or '(the model was patched without tasks)'}, not {task!r}")
-            if not any(isinstance(site.module, PerTask) for site in self._sites):
+            if not any(has_tasks(site.module) for site in self._sites):
                 raise ValueError(f"task: the adapters of {self.config.method} with these options serve all tasks")
-        modules = [(site.id, _adapter_of(site.module, task)) for site in reversed(self._sites)]
-        adapters = {parameter: f"{id_}/{name}" for id_, module in modules for name, parameter in reversed(list(module.named_parameters()))}
+        adapters = {parameter: f"{site.id}/{name}" for site in reversed(self._sites) for name, parameter in reversed(list(task_parameters(site.module, task)))}
         return {**{name: p for p, name in reversed(adapters.items())}, **{f"base/{trained.id}": trained.parameter for trained in self._trained}}
 
     def _check_active(self) -> None:
@@ -884,22 +882,16 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
     return handle
 
 
-def _adapter_of(module: nn.Module, task: str | None) -> nn.Module:
-    """A site's adapter of a task: its module, where that serves all tasks."""
-    return module.adapters[task] if task is not None and isinstance(module, PerTask) else module
-
-
-def _mergeable(handle: Handle) -> list[tuple[Any, Any]]:
-    """The projection and the linear adapter of each site, which are all that the patch added."""
+def _mergeable(handle: Handle) -> list[tuple[_Site, Any, type[nn.Module]]]:
+    """The sites, the linear adapter of each, and the projection's own class; they are all that the patch added."""
     reasons: Counter[str] = Counter()
-    pairs = []
+    found = []
+    bases = {id(swap.owner): swap.base for swap in handle._swaps}
     holders = Counter(id(p) for module in handle.model.modules() for p in module._parameters.values() if p is not None)
     for site in handle._sites:
-        adapter: Any = site.module
-        if isinstance(adapter, PerTask):
-            if handle.active_task is None:
-                raise NotMergeableError(f"merge: choose the task whose adapters to fold in with set_task; tasks: {', '.join(handle.tasks)}")
-            adapter = _adapter_of(adapter, handle.active_task)
+        if handle.active_task is None and has_tasks(site.module):
+            raise NotMergeableError(f"merge: choose the task whose adapters to fold in with set_task; tasks: {', '.join(handle.tasks)}")
+        adapter: Any = of_task(site.module, handle.active_task)
         weight = site.owner._parameters.get("weight")
         if not hasattr(adapter, "merged_weight"):
             reasons[f"{type(adapter).__name__} is not linear in what it reads, so no weight can hold it"] += 1
@@ -910,18 +902,19 @@ def _mergeable(handle: Handle) -> list[tuple[Any, Any]]:
         elif holders[id(weight)] > 1:
             reasons["a weight is held by other modules too"] += 1
         else:
-            pairs.append((site.owner, adapter))
+            found.append((site, adapter, bases[id(site.owner)]))
     owners = {id(site.owner) for site in handle._sites}
     for what in (*handle._hooks, *(swap.base for swap in handle._swaps if id(swap.owner) not in owners), *(trained.id for trained in handle._trained if trained.base is None)):
         name = what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__)
         reasons[f"{name} has a part that the base lacks"] += 1
-    if reasons or not pairs:
+    if reasons or not found:
         raise NotMergeableError(f"merge: {handle.config.method}: " + ("; ".join(f"{why} ({n} of them)" for why, n in reasons.items()) or "there is no adapter to fold in"))
-    return pairs
+    return found
 
 
 @torch.no_grad()
-def _merge(owner: Any, adapter: Any, site: str) -> None:
+def _merge(site: _Site, adapter: Any, base: type[nn.Module]) -> None:
+    owner: Any = site.owner
     weight = owner.weight.data
     wide = torch.promote_types(weight.dtype, torch.float32)
     x = torch.randn(16, owner.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -930,16 +923,16 @@ def _merge(owner: Any, adapter: Any, site: str) -> None:
     try:
         expected = owner(x).to(wide)
         merged = adapter.merged_weight(owner)
-        owner.weight.data, owner.__class__ = merged, adapted.__mro__[2]  # behind the adapted class and what it adds
-        difference = (owner(x).to(wide) - expected).norm() / expected.norm()
+        owner.weight.data, owner.__class__ = merged, base
+        difference = (owner(x).to(wide) - expected).norm().item()
     except ValueError as error:
-        raise NotMergeableError(f"merge: {site}: {error}") from None
+        raise NotMergeableError(f"merge: {site.id}: {error}") from None
     finally:
         owner.__class__ = adapted
         adapter.train(training)
     # A rounding each of the weight, of the adapter's parts and of the outputs; sums of thousands of products lose no more than a few.
-    if not difference <= 32 * torch.finfo(weight.dtype).eps:
-        raise NotMergeableError(f"merge: {site}: with its weight merged the projection gives other numbers (by {difference.item():.2g} of them in {weight.dtype})")
+    if not difference <= 32 * torch.finfo(weight.dtype).eps * (size := expected.norm().item()):
+        raise NotMergeableError(f"merge: {site.id}: with its weight merged the projection gives other numbers: by {difference:.2g} where they are {size:.2g}, in {weight.dtype}")
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import fastadapt
 from fastadapt import patching
+from fastadapt.nn import PerTask
 from fastadapt.patching import AdapterFileError, Handle, load, patch
 from tests.hosts.tiny import FAMILIES, METHODS, SMALL, assert_same, batch, logits, randomize, snapshot, tiny
 
@@ -336,3 +337,28 @@ def test_files_that_are_no_task_s(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"tensors that tasks share here, .*up_sampler"):
         half.load(tmp_path, task="vqa")
     assert_same(before, snapshot(several.model))
+
+
+@hosts
+def test_a_task_of_adapters_that_are_parts_of_modules(family: str, tmp_path: Path) -> None:
+    """VL-PET's value adapter beside its residual: the adapter is one per task, the residual all tasks'."""
+    options: dict[str, Any] = {"rank": 4, "heads": 4, "gate_rank": 4, "decoder": ["value_parallel"], "value_rank": 4, "value_residual": True}
+    model = tiny(family)
+    handle = patch(model, "vlpet", tasks=("vqa", "gqa"), sharing="multiple", **options)
+    assert any(isinstance(part, PerTask) for site in handle.sites.values() if not isinstance(site, PerTask) for part in site.modules())
+    randomize(handle)
+    for task in ("vqa", "gqa"):
+        handle.set_task(task)
+        handle.save(tmp_path, task=task)
+        again = tiny(family)
+        load(again, tmp_path)
+        assert torch.equal(logits(again), logits(model))
+        handle.load(tmp_path, task=task)
+
+
+def test_no_file_of_one_task_where_its_modules_are_others(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rank": 4, "heads": 4, "gate_rank": 4, "decoder": ["value_parallel", "cross_attention"], "decoder_ranks": 3, "cross_gate_rank": 6, "value_rank": 4}
+    handle = patch(tiny("bart"), "vlpet", tasks=("vqa", "gqa"), sharing="multiple", **options)
+    with pytest.raises(ValueError, match=r"task: adapters per task behind a gate of cross-attention \(cross_gate_rank\) are no adapters of one task"):
+        handle.save(tmp_path / "vqa", task="vqa")
+    assert not (tmp_path / "vqa").exists()

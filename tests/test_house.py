@@ -28,7 +28,7 @@ LOWER = {
     "methods": {"nn"},
     "hosts": {"nn"},
     "checkpoint": set(),
-    "patching": {"backend", "nn", "methods", "hosts", "checkpoint"},
+    "patching": {"backend", "methods", "hosts", "checkpoint"},
 }
 LOWER |= {top: {*LOWER, "interop", "training"} for top in ("interop", "training", "cli")}
 

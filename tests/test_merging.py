@@ -112,3 +112,13 @@ def test_a_wrong_delta_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = handle._sites[3].module
     monkeypatch.setattr(module, "merged_delta", lambda: (module.scale * (module.lora_B.weight @ module.lora_A.weight)).t())
     refuses(handle, "gives other numbers")
+
+
+def test_a_projection_that_gives_zeros() -> None:
+    """Nothing to compare with: zero beside an adapter that has not begun is merged all the same."""
+    model = tiny("t5")
+    model.encoder.block[0].layer[0].SelfAttention.q.weight.data.zero_()
+    handle = patch(model, "lora", rank=4)
+    out = logits(model)
+    handle.merge()
+    assert torch.equal(logits(model), out)

@@ -6,7 +6,7 @@ To add a method over existing modules and roles, write one file beside this one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -153,6 +153,14 @@ class MethodConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare and (f.name not in SELECTORS or getattr(self, f.name) is not None)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
+    def one_task(self) -> Self:
+        """The config of a patch whose adapters are those of one of this patch's tasks.
+
+        Raises:
+            ValueError: there is none, since the modules for one task are others.
+        """
+        return dataclasses.replace(self, **{name: "single" for name in ("sharing", "prompt_sharing") if hasattr(self, name)})  # type: ignore[arg-type]
+
     def roles(self) -> tuple[str, ...]:
         """The roles that get a module."""
         raise NotImplementedError
@@ -233,3 +241,24 @@ def per_task(sharing: str, target: Target, make: Callable[[], nn.Module], shared
     adapters = {task: make() for task in target.tasks}
     names = [name for name, _ in adapters[target.tasks[0]].named_parameters(remove_duplicate=False) if name.startswith(tuple(shared))]
     return PerTask(adapters, names)
+
+
+def has_tasks(module: nn.Module) -> bool:
+    """Whether a module, or a part of it, holds an adapter per task."""
+    return any(isinstance(part, PerTask) for part in module.modules())
+
+
+def of_task(module: nn.Module, task: str | None) -> nn.Module:
+    """A task's module, where each task has one; the module itself where it serves all tasks or ``task`` is None."""
+    return module.adapters[task] if task is not None and isinstance(module, PerTask) else module
+
+
+def task_parameters(module: nn.Module, task: str | None) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a task's adapters have in a module or its parts, under their names in a module for one task; all under their own where ``task`` is None."""
+    starts = [] if task is None else [f"{path}.adapters.".lstrip(".") for path, part in module.named_modules() if isinstance(part, PerTask)]
+    for name, parameter in module.named_parameters(remove_duplicate=task is None):
+        start = next((start for start in starts if name.startswith(start)), None)
+        if start is None:
+            yield name, parameter
+        elif name.startswith(f"{start}{task}."):
+            yield start.removesuffix("adapters.") + name.removeprefix(f"{start}{task}."), parameter

@@ -258,6 +258,12 @@ class VLPETConfig(MethodConfig):
         gate = Gate(target.width, "large", gate_rank=self.cross_gate_rank, activation=self.activation, scale=2.0 if init == "identity" else 1.0, init=other, **factory)
         return in_turn({"adapter": self._per_task(target, rank, other, factory), "gate": gate})
 
+    def one_task(self) -> Self:
+        """As `MethodConfig.one_task`; a gated cross-attention adapter for one task is one operation, whose parameters have other names."""
+        if self.sharing == "multiple" and self.cross_gate_rank is not None and "cross_attention" in self.decoder:
+            raise ValueError("task: adapters per task behind a gate of cross-attention (cross_gate_rank) are no adapters of one task; save or load all tasks")
+        return super().one_task()
+
     def _encoder(self, index: int, target: Target, rule: Init, other: Init, factory: dict[str, Any]) -> nn.Module:
         """Adapter, gate and gating-only module, in this order; ``scale`` is behind the last of them."""
         gate: dict[str, Any] = {"granularity": self.granularity, "gate_rank": self.gate_rank, "combine": self.combine}
