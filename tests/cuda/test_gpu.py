@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -68,6 +69,19 @@ def test_on_another_device(spec: Spec) -> None:
         checks.assert_same_bits(expected, {n: t.to("cuda:0") for n, t in got.items()})
 
 
+def in_a_graph(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of the step, which ran once before on a stream of its own, and what its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
 @specs(CALLS)
 def test_in_a_cuda_graph(spec: Spec) -> None:
     """Forward and backward captured once and replayed over other numbers: nothing waits for the host, and nothing is allocated outside the graph's pool."""
@@ -79,14 +93,7 @@ def test_in_a_cuda_graph(spec: Spec) -> None:
         return (y, *torch.autograd.grad(y, list(static.values()), static_dy))
 
     with backend.use("cuda"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, captured = in_a_graph(step)
     for seed in (1, 2):
         fresh, fresh_dy = spec.draw(seed, "cuda"), spec.cotangent(seed, "cuda")
         with torch.no_grad():
@@ -104,23 +111,16 @@ def test_other_tasks_in_the_same_cuda_graph() -> None:
     leaves = {n: t.requires_grad_() for n, t in spec.draw(0, "cuda").items()}
     dy, ids = spec.cotangent(0, "cuda"), spec.task_ids("cuda")
 
-    def step(ids: Tensor) -> tuple[Tensor, ...]:
+    def step() -> tuple[Tensor, ...]:
         y = functional.routed_bottleneck(task_ids=ids, **leaves, **spec.options())
         return (y, *torch.autograd.grad(y, list(leaves.values()), dy))
 
     with backend.use("cuda"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(ids)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step(ids)
+        graph, captured = in_a_graph(step)
         for mixture in ([0] * 8, [3, -1, 3, 0, 9, 0, 3, 1], [-1] * 8):
             ids.copy_(torch.tensor(mixture))
             graph.replay()
-            expected = step(ids)
+            expected = step()
             checks.assert_same_bits({str(i): t for i, t in enumerate(expected)}, {str(i): t.detach() for i, t in enumerate(captured)})
 
 
@@ -135,14 +135,7 @@ def test_other_seeds_in_the_same_cuda_graph() -> None:
         return (y, *torch.autograd.grad(y, list(leaves.values()), dy))
 
     with backend.use("cuda"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, captured = in_a_graph(step)
         seen = []
         for number in (1, -(2**40), 2**63 - 1):
             seed.fill_(number)

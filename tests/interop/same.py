@@ -8,10 +8,22 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import get_activation
 
 import fastadapt
 from fastadapt import backend
 from tests.tolerance import FLOOR, Compared, assert_rule, limit_of, relative_error
+
+
+class Activations(nn.Module):
+    """Stands in for the libraries' own module around an activation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.f = get_activation(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)
 
 
 @contextlib.contextmanager

@@ -19,13 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.activations import get_activation
 
 import fastadapt
 from fastadapt import interop
 from fastadapt.interop.fusing import FusedSite, LeftSite
 from tests.hosts import tiny
-from tests.interop.same import assert_agree, ops_ran, results, rows, same_numbers
+from tests.interop.same import Activations, assert_agree, ops_ran, results, rows, same_numbers
 
 WIDTH, RANK, ROOT = 24, 8, Path(__file__).parents[2]
 
@@ -38,15 +37,6 @@ class ForwardContext:
     @classmethod
     def get_context(cls) -> Any:
         return cls.current
-
-
-class Named(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.f = get_activation(name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.f(x)
 
 
 class PHMLayer(nn.Module):
@@ -81,7 +71,7 @@ class Adapter(nn.Module):
         self.input_size, self.use_gating = WIDTH, gating
         self.add_layer_norm_before, self.add_layer_norm_after, self.adapter_residual_before_ln = before, bool(after), after == "residual first"
         down, up = (nn.Linear(WIDTH, RANK), nn.Linear(RANK, WIDTH)) if phm is None else (PHMLayer(WIDTH, RANK, "down", *phm), PHMLayer(RANK, WIDTH, "up", *phm))
-        self.non_linearity = Named(activation)
+        self.non_linearity = Activations(activation)
         self.adapter_down = nn.Sequential(*([nn.LayerNorm(WIDTH)] if before else []), down, self.non_linearity)
         self.adapter_up = up
         self.scaling = scaling if isinstance(scaling, float) else nn.Parameter(torch.randn(scaling))

@@ -15,7 +15,7 @@ from transformers.activations import get_activation
 
 import fastadapt
 from fastadapt.interop.fusing import FusedSite, LeftSite
-from tests.interop.same import assert_agree, ops_ran, results, rows, same_numbers
+from tests.interop.same import Activations, assert_agree, ops_ran, results, rows, same_numbers
 
 WIDTH, RANK = 24, 8
 TASKS = ("vqa", "gqa")
@@ -25,15 +25,6 @@ def config(**options: Any) -> SimpleNamespace:
     return SimpleNamespace(
         **{"tasks": list(TASKS), "non_linearity": "gelu_new", "track_z": False, "add_layer_norm_before_adapter": False, "add_layer_norm_after_adapter": False, **options}
     )
-
-
-class Activations(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.f = get_activation(name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.f(x)
 
 
 class LowRankLinear(nn.Module):
