@@ -39,7 +39,7 @@ COPIES = "a tile of a task's rows that lie one after the other is then copied to
 SHARE = "two pieces of scratch then share memory, but are not in use at the same time"
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
-    ("loop", "q < end -> q <= end in for (int64_t q = begin; q < end; ++q)"): "a panel too many has no columns: what is summed for it, inside the partials, is stored nowhere",
+    ("loop", "q < end -> q <= end in for (int64_t q = begin; q < end; ++q)"): "a panel too many has no columns and is left at once; the next range's first one is computed twice",
     ("sign", "i - m in bool consecutive("): COPIES,
     ("sign", "i + m + 1 in bool consecutive("): COPIES,
     ("sign", "m + 1 in bool consecutive("): COPIES,
