@@ -1,8 +1,8 @@
 """Operations, kernels and bytes of each site, forward and backward, of the authors' eager code and of fastadapt. ``python -m benchmarks.launches [--json FILE]``
 
 Eager's operations, and the library's on CPU, are counted as torch dispatches them (views and allocations aside), with the bytes of their operands. GPU kernels and their traffic
-are modelled (`fastadapt.ops._cost`): tests hold Triton's launches to those it makes, and the bytes to the kernels' formulas. Bytes are in units of T d elements of the activations: one
-reading or writing of all rows. Saved: bytes a row that autograd keeps for backward beyond the inputs of the call.
+are modelled (`fastadapt.ops._cost`): tests hold Triton's launches to those it makes, and the bytes to the kernels' formulas. Bytes are in units of T d elements of the
+activations: one reading or writing of all rows. Saved: bytes a row that autograd keeps for backward beyond the inputs of the call.
 """
 
 from __future__ import annotations
