@@ -30,7 +30,7 @@ from fastadapt.ops.phm_bottleneck.function import phm_bottleneck as _phm_bottlen
 from fastadapt.ops.routed_bottleneck import reference as _routed_reference
 from fastadapt.ops.routed_bottleneck.function import routed_bottleneck as _routed_bottleneck
 
-__all__ = ["bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck"]
+__all__ = ["bottleneck", "gated_bottleneck", "lora", "multimodal_bottleneck", "phm_bottleneck", "routed_bottleneck"]
 
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
@@ -58,7 +58,7 @@ def bottleneck(
     .. math:: y = LN_{after}\bigl(s\, g \odot (\phi(LN_{before}(x) W_d^\top + b_d) W_u^\top + b_u)\bigr) + residual
 
     The sequential adapter of VL-Adapter (section 3.2; Houlsby, Pfeiffer) has ``residual="input"``, a parallel adapter (VL-PET's value-parallel adapter) gives the tensor
-    that it runs beside. Layer norms run as torch's own kernel before and after the fused one.
+    that it runs beside. Layer norms are a `dropout_add_norm` before and one after the fused operation.
 
     Args:
         x: input, (..., D), any strides.
@@ -303,6 +303,88 @@ def phm_bottleneck(
         return _call(_phm_bottleneck, _phm_reference.composed, u, *factors[:3], b_down, *factors[3:], b_up, _rows(residual), scale, act, add_input)
 
     return _normed(call, x, other, add_input, norm_before, norm_after)
+
+
+def multimodal_bottleneck(
+    x: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    w_cross: Tensor | None = None,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_cross: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    residual: Tensor | Literal["input"] | None = "input",
+    scale: float | Tensor = 1.0,
+    norm_before: LayerNorm | None = None,
+    norm_cross: LayerNorm | None = None,
+) -> Tensor:
+    r"""UniAdapter's bottleneck, whose down-projection all modalities share, as one `bottleneck` (UniAdapter, section 3).
+
+    With :math:`k = \phi(LN_{before}(x) W_d^\top + b_d)`
+
+    .. math::
+        y = s\,(k W_t^\top + b_t) + residual \quad\text{or, with } W_m, \qquad y = s\,LN_{cross}\bigl((k W_m^\top + b_m) + (k W_t^\top + b_t)\bigr) + residual
+
+    Each modality has its own up-projection :math:`W_t`; the cross-modal branch adds :math:`W_m` to the text's. The two are one projection by the sum of their weights, formed in
+    their dtype, D R additions in place of T D R multiplications; both get its gradient. A query residual (the text adapter's output beside the cross-modal one's) is given as
+    ``residual``.
+
+    Args:
+        x: input, (..., D), any strides.
+        w_down: down-projection, (R, D), one for all modalities.
+        w_up: W_t, the up-projection of one modality, (D, R).
+        w_cross: W_m, the cross-modal up-projection, (D, R), or None: one modality alone.
+        b_down: bias, (R,), or None.
+        b_up: bias of ``w_up``, (D,), or None.
+        b_cross: bias of ``w_cross``, (D,), or None.
+        activation, residual, norm_before: as in `bottleneck`.
+        scale: s, a Python number or a tensor of one element (which then gets a gradient).
+        norm_cross: (weight, bias, eps) of a layer norm of the sum, or None; only with ``w_cross``.
+
+    Returns:
+        y, of x's shape and dtype A.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong; raised before any kernel runs.
+        fastadapt.backend.BackendError: a demanded backend cannot run the call.
+    """
+    if w_cross is None:
+        for name, value in (("b_cross", b_cross), ("norm_cross", norm_cross)):
+            if value is not None:
+                raise ValueError(f"{name}: there is no cross-modal up-projection (w_cross=None) that it would belong to")
+    else:
+        _alike("w_cross", w_cross, "w_up", w_up)
+        w_up = w_up + w_cross
+        if b_cross is not None:
+            if b_up is not None:
+                _alike("b_cross", b_cross, "b_up", b_up)
+            b_up = b_cross if b_up is None else b_up + b_cross
+    scale = scale if isinstance(scale, Tensor) else _scale("scale", scale)[0]
+    if norm_cross is not None:
+        _parameters(
+            x,
+            w_down.dtype,
+            **{name: (v, (x.shape[-1],)) for name, v in _norm_vectors("norm_cross", norm_cross).items()},
+            scale=(scale if isinstance(scale, Tensor) else None, None),
+        )
+        # s LN(u) is LN with s times the weights: the fused operation has no scale of its own then.
+        norm_cross, scale = (norm_cross[0] * scale, norm_cross[1] * scale, norm_cross[2]), 1.0
+    return bottleneck(x, w_down, w_up, b_down, b_up, activation=activation, residual=residual, scale=scale, norm_before=norm_before, norm_after=norm_cross)
+
+
+def _alike(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Checks that two parameters can be added: a sum that broadcasts or promotes would hide a mistake."""
+    for n, value in ((name, t), (other_name, other)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{n}: must be a tensor, not {type(value).__name__}")
+    if t.shape != other.shape:
+        raise ValueError(f"{name}: shape {tuple(t.shape)} must equal that of {other_name}, {tuple(other.shape)}")
+    if t.dtype != other.dtype:
+        raise TypeError(f"{name}: dtype {t.dtype} must equal that of {other_name}, {other.dtype}")
+    if t.device != other.device:
+        raise ValueError(f"{name}: is on {t.device}, but {other_name} is on {other.device}")
 
 
 def routed_bottleneck(
@@ -665,8 +747,7 @@ def _norm_vectors(name: str, norm: LayerNorm | None) -> dict[str, Tensor]:
 
 def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
     """LN(x) in x's dtype, whatever the parameters'."""
-    weight, bias, eps = norm
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(x.dtype)  # autocast on CUDA makes it float32
+    return dropout_add_norm(x, None, *norm[:2], eps=norm[2])  # type: ignore[return-value]
 
 
 def _block_diagonal(w_up: Tensor, heads: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastadapt import backend, checkpoint, hosts, methods
 from fastadapt.checkpoint import AdapterFileError
 from fastadapt.hosts import generic, vlm
-from fastadapt.hosts.roles import UnknownHostError, is_adapted, is_before, is_beside
+from fastadapt.hosts.ends import ENDS
+from fastadapt.hosts.roles import UnknownHostError, features, is_adapted, is_before, is_beside, is_projection
 from fastadapt.hosts.stages import STAGES, Hook
 from fastadapt.hosts.tensors import SUFFIX, reparametrised
 from fastadapt.methods import MethodConfig
@@ -36,7 +37,8 @@ class NotMergeableError(ValueError):
 
 
 class SiteReport(NamedTuple):
-    """One site: its id, the path of its adapter in the model, the adapter's class and size, and which backend would run it, with the reasons of those passed over."""
+    """One site: its id, the path of its adapter in the model, the adapter's class and size, which backend would run it, with the reasons of those passed over, and what of the
+    layer around it is fused, in operations of its own."""
 
     id: str
     path: str
@@ -44,6 +46,7 @@ class SiteReport(NamedTuple):
     parameters: int
     backend: str
     reasons: dict[str, list[str]]
+    around: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.method} ({self.name}): {len(self.sites)} sites, {self.trainable:,} of {self.total:,} parameters trained ({self.percent:.4f} %)"]
         width = max((len(s.id) for s in self.sites), default=0)
-        lines += [f"  {s.id:<{width}}  {s.module} {s.parameters:,} parameters, {s.backend}" for s in self.sites]
+        lines += [f"  {s.id:<{width}}  {s.module} {s.parameters:,} parameters, {s.backend}{s.around and f'; fused around it: {s.around}'}" for s in self.sites]
         passed_over = Counter((name, s.backend, "; ".join(why)) for s in self.sites for name, why in s.reasons.items() if why)
         lines += [f"  {chosen} instead of {name} at {count} sites: {why}" for (name, chosen, why), count in passed_over.items()]
         lines.append(f"  trained in the base: {len(self.trained_base)} tensors" + (f" ({_some(self.trained_base)})" if self.trained_base else ""))
@@ -94,12 +97,13 @@ class _Site:
 
 @dataclass
 class _Swap:
-    """A module that changes class, and the children that the adapted class reads (None where the method puts nothing)."""
+    """A module that changes class, the children that the adapted class reads (None where the method puts nothing), and what it fuses around them, see `Host.ends`."""
 
     owner: nn.Module
     base: type[nn.Module]
     adapted: type[nn.Module]
     slots: dict[str, nn.Module | None]
+    ends: str = ""
 
 
 @dataclass
@@ -157,6 +161,7 @@ class Handle:
     init: str
     tasks: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = field(repr=False)
+    fuse_residual: bool = field(default=True, repr=False)
     active_task: str | None = None
     _sites: list[_Site] = field(default_factory=list, repr=False)
     _swaps: list[_Swap] = field(default_factory=list, repr=False)
@@ -417,6 +422,7 @@ class Handle:
     def _undo(self) -> None:
         for swap in self._swaps:
             swap.owner.__class__ = swap.base
+            swap.owner.__dict__.pop(ENDS, None)
             for slot in swap.slots:
                 swap.owner._modules.pop(slot, None)
         for hook in self._hooks:
@@ -522,6 +528,8 @@ class Handle:
         with torch.no_grad():
             for key, tensor in tensors.items():
                 target[key].copy_(_sharded_like(target[key], tensor))
+        for module in self.model.modules():  # of FSDP2's shards a module sees copies, whose versions do not tell
+            module.__dict__.pop("_kept", None)
 
     def _options(self, task: str | None) -> dict[str, dict[str, Any]]:
         """What a file says of the method, or that of one task."""
@@ -563,6 +571,7 @@ def patch(
     name: str = "default",
     init: str = "repo",
     dtype: torch.dtype | None = None,
+    fuse_residual: bool = True,
     **options: Any,
 ) -> Handle:
     """Puts a method's adapters into ``model``, in place; freezes the base except for what the method trains.
@@ -578,6 +587,9 @@ def patch(
         name: name of the patch, kept in reports and files.
         init: "repo", the published starting values, or "identity": the model's output stays exactly what it was.
         dtype: of the adapters' parameters; None: the base's, float32 if that is a half precision.
+        fuse_residual: what follows an adapter in its layer (dropout, sum with the residual stream, and the layer norm where it stands behind the sum) runs as one
+            `fastadapt.functional.dropout_add_norm`, in training, in hosts that have it (the report says which). The numbers are the same up to rounding; dropout draws other
+            masks of the same distribution.
         options: fields of the method's config; what is not given is what was published for the host. Every method has ``towers``, ``layers`` and ``sites``, which say where in the
             model it works, see `fastadapt.methods.MethodConfig`.
 
@@ -591,7 +603,7 @@ def patch(
 
     A call that raises leaves the model as it was.
     """
-    return _patch(model, methods.config(method, **options), {}, tasks=tasks, name=name, init=init, dtype=dtype)
+    return _patch(model, methods.config(method, **options), {}, tasks=tasks, name=name, init=init, dtype=dtype, fuse_residual=fuse_residual)
 
 
 def _patch(
@@ -603,6 +615,7 @@ def _patch(
     name: str,
     init: str,
     dtype: torch.dtype | None,
+    fuse_residual: bool,
 ) -> Handle:
     """`patch` with a config, or one for each family of published values."""
     _check_model(model, name)
@@ -624,7 +637,7 @@ def _patch(
     if not live:
         raise ValueError(f"model: no layer of this {type(model).__name__} is left to patch: " + "; ".join(f"{path}: {why}" for path, why in off.items()))
     resolved = {family: by_family.get(family, config).resolved(family, init) for family in dict.fromkeys(host.defaults for _, _, host in live)}
-    handle = Handle(model, config, resolved, name, init, tuple(tasks or ()), tuple(skipped))
+    handle = Handle(model, config, resolved, name, init, tuple(tasks or ()), tuple(skipped), bool(fuse_residual))
     shared: dict[str, nn.Module] = {}
     for path, block, host in blocks:
         if why := _off(path, off):
@@ -654,6 +667,8 @@ def _patch(
             for slot, adapter in swap.slots.items():
                 swap.owner.register_module(slot, adapter)
             swap.owner.__class__ = swap.adapted
+            if swap.ends:
+                swap.owner.__dict__[ENDS] = swap.ends
         for hook in handle._hooks:
             hook.install()
         model.__dict__[_ATTRIBUTE] = handle
@@ -731,14 +746,12 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
         adapted = host.adapted_class(owner, place)
         _check_owner(owner, owner_path, place.slot)
         device, base_dtype, parameter_dtype = _factory(owner, dtype)
-        # Never the weight's shape: that of a quantised projection is another.
-        linear: Any = owner
         if is_beside(place.role):
-            width, out_width = linear.in_features, linear.out_features
+            width, out_width = features(owner)
         elif is_before(place.role):
-            width = out_width = linear.in_features
+            width = out_width = features(owner)[0]
         else:
-            width = out_width = linear.out_features if place.behind and isinstance(owner, nn.Linear) else host.width(block)
+            width = out_width = features(owner)[1] if place.behind and is_projection(type(owner)) else host.width(block)
         target = methods.Target(host.defaults, width, out_width, host.init(block), owner_path, layer, handle.tasks, shared)
         module = settings.build(place.role, target, handle.init, device=device, dtype=parameter_dtype)
         if module is None:
@@ -746,7 +759,8 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
             continue
         module.train(owner.training)
         handle._sites.append(_Site(site_id, owner_path, place.slot, owner, module, base_dtype))
-        swaps.setdefault(place.owner, _Swap(owner, type(owner), adapted, {})).slots[place.slot] = module
+        ends = host.ends if handle.fuse_residual and adapted in host.adapted.values() else ""
+        swaps.setdefault(place.owner, _Swap(owner, type(owner), adapted, {}, ends)).slots[place.slot] = module
     # An adapted class reads every slot of its own: places without an adapter hold None.
     for place in host.places(block):
         if place.owner in swaps:
@@ -850,14 +864,14 @@ def _add_biases(handle: Handle, model: nn.Module, blocks: _Blocks, labels: dict[
         handle._trained.append(_Added(_base_id(_join(path, "bias"), labels), [(module, "bias")], None, bias, "bias" in module._parameters))
 
 
-def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None, dtype: torch.dtype | None = None) -> Handle:
+def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None, dtype: torch.dtype | None = None, fuse_residual: bool = True) -> Handle:
     """Patches ``model`` as the saved adapter was and loads it.
 
     Args:
         model: a fresh base model.
         directory: what `Handle.save` wrote.
         name: another name for the patch.
-        dtype: as in `patch`.
+        dtype, fuse_residual: as in `patch`.
 
     Raises:
         fastadapt.patching.AdapterFileError: the files are missing, corrupted, foreign, or do not fit the model; it stays as it was.
@@ -869,7 +883,13 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
     if not isinstance(options, dict) or not options or not all(isinstance(values, dict) for values in options.values()):
         raise AdapterFileError(f"{os.fspath(directory)}: 'options' must hold the options of one host family or several, not {options!r}")
     try:
-        common: dict[str, Any] = {"tasks": config.get("tasks") or None, "name": name or config.get("name"), "init": config.get("init"), "dtype": dtype}
+        common: dict[str, Any] = {
+            "tasks": config.get("tasks") or None,
+            "name": name or config.get("name"),
+            "init": config.get("init"),
+            "dtype": dtype,
+            "fuse_residual": fuse_residual,
+        }
         saved = {family: methods.config(config.get("method"), **values) for family, values in options.items()}  # type: ignore[arg-type]
         handle = _patch(model, next(iter(saved.values())), saved, **common)
     except TypeError as error:
@@ -917,7 +937,7 @@ def _merge(site: _Site, adapter: Any, base: type[nn.Module]) -> None:
     owner: Any = site.owner
     weight = owner.weight.data
     wide = torch.promote_types(weight.dtype, torch.float32)
-    x = torch.randn(16, owner.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(16, features(owner)[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     training, adapted = adapter.training, type(owner)
     adapter.eval()
     try:
@@ -1083,16 +1103,16 @@ def _base_id(path: str, labels: dict[str, str]) -> str:
 
 def _site_report(site: _Site) -> SiteReport:
     parameters = sum(p.numel() for p in site.module.parameters())
-    device = next(site.owner.parameters()).device
+    device, around = next(site.owner.parameters()).device, site.owner.__dict__.get(ENDS, "")
     call = site.module.call() if hasattr(site.module, "call") else None  # type: ignore[operator]
     if call is None:
-        return SiteReport(site.id, _join(site.owner_path, site.slot), type(site.module).__name__, parameters, "torch", {})
+        return SiteReport(site.id, _join(site.owner_path, site.slot), type(site.module).__name__, parameters, "torch", {}, around)
     try:
         explanation = backend.explain(rows=4096, dtype=site.dtype, device=device, **call)
         chosen, reasons = explanation.chosen, explanation.reasons
     except backend.BackendError as error:
         chosen, reasons = "none", {"demanded": [str(error)]}
-    return SiteReport(site.id, _join(site.owner_path, site.slot), type(site.module).__name__, parameters, chosen, reasons)
+    return SiteReport(site.id, _join(site.owner_path, site.slot), type(site.module).__name__, parameters, chosen, reasons, around)
 
 
 def _difference(saved: Any, here: dict[str, dict[str, Any]]) -> str:

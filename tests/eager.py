@@ -83,6 +83,35 @@ def bottleneck(
     return y + (residual if isinstance(residual, Tensor) else x)
 
 
+def multimodal_bottleneck(
+    x: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    w_cross: Tensor | None = None,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_cross: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    residual: Tensor | str | None = "input",
+    scale: float | Tensor = 0.1,
+    norm_before: tuple[Tensor, Tensor, float] | None = None,
+    norm_cross: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """UniAdapter: [layer norm], down, nonlinearity, the modality's up, [the cross-modal up, their sum, layer norm], scale, residual."""
+    w_down, w_up, w_cross, b_down, b_up, b_cross = (None if p is None else p.to(x.dtype) for p in (w_down, w_up, w_cross, b_down, b_up, b_cross))
+    k = ACTIVATIONS[activation](F.linear(x if norm_before is None else _layer_norm(x, norm_before), w_down, b_down))
+    y = F.linear(k, w_up, b_up)
+    if w_cross is not None:
+        y = F.linear(k, w_cross, b_cross) + y
+    if norm_cross is not None:
+        y = _layer_norm(y, norm_cross)
+    y = y * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
+    if residual is None:
+        return y
+    return y + (residual if isinstance(residual, Tensor) else x)
+
+
 def _kronecker(rule: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight (in, out) that PHMLinear builds in every forward: the sum of the Kronecker products of A_i and W_i = L_i R_i."""
     rule, w = rule.to(dtype), torch.bmm(left.to(dtype), right.to(dtype))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.bart import modeling_bart
 
+from fastadapt.hosts.ends import end
 from fastadapt.hosts.places import BART_DECODER, BART_ENCODER, SEQ2SEQ_STAGES
 from fastadapt.hosts.roles import Host, Place, knows_keys, register
 from fastadapt.nn import Init
@@ -26,8 +27,7 @@ class BartEncoderLayer(modeling_bart.BartEncoderLayer):
         hidden_states, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)
         if (adapter := self.self_attention_adapter) is not None:
             hidden_states = adapter(hidden_states, residual)
-        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        hidden_states = self.self_attn_layer_norm(residual + hidden_states)
+        hidden_states = end(self, hidden_states, residual, self.dropout, self.self_attn_layer_norm)
 
         residual = hidden_states
         hidden_states = self.activation_fn(self.fc1(hidden_states))
@@ -35,8 +35,7 @@ class BartEncoderLayer(modeling_bart.BartEncoderLayer):
         hidden_states = self.fc2(hidden_states)
         if (adapter := self.feed_forward_adapter) is not None:
             hidden_states = adapter(hidden_states, residual)
-        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        hidden_states = self.final_layer_norm(residual + hidden_states)
+        hidden_states = end(self, hidden_states, residual, self.dropout, self.final_layer_norm)
 
         if hidden_states.dtype == torch.float16:
             largest = torch.finfo(torch.float16).max
@@ -62,8 +61,7 @@ class BartDecoderLayer(modeling_bart.BartDecoderLayer):
         hidden_states, _ = self.self_attn(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
         if (adapter := self.self_attention_adapter) is not None:
             hidden_states = adapter(hidden_states, residual)
-        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        hidden_states = self.self_attn_layer_norm(residual + hidden_states)
+        hidden_states = end(self, hidden_states, residual, self.dropout, self.self_attn_layer_norm)
 
         if encoder_hidden_states is not None:
             residual = hidden_states
@@ -74,8 +72,7 @@ class BartDecoderLayer(modeling_bart.BartDecoderLayer):
             )
             if (adapter := self.cross_attention_adapter) is not None:
                 hidden_states = adapter(hidden_states, residual)
-            hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-            hidden_states = self.encoder_attn_layer_norm(residual + hidden_states)
+            hidden_states = end(self, hidden_states, residual, self.dropout, self.encoder_attn_layer_norm)
 
         residual = hidden_states
         hidden_states = self.activation_fn(self.fc1(hidden_states))
@@ -83,8 +80,7 @@ class BartDecoderLayer(modeling_bart.BartDecoderLayer):
         hidden_states = self.fc2(hidden_states)
         if (adapter := self.feed_forward_adapter) is not None:
             hidden_states = adapter(hidden_states, residual)
-        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        return self.final_layer_norm(residual + hidden_states)
+        return end(self, hidden_states, residual, self.dropout, self.final_layer_norm)
 
 
 _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {modeling_bart.BartEncoderLayer: BartEncoderLayer, modeling_bart.BartDecoderLayer: BartDecoderLayer}
@@ -107,6 +103,7 @@ def _host(block: type[nn.Module], places: tuple[Place, ...]) -> Host:
         # BartPreTrainedModel._init_weights: every Linear N(0, init_std), bias 0.
         init=lambda block: Init(std=block.self_attn.config.init_std),
         stages=SEQ2SEQ_STAGES,
+        ends="dropout, residual, layer norm",
     )
 
 

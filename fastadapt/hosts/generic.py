@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
-from fastadapt.hosts.roles import OTHER, ROLES, Host, Place, is_beside
+from fastadapt.hosts.roles import OTHER, ROLES, Host, Place, features, is_beside, is_projection
 from fastadapt.nn import Init
 
 FAMILY = "generic"
@@ -22,7 +21,7 @@ SITE_ROLES = tuple(
     for part in ("self_attention", "cross_attention", "feed_forward", *(f"{kind}_attention.{projection}" for kind in ("self", "cross") for projection in ("query", "value")))
     if f"{stack}.{part}" in ROLES
 )
-"""The roles that ``sites`` may name: behind a Linear, or beside one."""
+"""The roles that ``sites`` may name: behind a Linear (or a Conv1D of transformers), or beside one."""
 
 # Last parts of a path from a layer in a list. The attention or feed-forward network may hold the projection itself, or keep it in a module called output.
 _ATTENTION = re.compile(
@@ -74,8 +73,8 @@ def chosen(model: nn.Module, sites: Mapping[str, str]) -> list[tuple[str, nn.Mod
         if not matched:
             raise ValueError(f"sites: {pattern!r} for {role} matches no module of this {type(model).__name__}; it must match whole paths, such as {_example(model)!r}")
         for path, module in matched:
-            if not isinstance(module, nn.Linear):
-                raise ValueError(f"sites: {path}, which {pattern!r} matches, is a {type(module).__name__}; must be an nn.Linear")
+            if not is_projection(type(module)):
+                raise ValueError(f"sites: {path}, which {pattern!r} matches, is a {type(module).__name__}; must be an nn.Linear, or a Conv1D of transformers")
             if path in never:
                 raise ValueError(f"sites: {path} belongs to an nn.{never[path]}, which reads its weight without calling it")
             layer, rest = _split(path)
@@ -100,12 +99,12 @@ def _block(model: nn.Module, layer: str, roles: Mapping[str, str]) -> tuple[str,
     places = tuple(place(rest, role) for rest, role in roles.items())
     block = model.get_submodule(layer)
     stack = _stack(model, layer)
-    first: Any = block.get_submodule(places[0].owner)
+    width = features(block.get_submodule(places[0].owner))[1]
     host = Host(
         family=FAMILY,
         block=type(block),
         places=lambda _: places,
-        width=lambda _: first.out_features,
+        width=lambda _: width,
         adapted={},
         sources={},
         norms=(nn.LayerNorm,),
@@ -128,9 +127,9 @@ def _stack(model: nn.Module, layer: str) -> str:
     return "vision" if hasattr(config, "image_size") and not hasattr(config, "vocab_size") else "text"
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     never = _never_called(model)
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in never)
+    return ((path, module) for path, module in model.named_modules() if is_projection(type(module)) and path not in never)
 
 
 def _never_called(model: nn.Module) -> dict[str, str]:

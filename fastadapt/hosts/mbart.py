@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.hosts.ends import end
 from fastadapt.hosts.places import BART_DECODER, BART_ENCODER, SEQ2SEQ_STAGES
 from fastadapt.hosts.roles import Copy, declare, knows_keys
 from fastadapt.nn import Init
@@ -22,8 +23,7 @@ def _encoder_layer(self: Any, hidden_states: Tensor, attention_mask: Tensor, **k
     hidden_states, _ = self.self_attn(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
     if (adapter := self.self_attention_adapter) is not None:
         hidden_states = adapter(hidden_states, residual)
-    hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-    hidden_states = _feed_forward(self, residual + hidden_states)
+    hidden_states = _feed_forward(self, end(self, hidden_states, residual, self.dropout))
     if hidden_states.dtype == torch.float16:
         limit = torch.finfo(torch.float16).max - 1000
         hidden_states = torch.clamp(hidden_states, min=-limit, max=limit)
@@ -45,8 +45,7 @@ def _decoder_layer(
     hidden_states, _ = self.self_attn(hidden_states=hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
     if (adapter := self.self_attention_adapter) is not None:
         hidden_states = adapter(hidden_states, residual)
-    hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-    hidden_states = residual + hidden_states
+    hidden_states = end(self, hidden_states, residual, self.dropout)
 
     if encoder_hidden_states is not None:
         residual = hidden_states
@@ -58,8 +57,7 @@ def _decoder_layer(
         )
         if (adapter := self.cross_attention_adapter) is not None:
             hidden_states = adapter(hidden_states, residual)
-        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        hidden_states = residual + hidden_states
+        hidden_states = end(self, hidden_states, residual, self.dropout)
     return _feed_forward(self, hidden_states)
 
 
@@ -71,8 +69,7 @@ def _feed_forward(self: Any, hidden_states: Tensor) -> Tensor:
     hidden_states = self.fc2(hidden_states)
     if (adapter := self.feed_forward_adapter) is not None:
         hidden_states = adapter(hidden_states, residual)
-    hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-    return residual + hidden_states
+    return end(self, hidden_states, residual, self.dropout)
 
 
 # The two sources of each differ in annotations only.
@@ -92,4 +89,5 @@ for _block, _copy, _places in (("MBartEncoderLayer", _ENCODER, BART_ENCODER), ("
         published="bart",
         init=lambda block: Init(std=block.self_attn.config.init_std),
         stages=SEQ2SEQ_STAGES,
+        ends="dropout, residual",
     )

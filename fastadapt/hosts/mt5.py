@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastadapt.hosts.ends import begin, end
 from fastadapt.hosts.places import SEQ2SEQ_STAGES, T5_DECODER, T5_ENCODER
 from fastadapt.hosts.roles import Copy, declare, knows_keys
 from fastadapt.nn import Init
@@ -13,9 +14,10 @@ from fastadapt.nn import Init
 
 def self_attention(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
     """T5LayerSelfAttention's, with an ``adapter``."""
-    output, position_bias, weights = self.SelfAttention(self.layer_norm(hidden_states), mask=attention_mask, position_bias=position_bias, past_key_values=past_key_values, **kwargs)
+    normed = begin(self, hidden_states, self.layer_norm)
+    output, position_bias, weights = self.SelfAttention(normed, mask=attention_mask, position_bias=position_bias, past_key_values=past_key_values, **kwargs)
     output = self.adapter(output, hidden_states.to(output.dtype))
-    return hidden_states + self.dropout(output), position_bias, weights
+    return end(self, output, hidden_states, self.dropout), position_bias, weights
 
 
 def cross_attention(
@@ -31,18 +33,18 @@ def cross_attention(
     if (adapter := self.key_value_adapter) is not None and not knows_keys(past_key_values, self.EncDecAttention.layer_idx):
         key_value_states = adapter(key_value_states)
     output, position_bias, weights = self.EncDecAttention(
-        self.layer_norm(hidden_states), mask=attention_mask, key_value_states=key_value_states, position_bias=position_bias, past_key_values=past_key_values, **kwargs
+        begin(self, hidden_states, self.layer_norm), mask=attention_mask, key_value_states=key_value_states, position_bias=position_bias, past_key_values=past_key_values, **kwargs
     )
     if (adapter := self.adapter) is not None:
         output = adapter(output, hidden_states.to(output.dtype))
-    return hidden_states + self.dropout(output), position_bias, weights
+    return end(self, output, hidden_states, self.dropout), position_bias, weights
 
 
 def feed_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """T5LayerFF's, with an ``adapter``."""
-    output = self.DenseReluDense(self.layer_norm(hidden_states))
+    output = self.DenseReluDense(begin(self, hidden_states, self.layer_norm))
     output = self.adapter(output, hidden_states.to(output.dtype))
-    return hidden_states + self.dropout(output)
+    return end(self, output, hidden_states, self.dropout)
 
 
 declare(
@@ -60,4 +62,5 @@ declare(
     published="t5",
     init=lambda _: Init(),
     stages=SEQ2SEQ_STAGES,
+    ends="dropout, residual (and the RMS norm before)",
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.hosts.ends import end
 from fastadapt.hosts.places import LAYER, projections
 from fastadapt.hosts.roles import Copy, declare
 
@@ -27,10 +27,7 @@ def _layer(
     hidden_states, _ = self.self_attn(hidden_states=hidden_states, past_key_values=past_key_values, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
     if (adapter := self.self_attention_adapter) is not None:
         hidden_states = adapter(hidden_states, residual)
-    hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-    hidden_states = residual + hidden_states
-    if not self.do_layer_norm_before:
-        hidden_states = self.self_attn_layer_norm(hidden_states)
+    hidden_states = end(self, hidden_states, residual, self.dropout, None if self.do_layer_norm_before else self.self_attn_layer_norm)
 
     residual = hidden_states
     hidden_states = hidden_states.reshape(-1, hidden_states.size(-1))
@@ -39,10 +36,7 @@ def _layer(
     hidden_states = self.fc2(self.activation_fn(self.fc1(hidden_states))).view(residual.shape)
     if (adapter := self.feed_forward_adapter) is not None:
         hidden_states = adapter(hidden_states, residual)
-    hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-    hidden_states = residual + hidden_states
-    if not self.do_layer_norm_before:
-        hidden_states = self.final_layer_norm(hidden_states)
+    hidden_states = end(self, hidden_states, residual, self.dropout, None if self.do_layer_norm_before else self.final_layer_norm)
     return hidden_states
 
 
@@ -55,4 +49,5 @@ declare(
     width=lambda block: block.embed_dim,
     models="OPT; BLIP-2 (language)",
     stack="language",
+    ends="dropout, residual (and the layer norm in a post-norm model)",
 )

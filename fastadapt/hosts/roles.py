@@ -114,6 +114,7 @@ class Host:
         stages: the stages that a stack of these blocks can have.
         stack: what a block's stack is called, one of `STACKS`; None: the first part of its roles.
         published: the family under which methods keep published defaults; None: ``family``.
+        ends: what the adapted layers fuse around their adapters by `fastadapt.hosts.ends`, in words; "": nothing.
     """
 
     family: str
@@ -128,6 +129,7 @@ class Host:
     stages: tuple[str, ...] = ()
     stack: Callable[[Any], str] | None = None
     published: str | None = None
+    ends: str = ""
 
     @property
     def defaults(self) -> str:
@@ -206,6 +208,7 @@ class Declared:
     stages: tuple[str, ...]
     init: Callable[[Any], Init]
     models: str
+    ends: str
 
     def host(self, block: type[nn.Module]) -> Host:
         stock: Any = sys.modules[block.__module__]
@@ -223,6 +226,7 @@ class Declared:
             stages=self.stages,
             stack=self.stack,
             published=self.published,
+            ends=self.ends,
         )
 
 
@@ -244,6 +248,7 @@ def declare(
     published: str = OTHER,
     stages: tuple[str, ...] = (),
     init: Callable[[Any], Init] = lambda _: Init(std=0.02),
+    ends: str = "",
 ) -> None:
     """Declares the blocks of a transformers model as hosts, without importing it.
 
@@ -252,7 +257,7 @@ def declare(
         model: name of the transformers model, "llama", or its module, "blip.modeling_blip_text".
         block: name of the block's class in it.
         copies: the adapted forward of the block, or of each class (by name) that owns a place.
-        places, width, stages: see `Host`.
+        places, width, stages, ends: see `Host`.
         models: what the table of hosts says of it.
         stack, published: see `Host`; nothing published: `OTHER`.
         init: see `Host`; where nothing is published, Linears start as in BART.
@@ -261,7 +266,7 @@ def declare(
     stock = f"transformers.models.{model}" if "." in model else f"transformers.models.{model}.modeling_{model}"
     _declared[stock, block] = Declared(
         family=family, copies=copies, places=places if callable(places) else lambda _: places, width=width, stack=(lambda _: stack) if isinstance(stack, str) else stack,
-        published=published, stages=stages, init=init, models=models,
+        published=published, stages=stages, init=init, models=models, ends=ends,
     )  # fmt: skip
     _copies.update({(stock, name): copy for name, copy in copies.items()})
 
@@ -336,6 +341,16 @@ def check_source(cls: type, known: Mapping[str, str]) -> None:
         raise UnknownHostError(f"{cls.__name__}.forward of transformers {transformers.__version__} is unknown (source {found}); known are those of transformers {versions}")
 
 
+def is_projection(cls: type) -> bool:
+    """Whether modules of a class are projections: an nn.Linear, or transformers' Conv1D, a Linear whose weight is stored (in, out)."""
+    return issubclass(cls, nn.Linear) or any(c.__module__ == "transformers.pytorch_utils" and c.__name__ == "Conv1D" for c in cls.__mro__)
+
+
+def features(projection: Any) -> tuple[int, int]:
+    """The widths in and out of a projection. (Never its weight's shape: that of a quantised one is another.)"""
+    return (projection.in_features, projection.out_features) if isinstance(projection, nn.Linear) else (projection.nx, projection.nf)
+
+
 class _Beside:
     """A projection with a parallel adapter: ``adapter(x, projection(x))``."""
 
@@ -352,7 +367,7 @@ _adapted.add(Linear)
 
 @functools.cache
 def beside(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a projection's class (nn.Linear or a quantised one) that runs its child ``parallel_adapter`` beside it; cached, and found by pickle by its qualified name."""
+    """The subclass of a projection's class (nn.Linear, a quantised one, Conv1D) that runs its child ``parallel_adapter`` beside it; cached, found by pickle by its name."""
     return Linear if cls is nn.Linear else _subclass(cls, _Beside, "")
 
 
@@ -370,8 +385,8 @@ def before(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _subclass(cls: type[nn.Module], mixin: type, suffix: str) -> type[nn.Module]:
-    if not issubclass(cls, nn.Linear):
-        raise UnknownHostError(f"the projection is a {cls.__module__}.{cls.__name__}, not an nn.Linear")
+    if not is_projection(cls):
+        raise UnknownHostError(f"the projection is a {cls.__module__}.{cls.__name__}, neither an nn.Linear nor a Conv1D of transformers")
     name = f"{cls.__module__}_{cls.__qualname__}{suffix}".replace(".", "_")
     adapted = type(cls.__name__, (mixin, cls), {"__module__": __name__, "__qualname__": name})
     globals()[name] = adapted

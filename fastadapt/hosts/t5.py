@@ -64,5 +64,6 @@ register(
         init=lambda block: Init(),
         biased={modeling_t5.T5LayerNorm: T5LayerNorm},
         stages=SEQ2SEQ_STAGES,
+        ends="dropout, residual (and the RMS norm before)",
     )
 )

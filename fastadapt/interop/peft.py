@@ -100,11 +100,22 @@ def _add(x: Tensor, y: Tensor, adapters: Sequence[_Adapter], ids: Sequence[int] 
     x = x.to(dtype)
     if ids is not None:
         return _routed(x, y, adapters, ids)
-    for w_down, w_up, b_up, scale, dropout in adapters:
+    for w_down, w_up, b_up, scale, dropout in _stacked(adapters):
         if w_down.dtype is not dtype and w_down.dtype is not torch.float32:
             w_down, w_up, b_up = w_down.to(dtype), w_up.to(dtype), None if b_up is None else b_up.to(dtype)
         y = functional.lora(x, y, w_down, w_up, b_up, scale=scale, dropout=dropout)
     return y
+
+
+def _stacked(adapters: Sequence[_Adapter]) -> Sequence[_Adapter]:
+    """The adapters as few: those without dropout and bias and of one dtype are one, of the sum of their ranks, so that x is read once for them."""
+    alike = [a for a in adapters if not a.dropout and a.b_up is None and a.scale and a.w_down.dtype == adapters[0].w_down.dtype]
+    if len(alike) < 2:
+        return adapters
+    scale = alike[0].scale
+    ups = [a.w_up if a.scale == scale else a.w_up * (a.scale / scale) for a in alike]
+    one = _Adapter(torch.cat([a.w_down for a in alike]), torch.cat(ups, 1), None, scale, 0.0)
+    return [one, *(a for a in adapters if not any(a is b for b in alike))]
 
 
 def _routed(x: Tensor, y: Tensor, adapters: Sequence[_Adapter], ids: Sequence[int]) -> Tensor:
@@ -151,7 +162,7 @@ def recognise(module: nn.Module) -> Kind | Foreign | None:
 _CONFIG, _TENSORS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Options of PEFT's config that would need other modules than `fastadapt.nn.LoRA`, with the values that need none.
 _NONE: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "lora_bias": (False, None), "modules_to_save": (None, []), "fan_in_fan_out": (False, None),
+    "use_dora": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "lora_bias": (False, None), "modules_to_save": (None, []),
     "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []), "use_bdlora": (None,), "alora_invocation_tokens": (None,),
     "arrow_config": (None,), "velora_config": (None,), "monteclora_config": (None,), "kasa_config": (None,), "use_qalora": (False, None),
 }  # fmt: skip

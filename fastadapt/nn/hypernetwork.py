@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.init import TORCH, Init, positive
-from fastadapt.nn.per_task import check_ids, select
+from fastadapt.nn.per_task import check_ids, routed
 
 BLOCKS = ("feed_forward", "self_attention", "cross_attention")
 
@@ -89,7 +89,8 @@ class GeneratedBottleneck(nn.Module):
             return functional.routed_bottleneck(h, check_ids(w.task_ids, h), w.w_down, w.w_up, w.b_down, w.b_up, activation=self.activation)
         tensors = (w.w_down.unbind(), w.b_down.unbind(), w.w_up.unbind(), w.b_up.unbind())
         norms = ([None] * len(w.w_down) if norm is None else list(zip(*(t.unbind() for t in norm), strict=True)) for norm in (w.norm_before, w.norm_after))
-        return select(w.task_ids, [functional.bottleneck(h, **self._arguments(Generated(*of_task))) for of_task in zip(*tensors, *norms, strict=True)])
+        more = {"residual": "input", "scale": 1.0, "heads": 1}
+        return routed(w.task_ids, [(h, {**self._arguments(Generated(*of_task)), **more}) for of_task in zip(*tensors, *norms, strict=True)])
 
     def _arguments(self, w: Generated) -> dict[str, Any]:
         before, after = (None if norm is None else (*norm, 1e-5) for norm in (w.norm_before, w.norm_after))

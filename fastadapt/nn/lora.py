@@ -72,12 +72,12 @@ class LoRA(nn.Module):
         return a, b
 
     def bottleneck_call(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Any]] | None:
-        """As `Bottleneck.bottleneck_call`; None where `forward` is no bottleneck: widths that differ, or dropout."""
+        """As `Bottleneck.bottleneck_call`, of x behind ``dropout`` with that probability; None where the widths differ."""
         a, b = self._down_up()
-        if a.shape[1] != b.shape[0] or (self.training and self.dropout):
+        if a.shape[1] != b.shape[0]:
             return None
         none = dict.fromkeys(("b_down", "b_up", "norm_before", "norm_after"))
-        return x, {"w_down": a, "w_up": b, "activation": "identity", "residual": y, "scale": self.scale, "heads": 1, **none}
+        return x, {"w_down": a, "w_up": b, "activation": "identity", "residual": y, "scale": self.scale, "heads": 1, "dropout": self.dropout if self.training else 0.0, **none}
 
     def merged_delta(self) -> Tensor:
         """What merging adds to the projection's weight, (out, in): alpha / r B A, in fp32 at least."""

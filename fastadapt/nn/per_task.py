@@ -13,14 +13,13 @@ from fastadapt.nn.projections import share
 
 Call = tuple[Tensor, dict[str, Any]]
 """The input and the other arguments of a `fastadapt.functional.bottleneck`."""
-_BANKS = ("w_down", "w_up", "b_down", "b_up")
 
 
 class PerTask(nn.Module):
     """Adapters of several tasks at one place; the selected task's one runs, and only its parameters get gradients (VL-Adapter, section 3.3: multiple and half-shared adapters).
 
-    In a batch that mixes tasks (`set_route`) each sample gets its own task's adapter: one `fastadapt.functional.routed_bottleneck` where every adapter is one plain bottleneck;
-    otherwise every adapter runs over the whole batch, and each sample keeps its own task's result.
+    In a batch that mixes tasks (`set_route`) each sample gets its own task's adapter: one `functional.routed_bottleneck` where every adapter is a bottleneck, with or without
+    layer norms, a scalar gate and dropout; otherwise every adapter runs over the whole batch, and each sample keeps its own task's result.
 
     Parameters are under ``adapters.<task>``. What several tasks share is one Parameter that all of them hold.
 
@@ -99,16 +98,37 @@ def _bottleneck_call(adapter: Any, inputs: tuple[Tensor, ...]) -> Call | None:
 
 
 def routed(task_ids: Tensor, calls: Sequence[Call]) -> Tensor:
-    """One bottleneck a task over the samples of that task: one op where no call has layer norms, a gate or blocks."""
-    (x, first), *_ = calls
-    if not all(_plain(call) and call["scale"] == first["scale"] for _, call in calls):
-        return select(task_ids, [functional.bottleneck(x, **call) for x, call in calls])
-    banks = {name: _bank([call[name] for _, call in calls]) for name in _BANKS}
-    return functional.routed_bottleneck(x, check_ids(task_ids, x), **banks, activation=first["activation"], residual=first["residual"], scale=first["scale"])  # type: ignore[arg-type]
+    """One bottleneck a task over the samples of that task, in one op. What tasks have of their own around it becomes part of its weights: those of a layer norm before it (the norm
+    itself is the same for all), scales, trained gates. The weights of a layer norm behind it are gathered by row. Dropout draws one mask for the batch."""
+    x, first = calls[0]
+    before, after = first["norm_before"], first["norm_after"]
+    ids, residual = check_ids(task_ids, x), x if isinstance(first["residual"], str) else first["residual"]
 
+    def bank(name: str, part: int | None = None) -> Any:
+        return _bank([call[name] if part is None else call[name][part] for _, call in calls])
 
-def _plain(call: dict[str, Any]) -> bool:
-    return call["norm_before"] is None and call["norm_after"] is None and call["heads"] == 1 and not isinstance(call["scale"], Tensor)
+    w_down, b_down, b_up = bank("w_down"), bank("b_down"), bank("b_up")
+    w_up: Any = _bank([call["w_up"] if call["heads"] == 1 else torch.block_diag(*call["w_up"].chunk(call["heads"])) for _, call in calls])
+    if dropout := first.get("dropout", 0.0):
+        x = functional.dropout_add_norm(x, norm=None, dropout=dropout)
+    if before is not None:
+        x = functional.dropout_add_norm(x, eps=before[2])
+        shift = (w_down * bank("norm_before", 1)[:, None]).sum(-1)
+        w_down, b_down = w_down * bank("norm_before", 0)[:, None], shift if b_down is None else b_down + shift
+    scales, scale = [call["scale"] for _, call in calls], 1.0
+    if any(isinstance(s, Tensor) or s != scales[0] for s in scales):
+        own = torch.stack([s.view(()) if isinstance(s, Tensor) else w_up.new_tensor(s) for s in scales])[:, None]
+        w_up, b_up = w_up * own[..., None], None if b_up is None else b_up * own
+    else:
+        scale = scales[0]
+    y = functional.routed_bottleneck(x, ids, w_down, w_up, b_down, b_up, activation=first["activation"], residual=residual if after is None else None, scale=scale)
+    if after is None:
+        return y
+    rows, y = _of_rows(ids, y).view(-1, *(1,) * (y.dim() - 2)), functional.dropout_add_norm(y, eps=after[2])
+    of_rows = rows.clamp(0, len(calls) - 1)
+    weight, bias = (bank("norm_after", part).expand(len(calls), -1)[of_rows].to(y.dtype) for part in range(2))
+    y = torch.where(((rows >= 0) & (rows < len(calls)))[..., None], torch.addcmul(bias, y, weight), 0.0)
+    return y if residual is None else y + residual.to(y.dtype)
 
 
 def _bank(of_tasks: list[Any]) -> Tensor | None:
@@ -121,10 +141,15 @@ def _bank(of_tasks: list[Any]) -> Tensor | None:
 def select(task_ids: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """Each sample's own among the outputs of all tasks."""
     y = outputs[0]
-    ids = check_ids(task_ids, y).repeat_interleave(y.shape[0] // len(task_ids), output_size=y.shape[0]).view(-1, *(1,) * (y.dim() - 1))
+    ids = _of_rows(check_ids(task_ids, y), y).view(-1, *(1,) * (y.dim() - 1))
     for task, other in enumerate(outputs[1:], 1):
         y = torch.where(ids == task, other, y)
     return y
+
+
+def _of_rows(task_ids: Tensor, y: Tensor) -> Tensor:
+    """The ids of all of y's first dimension."""
+    return task_ids.repeat_interleave(y.shape[0] // len(task_ids), output_size=y.shape[0])
 
 
 def check_ids(task_ids: Tensor, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class _Product(nn.Module):
     out_features: int
     b: nn.Parameter | None
     _tied_weights_keys = {"": ""}  # as in `PerTask`
+    _kept: tuple[Any, Tensor] | None = None
     scaled: str
     """The parameter that is zero where the projection is: the other factors keep their values, or nothing would get a gradient."""
 
@@ -38,7 +39,20 @@ class _Product(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.matrix().t()
+        """`matrix` transposed, (out, in). Without gradients, as in ``generate``, it is made again only when a parameter has changed."""
+        given = [p for p in self._parameters.values() if p is not None]
+        # A tensor of inference mode has no version, one of a functorch transform no address.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or any(p.is_inference() for p in given):
+            self._kept = None
+            return self.matrix().t()
+        # The address too: `.to()` gives a parameter new storage under its old version.
+        made = tuple((p._version, p.data_ptr()) for p in given)
+        if self._kept is None or self._kept[0] != made:
+            self._kept = made, self.matrix()
+        return self._kept[1].t()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @torch.no_grad()
     def zero_(self) -> None:
@@ -146,18 +160,21 @@ class PHMLinear(_Product):
         return f"{super().extra_repr()}, division={self.division}, rank={self.rank}"
 
 
-# Products and sums and no matmul, which autocast would round to half precision.
+# Weights are made in their parameters' dtype: autocast would round them to half precision.
 
 
 def factor_product(left: Tensor, right: Tensor) -> Tensor:
     """(n, a, k) and (n, k, b) -> (n, a, b)."""
-    return (left[..., None] * right[:, None]).sum(2)
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
 
 
 def kronecker_sum(rule: Tensor, w: Tensor) -> Tensor:
-    """(n, n, n) and (n, in/n, out/n) -> H, (in, out)."""
+    """(n, n, n) and (n, in/n, out/n) -> H, (in, out): one product over i, put in its places. (Products that are summed: 10 times slower, measured on CPU.)"""
     n, rows, columns = w.shape
-    return (rule[:, :, None, :, None] * w[:, None, :, None, :]).sum(0).reshape(n * rows, n * columns)
+    with torch.autocast(w.device.type, enabled=False):
+        h = rule.reshape(n, n * n).t() @ w.reshape(n, rows * columns)
+    return h.view(n, n, rows, columns).transpose(1, 2).reshape(n * rows, n * columns)
 
 
 def low_rank_phm(down: nn.Module, up: nn.Module) -> bool:

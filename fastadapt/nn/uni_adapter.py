@@ -105,18 +105,17 @@ class UniAdapter(nn.Module):
         if isinstance(add_residual, Tensor) and _autocasts(x):
             # A residual stream stays in float32 under autocast; the fused addition would round all of it to half precision.
             return add_residual + self.forward(x, False, mode)
-        residual = add_residual if isinstance(add_residual, Tensor) else "input" if add_residual else None
+        residual: Any = add_residual if isinstance(add_residual, Tensor) else "input" if add_residual else None
         if self.training and self.dropout > 0.0:
             return self._with_dropout(x, residual, mode)
-        before, after = self._norm("in"), self._norm("out")
-        down, up = self.down_proj, self.visual_up_proj if mode == "visual" else self.up_proj
-        common: dict[str, Any] = {"activation": "relu", "norm_before": before}
-        if mode != "multimodal":
-            return functional.bottleneck(x, down.weight, up.weight, down.bias, up.bias, residual=residual, scale=self.scale, norm_after=after, **common)  # type: ignore[arg-type]
-        w_up, b_up = self.multi_up_proj.weight + up.weight, self.multi_up_proj.bias + up.bias
-        cross = self.adapter_layer_norm_cross_modal
-        scaled = cross.weight * self.scale, cross.bias * self.scale, cross.eps
-        y = functional.bottleneck(x, down.weight, w_up, down.bias, b_up, residual=residual if after is None else None, norm_after=scaled, **common)  # type: ignore[arg-type]
+        after, cross = self._norm("out"), self.adapter_layer_norm_cross_modal
+        down, up, multi = self.down_proj, self.visual_up_proj if mode == "visual" else self.up_proj, self.multi_up_proj
+        weights: tuple[Any, ...] = (down.weight, up.weight, None, down.bias, up.bias, None)
+        options: dict[str, Any] = {}
+        if mode == "multimodal":
+            weights = (down.weight, up.weight, multi.weight, down.bias, up.bias, multi.bias)
+            options["norm_cross"] = cross.weight, cross.bias, cross.eps
+        y = functional.multimodal_bottleneck(x, *weights, residual=residual if after is None else None, scale=self.scale, norm_before=self._norm("in"), **options)
         return y if after is None else _add(functional.layer_norm(y, after), x, residual)
 
     def _norm(self, where: str) -> functional.LayerNorm | None:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 import fastadapt
 from tests import eager, golden
 from tests.hosts.published_vlpet import converted, load, patched_block
+from tests.ops import checks
 from tests.ops.checks import every_backend
 from tests.tolerance import SMALL, assert_close_to_f64, assert_matches_recorded
 
@@ -83,7 +84,7 @@ def test_fp64(case_id: str) -> None:
     assert {name for name, t in got.items() if t is not None} == want.keys()
     for name, tensor in want.items():
         assert_matches_recorded(name, got[name].reshape(tensor.shape), tensor)
-    assert {(op, backend) for op, _, backend in fastadapt.backend.ran()} == {(op, "reference") for op in ops}
+    assert {(op, backend) for op, _, backend in checks.ran()} == {(op, "reference") for op in ops}
     assert bool(ops) == (case_id not in NO_OP)
 
 
@@ -94,7 +95,7 @@ def test_fp32(case_id: str, name: str, device: str, monkeypatch: pytest.MonkeyPa
     fastadapt.backend.ran(reset=True)
     with fastadapt.backend.use(name):
         got, want, ops = run(case, torch.float32, device)
-    assert set(fastadapt.backend.ran()) == {(op, direction, name) for op in ops for direction in ("forward", "backward")} and ops
+    assert set(checks.ran()) == {(op, direction, name) for op in ops for direction in ("forward", "backward")} and ops
     with monkeypatch.context() as patched:
         for op in ("bottleneck", "gated_bottleneck"):
             patched.setattr(fastadapt.functional, op, getattr(eager, op))

@@ -31,7 +31,10 @@ ROUTED: dict[str, tuple[str, dict[str, Any]]] = {
     "single": ("vl_adapter", R4),
     "vl-pet": ("vlpet", PET),
 }
-FUSED = ("multiple, plain", "half-shared", "half-shared down", "lora, multiple", "compacter, rules over tasks", "compacter of rank 1", "hyperformer, one")
+FUSED = (
+    "multiple", "multiple, plain", "half-shared", "half-shared down", "lora, multiple", "compacter, rules over tasks", "compacter of rank 1",
+    "hyperformer", "hyperformer, one",
+)  # fmt: skip
 variants = pytest.mark.parametrize("variant", ROUTED)
 
 

@@ -16,6 +16,7 @@ import fastadapt
 from fastadapt import backend
 from fastadapt.nn import Bottleneck, Init, LoRA, LowRankLinear, MergedLoRA, PerTask, PHMLinear, share
 from tests import golden
+from tests.ops.checks import ran as ran_of_adapters
 from tests.ops.checks import runs_on
 from tests.tolerance import assert_matches_recorded
 
@@ -50,6 +51,38 @@ def run(case: golden.Case, dtype: torch.dtype, call: Callable[[dict[str, Tensor]
     return outputs, {name: t.grad for name, t in inputs.items()}  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("make", [lambda: PHMLinear(12, 8, 4), lambda: PHMLinear(12, 8, 4, rank=1, factorized_rule=True), lambda: LowRankLinear(12, 8, 2)])
+def test_without_gradients_a_weight_is_made_once(make: Callable[[], Any]) -> None:
+    """Until a parameter changes in value, place or dtype; with gradients always, and a copy or a pickle does not carry it along."""
+    projection, calls = make(), []
+    matrix = projection.matrix
+    projection.matrix = lambda: calls.append(1) or matrix()
+    for context in (torch.no_grad, torch.inference_mode):
+        calls.clear()
+        with context():
+            first = projection.weight
+            assert torch.equal(first, projection.weight) and len(calls) == 1
+        with torch.no_grad():
+            next(projection.parameters()).add_(1.0)
+        with context():
+            assert not torch.equal(first, projection.weight) and torch.equal(projection.weight, matrix().t()) and len(calls) == 2
+            projection.load_state_dict({name: p * 2 for name, p in projection.state_dict().items()})
+            assert torch.equal(projection.weight, matrix().t()) and len(calls) == 3
+        assert projection.weight.requires_grad and projection.weight is not projection.weight and len(calls) == 6
+    with torch.no_grad():
+        held = projection.weight
+        del projection.matrix
+        assert copy.deepcopy(projection)._kept is None and projection._kept is not None
+        assert projection.double().weight.dtype == torch.float64 and held.dtype == torch.float32
+
+
+def test_weights_are_made_in_their_own_dtype_under_autocast() -> None:
+    for projection in (PHMLinear(12, 8, 4), PHMLinear(12, 8, 4, rank=2), LowRankLinear(12, 8, 2)):
+        expected = projection.weight
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(projection.weight, expected) and projection.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("case_id", [*PHM, *LOW_RANK])
 def test_recorded_in_fp64(case_id: str) -> None:
     case = golden.load_case(case_id)
@@ -76,7 +109,7 @@ def test_recorded_on_the_cpu_kernels(case_id: str) -> None:
     fastadapt.backend.ran(reset=True)
     with fastadapt.backend.use("cpu"):
         outputs, grads = run(case, torch.float32, lambda x: dict(zip(case.outputs, map(adapter, x.values()), strict=True)))
-    assert {(op, name) for op, _, name in fastadapt.backend.ran()} == {(adapter.call()["op"], "cpu")}
+    assert {(op, name) for op, _, name in ran_of_adapters()} == {(adapter.call()["op"], "cpu")}
     recorded = max(case.entry["fp32_run_max_rel_diff"].values())
     for name, got, want in [*((n, outputs[n], t) for n, t in case.outputs.items()), *((n, grads[n], t) for n, t in case.input_grads.items())]:
         # The recordings' own rule: ten times the largest error of the published code in fp32, at least 2e-6, of the largest magnitude or 1.
@@ -193,7 +226,7 @@ def test_lora_is_one_op(width: int, out: int, dropout: float) -> None:
         lora(x, y).sum().backward()
     assert lora.call() == {"op": "lora", "width": width, "rank": 4, "param_dtype": torch.float32, "out_width": out, "dropout": dropout > 0}
     backend.explain(rows=35, **lora.call())
-    assert (lora.bottleneck_call(x, y) is None) == (width != out or dropout > 0) and (lora.eval().bottleneck_call(x, y) is None) == (width != out)
+    assert (lora.bottleneck_call(x, y) is None) == (width != out)
 
 
 def test_lora_of_a_fused_projection_is_lora_of_each() -> None:

@@ -61,7 +61,7 @@ class Spec:
         for name, shape in self.shapes().items():
             t = torch.randn(shape, generator=g)
             if name not in self.activations:
-                t = t * self._std(name, shape) + (1.0 if name in ("scale", "norm_before.weight", "norm_after.weight") else 0.0)
+                t = t * self._std(name, shape) + (1.0 if name in ("scale", "norm_before.weight", "norm_after.weight", "norm_cross.weight") else 0.0)
             out[name] = t.to(device, self.dtype if name in self.activations else self.param_dtype or self.dtype)
         return out
 
@@ -355,11 +355,68 @@ class Lora(Spec):
         )
 
 
+@dataclass(frozen=True)
+class Multimodal(Spec):
+    """A `multimodal_bottleneck`, which runs the op ``bottleneck``."""
+
+    activation: str = "relu"
+    cross: bool = True
+    residual: str | None = "input"
+    scale: float | str = 0.1
+    norm_before: bool = False
+    norm_cross: bool = False
+
+    op = "bottleneck"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        x = (*self.lead, self.width)
+        shapes = {"x": x, **({"residual": x} if self.residual == "other" else {}), **self._projections()}
+        if self.cross:
+            shapes |= {name.replace("up", "cross"): shape for name, shape in shapes.items() if name in ("w_up", "b_up")}
+        if self.scale == "tensor":
+            shapes["scale"] = (1,)
+        for name in ("norm_before", "norm_cross"):
+            if getattr(self, name):
+                shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (self.width,)
+        return shapes
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"activation": self.activation}
+        if self.residual != "other":
+            options["residual"] = self.residual
+        if self.scale != "tensor":
+            options["scale"] = self.scale
+        return options
+
+    def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
+        norms = {n: (tensors[f"{n}.weight"], tensors[f"{n}.bias"], 1e-5) for n in ("norm_before", "norm_cross") if getattr(self, n)}
+        return ops.multimodal_bottleneck(**{k: v for k, v in tensors.items() if "." not in k}, **norms, **self.options())
+
+    @staticmethod
+    def random(rng: random.Random) -> Multimodal:
+        dtype, param_dtype = rng.choice(DTYPES)
+        cross = rng.random() < 0.7
+        return Multimodal(
+            lead=_random_lead(rng),
+            width=rng.randint(16, 96),  # the norm of a few numbers is their signs: its gradient is all rounding
+            rank=rng.randint(4, 40),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            activation=rng.choice(("relu", "relu", "gelu")),
+            biases=rng.choice(("both", "both", "none", "down", "up")),
+            cross=cross,
+            residual=rng.choice(("input", "other", None)),
+            scale=rng.choice((1.0, 0.1, "tensor")),
+            norm_before=rng.random() < 0.5,
+            norm_cross=cross and rng.random() < 0.7,
+        )
+
+
 def _random_lead(rng: random.Random) -> tuple[int, ...]:
     return rng.choice(((rng.randint(1, 80),), (rng.randint(1, 5), rng.randint(1, 16)), (2, 2, rng.randint(1, 9))))
 
 
-def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM] | type[Routed] | type[Lora], count: int, seed: int = 20) -> list[Spec]:
+def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM] | type[Routed] | type[Lora] | type[Multimodal], count: int, seed: int = 20) -> list[Spec]:
     rng = random.Random(seed)
     return [kind.random(rng) for _ in range(count)]
 

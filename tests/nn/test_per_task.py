@@ -1,0 +1,93 @@
+"""Batches that mix tasks over every kind of bottleneck: one routed op, and the numbers of each task's own adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastadapt.nn import Bottleneck, LoRA, PerTask, ValueParallelAdapter
+from fastadapt.ops import philox
+from fastadapt.ops.lora.function import draw_seed
+from tests.ops.checks import runs_on
+
+TASKS = ("vqa", "gqa", "nlvr")
+IDS = torch.tensor([2, 0, 2, 0])  # nobody answers gqa
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norms": {"norm_before": True, "norm_after": True},
+    "norm before, no biases": {"norm_before": True, "bias": False},
+    "norm after, no residual": {"norm_after": True, "residual": False},
+    "scalar gates": {"scalar_gate": True, "norm_before": True, "scale": 0.5},
+    "scalar gates, no biases": {"scalar_gate": True, "bias": False},
+    "blocks": {"pair": True, "heads": 2, "input_scale": 0.3},
+}
+
+
+def per_task(make: Any, shared: tuple[str, ...] = ()) -> PerTask:
+    torch.manual_seed(0)
+    module = PerTask({task: make() for task in TASKS}, shared).double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module
+
+
+def assert_routed(module: PerTask, *inputs: Tensor) -> None:
+    """Outputs and all gradients of a mixed batch, against each sample through its own task's adapter."""
+    module.set_route(IDS)
+    with runs_on("routed_bottleneck", "reference"):
+        mixed = module(*inputs)
+        dy = torch.randn_like(mixed)
+        leaves = [*inputs, *module.parameters()]
+        together = torch.autograd.grad(mixed, leaves, dy)
+    module.set_route(None)
+    parts = []
+    for i, task in enumerate(IDS.tolist()):
+        module.set_task(TASKS[task])
+        parts.append(module(*(t[i : i + 1] for t in inputs)))
+    apart = torch.cat(parts)
+    torch.testing.assert_close(mixed, apart, rtol=1e-12, atol=1e-12)
+    for got, want in zip(together, torch.autograd.grad(apart, leaves, dy, allow_unused=True, materialize_grads=True), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [(), ("up_sampler.weight",), ("down_sampler.weight",)], ids=["apart", "one up", "one down"])
+def test_every_kind_is_one_op(kind: str, shared: tuple[str, ...]) -> None:
+    module = per_task(lambda: Bottleneck(12, 6, **KINDS[kind]), shared)
+    assert_routed(module, torch.randn(4, 5, 12, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("kind", [{}, {"norm_before": True, "norm_after": True}], ids=["plain", "norms"])
+def test_beside_a_projection(kind: dict[str, Any]) -> None:
+    x, y = (torch.randn(4, 5, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert_routed(per_task(lambda: ValueParallelAdapter(12, 6, **kind)), x, y)
+
+
+def test_rows_of_no_task_get_the_residual_alone() -> None:
+    module, x = per_task(lambda: Bottleneck(12, 6, norm_before=True, norm_after=True)), torch.randn(4, 5, 12, dtype=torch.float64)
+    module.set_route(torch.tensor([0, -1, 7, 1]))
+    y = module(x)
+    assert torch.equal(y[1:3], x[1:3]) and not (y[0] == x[0]).any() and not (y[3] == x[3]).any()
+
+
+def test_dropout_draws_one_mask_for_the_batch() -> None:
+    module = per_task(lambda: LoRA(12, 12, 3, dropout=0.4))
+    x, y = (torch.randn(4, 5, 12, dtype=torch.float64) for _ in range(2))
+    module.set_route(IDS)
+    torch.manual_seed(3)
+    got = module(x, y)
+    torch.manual_seed(3)
+    dropped = x * philox.keep(draw_seed(x), 20, 12, 0.4).view(x.shape) / 0.6
+    expected = torch.cat([module.adapters[TASKS[task]].eval()(dropped[i : i + 1], y[i : i + 1]) for i, task in enumerate(IDS.tolist())])  # type: ignore[operator]
+    torch.testing.assert_close(got, expected)
+
+
+def test_other_layers_run_every_adapter() -> None:
+    module = PerTask({task: nn.Linear(4, 4) for task in TASKS})
+    x = torch.randn(4, 2, 4)
+    module.set_route(IDS)
+    torch.testing.assert_close(module(x), torch.stack([module.adapters[TASKS[task]](x[i]) for i, task in enumerate(IDS.tolist())]))
