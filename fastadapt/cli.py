@@ -154,14 +154,16 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--tasks", type=_positive, help="of routed_bottleneck (default: 4)")
     explain.add_argument("--json", action="store_true", help="with every kernel's modelled time")
     explain.set_defaults(run=_explain)
-    convert = commands.add_parser("convert", help="read a state dict of VL-Adapter, VL-PET or Compacter into an adapter directory, or write one")
-    convert.add_argument("source", help=".pth or .safetensors file, or an adapter directory")
+    convert = commands.add_parser(
+        "convert", help="read a state dict of VL-Adapter, VL-PET or Compacter, or a directory of AdapterHub or PEFT, into an adapter directory, or write one"
+    )
+    convert.add_argument("source", help=".pth or .safetensors file, or an adapter directory of fastadapt, AdapterHub or PEFT")
     convert.add_argument("destination", help="adapter directory, or .pth or .safetensors file")
-    convert.add_argument("--host", choices=("vlbart", "vlt5", "t5"), required=True, help="the base model")
+    convert.add_argument("--host", choices=("vlbart", "vlt5", "t5", "bart"), required=True, help="the base model")
     convert.add_argument("--method", help="as in fastadapt.patch; for a file only")
-    convert.add_argument("--tasks", type=lambda text: text.split(","), default=[], help="the tasks' names, with commas; for a file only")
+    convert.add_argument("--tasks", type=lambda text: text.split(","), default=[], help="the tasks' names, with commas, of a file; the one task that AdapterHub or PEFT shall read")
     convert.add_argument("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="an option of the method, a JSON value or a word; for a file only")
-    convert.add_argument("--layout", choices=("vl", "compacter"), default="vl", help="whose keys (default: vl)")
+    convert.add_argument("--layout", choices=("vl", "compacter", "adapterhub", "peft"), default="vl", help="whose keys, or whose directory to write (default: vl)")
     convert.set_defaults(run=_convert)
     return top
 

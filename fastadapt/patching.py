@@ -752,7 +752,8 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
             width = out_width = features(owner)[0]
         else:
             width = out_width = features(owner)[1] if place.behind and is_projection(type(owner)) else host.width(block)
-        target = methods.Target(host.defaults, width, out_width, host.init(block), owner_path, layer, handle.tasks, shared)
+        norm = block.get_submodule(place.norm) if place.norm else None
+        target = methods.Target(host.defaults, width, out_width, host.init(block), owner_path, layer, handle.tasks, shared, norm=norm)
         module = settings.build(place.role, target, handle.init, device=device, dtype=parameter_dtype)
         if module is None:
             handle.skipped += ((site_id, f"{settings.method} leaves out this layer"),)
@@ -785,7 +786,7 @@ def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path:
             return f"there is no residual stream, which {settings.method} reads"
         raise ValueError(
             f"model: {path} is known by its name only, so the residual stream around it, which {settings.method} reads at {place.role}, is out of sight; choose a method without "
-            f"gates (vl_adapter, or vlpet with granularity='middleY' or 'none'), or leave out its tower with towers=..."
+            f"gates (vl_adapter with reads='output', or vlpet with granularity='middleY' or 'none'), or leave out its tower with towers=..."
         )
     return None
 

@@ -107,4 +107,11 @@ def _host(block: type[nn.Module], places: tuple[Place, ...]) -> Host:
     )
 
 
-register(_host(modeling_bart.BartEncoderLayer, BART_ENCODER), _host(modeling_bart.BartDecoderLayer, BART_DECODER))
+_NORMS = {"self_attention": "self_attn_layer_norm", "cross_attention": "encoder_attn_layer_norm", "feed_forward": "final_layer_norm"}
+
+
+def _normed(places: tuple[Place, ...]) -> tuple[Place, ...]:
+    return tuple(place._replace(norm=_NORMS.get(place.id, "")) for place in places)
+
+
+register(_host(modeling_bart.BartEncoderLayer, _normed(BART_ENCODER)), _host(modeling_bart.BartDecoderLayer, _normed(BART_DECODER)))

@@ -82,7 +82,7 @@ class Place(NamedTuple):
     """Where a block keeps a role: the module that changes class (path from the block, "" for the block itself) and the name under which the adapter becomes its child.
 
     ``name`` tells apart two places of one role in a block: it takes the place of the role's end in the site's id. At a place that is ``behind`` its owner the adapter changes what
-    the owner gives, whatever its class, and sees no residual stream.
+    the owner gives, whatever its class, and sees no residual stream. ``norm`` is the layer norm, a path from the block, of the sum of the two ("": there is none behind the sum).
     """
 
     role: str
@@ -90,6 +90,7 @@ class Place(NamedTuple):
     slot: str
     name: str = ""
     behind: bool = False
+    norm: str = ""
 
     @property
     def id(self) -> str:

@@ -1,5 +1,5 @@
-"""AdapterHub's bottleneck layers: sequential, parallel and Compacter adapters, on `fastadapt.functional.bottleneck` and `phm_bottleneck`; and the files of its
-Houlsby adapters in and out.
+"""AdapterHub's bottleneck layers: sequential, parallel and Compacter adapters, on `fastadapt.functional.bottleneck` and `phm_bottleneck`; and the files of
+these adapters in and out.
 
 What is fused is the layer that holds the adapters of one place, and of it the step that runs one adapter: compositions (Stack, Parallel, BatchSplit, Split, Average, Fuse),
 adapters that are added later, and the context of shared Compacter parameters stay the library's. The layer norms and sums with the transformer's residual stream are the library's
@@ -25,7 +25,7 @@ from fastadapt import functional, patching
 from fastadapt.checkpoint import AdapterFileError
 from fastadapt.interop.fusing import Foreign, Fused, Kind, activation_name, autocast_dtype, fits, plain, quiet
 from fastadapt.interop.published import read_state_dict
-from fastadapt.nn import Bottleneck, PerTask
+from fastadapt.nn import Bottleneck, PerTask, PHMLinear, StreamBottleneck
 from fastadapt.nn.projections import factor_product, kronecker_sum
 from fastadapt.patching import Handle, _some
 
@@ -164,10 +164,10 @@ def recognise(module: nn.Module) -> Kind | Foreign | None:
 # Files.
 
 _CONFIG, _FILES = "adapter_config.json", ("pytorch_adapter.bin", "adapter.safetensors")
-# Where a config's adapters stand behind every sub-layer, before residual and layer norm, as VL-Adapter's do.
-_HOULSBY: dict[str, Any] = {
-    "is_parallel": False, "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False, "use_gating": False, "phm_layer": False, "scaling": 1.0,
-    "dropout": 0.0, "stochastic_depth": 0.0, "inv_adapter": None, "leave_out": [],
+# What a config must say, or leave out.
+_FIXED: dict[str, Any] = {
+    "original_ln_after": True, "ln_before": False, "ln_after": False, "use_gating": False, "dropout": 0.0, "stochastic_depth": 0.0, "inv_adapter": None, "leave_out": [],
+    "learn_phm": True, "phm_bias": True,
 }  # fmt: skip
 _ACTIVATION_NAMES = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 # By model type and place, the name of the module that holds the adapters; T5's sub-layers hold them themselves.
@@ -176,13 +176,16 @@ _HOLDERS = {
     "t5": {"self_attention": "", "cross_attention": "", "feed_forward": ""},
 }
 _NAMES = {"down_sampler": "adapter_down.0", "up_sampler": "adapter_up"}
+_SHARED = {"bart": "model.shared_parameters", "t5": "shared_parameters"}
+_LOST = "AdapterHub leaves the tensors that a T5's Compacter adapters share out of its files"
 
 
 def from_adapterhub(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default", dtype: torch.dtype | None = None) -> Handle:
     """Patches a BART or T5 with the bottlenecks of a directory of AdapterHub's ``save_adapter``, and loads its tensors; `Handle.save` then writes fastadapt's file.
 
-    The adapters must be of the Houlsby kind (``double_seq_bn``): behind the sub-layers, before the residual and the layer norm. AdapterHub puts a host's dropout before the
-    adapter, fastadapt behind it as VL-Adapter does, so training differs by that and evaluation does not.
+    The adapters are of the kinds ``seq_bn`` (Pfeiffer), ``double_seq_bn`` (Houlsby), ``par_bn``, ``compacter`` or ``compacter++``, at any places, of one rank, without layer norms
+    and gates of their own and with a number as scale. AdapterHub puts a host's dropout before the adapter, fastadapt behind it as VL-Adapter does, so training differs by that and
+    evaluation does not.
 
     Args:
         model: the base model.
@@ -193,32 +196,15 @@ def from_adapterhub(model: nn.Module, directory: str | os.PathLike[str], *, name
         fastadapt.patching.AdapterFileError: the files are missing, hold another kind of adapter, or do not fit the model, which stays as it was.
         ValueError, TypeError: see `fastadapt.patch`.
     """
-    folder = Path(directory)
+    saved, tensors, file = _read(Path(directory))
+    method, options = _options(Path(directory) / _CONFIG, saved, file, tensors)
+    handle = patching.patch(model, method, name=name, dtype=dtype, **options)
     try:
-        saved = json.loads((folder / _CONFIG).read_text())
-        config, kind, adapter = saved["config"], saved["model_type"], saved["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterFileError(f"{folder / _CONFIG}: is no adapter config of AdapterHub ({type(error).__name__}: {error})") from None
-    if different := [key for key, value in _HOULSBY.items() if config.get(key, value) != value]:
-        raise AdapterFileError(
-            f"{folder / _CONFIG}: {different[0]} is {config[different[0]]!r}; only adapters with {different[0]}={_HOULSBY[different[0]]!r} have a fastadapt method"
-        )
-    activation = _ACTIVATION_NAMES.get(str(config.get("non_linearity")).lower())
-    if kind not in _HOLDERS or activation is None:
-        what = f"model_type {kind!r}" if kind not in _HOLDERS else f"non_linearity {config.get('non_linearity')!r}"
-        raise AdapterFileError(f"{folder / _CONFIG}: {what} has no place in fastadapt; must be one of {', '.join(_HOLDERS if kind not in _HOLDERS else _ACTIVATION_NAMES)}")
-    file = next((folder / f for f in _FILES if (folder / f).exists()), folder / _FILES[0])
-    tensors = read_state_dict(file)
-    downs = [t for key, t in tensors.items() if key.endswith("adapter_down.0.weight")]
-    if not downs:
-        raise AdapterFileError(f"{file}: holds no bottleneck adapter")
-    places = {"self_attention": config["mh_adapter"], "cross_attention": config.get("cross_adapter", False), "feed_forward": config["output_adapter"]}
-    handle = patching.patch(
-        model, "vl_adapter", name=name, dtype=dtype, rank=downs[0].shape[0], activation=activation, layer_norms="none", visual_embedding=False, **places
-    )  # fmt: skip
-    try:
-        targets = _places(handle, kind, adapter, None)
-        if unequal := sorted(targets.keys() ^ tensors.keys()):
+        targets = _places(handle, saved["model_type"], saved["name"], None)
+        unequal = sorted(targets.keys() ^ tensors.keys())
+        if unequal and all(".shared_parameters." in f".{key}" and key in targets for key in unequal):
+            raise AdapterFileError(f"{file}: {', '.join(unequal)} are not there: {_LOST}")
+        if unequal:
             raise AdapterFileError(f"{file}: {len(unequal)} tensors are in the file or in the model only: {_some(unequal)}")
         if wrong := [key for key, tensor in tensors.items() if tensor.shape != targets[key].shape]:
             raise AdapterFileError(f"{file}: {wrong[0]} is {tuple(tensors[wrong[0]].shape)}; the model has {tuple(targets[wrong[0]].shape)}")
@@ -231,18 +217,71 @@ def from_adapterhub(model: nn.Module, directory: str | os.PathLike[str], *, name
     return handle
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """The config of a directory, its tensors, and the file that holds them."""
+    try:
+        saved = json.loads((folder / _CONFIG).read_text())
+        dict(saved["config"]), saved["model_type"], saved["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{folder / _CONFIG}: is no adapter config of AdapterHub ({type(error).__name__}: {error})") from None
+    file = next((folder / f for f in _FILES if (folder / f).exists()), folder / _FILES[0])
+    return saved, read_state_dict(file), file
+
+
+def _options(where: Path, saved: dict[str, Any], file: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """The method that a config's adapters are of, and its options."""
+    config, kind = saved["config"], saved["model_type"]
+
+    def must(key: str, value: Any) -> None:
+        if config.get(key, value) != value:
+            raise AdapterFileError(f"{where}: {key} is {config[key]!r}; only adapters with {key}={value!r} have a fastadapt method")
+
+    for key, value in _FIXED.items():
+        must(key, value)
+    if isinstance(factor := config.get("reduction_factor"), dict):
+        raise AdapterFileError(f"{where}: reduction_factor is {factor!r}, one per layer; only adapters of one rank have a fastadapt method")
+    scale = config.get("scaling", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise AdapterFileError(f"{where}: scaling is {scale!r}; only adapters with a number as scale have a fastadapt method")
+    activation = _ACTIVATION_NAMES.get(str(config.get("non_linearity")).lower())
+    if kind not in _HOLDERS or activation is None:
+        what = f"model_type {kind!r}" if kind not in _HOLDERS else f"non_linearity {config.get('non_linearity')!r}"
+        raise AdapterFileError(f"{where}: {what} has no place in fastadapt; must be one of {', '.join(_HOLDERS if kind not in _HOLDERS else _ACTIVATION_NAMES)}")
+    reads = "stream" if config.get("is_parallel") else "sum" if config.get("original_ln_before") else "output"
+    if reads == "sum":
+        must("residual_before_ln", True)
+    biases = [t for key, t in tensors.items() if key.endswith(("adapter_down.0.bias", "adapter_down.0.b"))]
+    if not biases:
+        raise AdapterFileError(f"{file}: holds no bottleneck adapter")
+    places = {"self_attention": config["mh_adapter"], "cross_attention": config.get("cross_adapter", False), "feed_forward": config["output_adapter"]}
+    options: dict[str, Any] = {
+        "rank": biases[0].numel(),
+        "activation": activation,
+        "reads": reads,
+        "scale": float(scale),
+        "layer_norms": "none",
+        "visual_embedding": False,
+        **places,
+    }
+    if not config.get("phm_layer"):
+        return "vl_adapter", options
+    products = {"division": config.get("phm_dim", 4), "phm_rank": config.get("phm_rank", 1) if config.get("factorized_phm_W", True) else None}
+    shared = {"shared_rule": config.get("shared_phm_rule", True), "shared_weight": config.get("shared_W_phm", False), "factorized_rule": config.get("factorized_phm_rule", False)}
+    return "compacter", {**options, **products, **shared}
+
+
 def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: str = "default", task: str | None = None) -> None:
     """Writes a patched BART's or T5's bottlenecks as AdapterHub's ``adapter_config.json`` and ``pytorch_adapter.bin``, which its ``load_adapter`` reads on the same base.
 
     Args:
-        handle: of a model patched with VL-Adapter's bottlenecks in encoder and decoder, and no trained tensor of the base.
+        handle: of a model patched with VL-Adapter's bottlenecks or Compacter's in encoder and decoder, and no trained tensor of the base.
         directory: made if it is not there.
         name: of the adapter in the file.
         task: whose adapters, where there is one per task.
 
     Raises:
-        ValueError: the model is another, the adapters are others or have layer norms or an activation that AdapterHub has not, the patch trains tensors of the base, or ``task`` is
-            missing or unknown.
+        ValueError: the model is another, the adapters are others or have layer norms or an activation that AdapterHub has not, the patch trains tensors of the base, ``task`` is
+            missing or unknown, or a T5's Compacter adapters share tensors.
     """
     kind = getattr(getattr(handle.model, "config", None), "model_type", None)
     if kind not in _HOLDERS:
@@ -250,16 +289,22 @@ def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: st
     if handle._trained:
         raise ValueError(f"handle: trains {handle._trained[0].id} of the base, which AdapterHub's file has no place for; patch with visual_embedding=False and layer_norms='none'")
     tensors = _places(handle, kind, name, task)
-    first = _bottleneck(handle._sites[0].module, task)
+    first, *others = (_bottleneck(site.module, task) for site in handle._sites)
+    if any(_config(other) != _config(first) for other in others):
+        raise ValueError("handle: its adapters differ in more than their tensors, which AdapterHub's file has no place for")
     if first.activation not in _ACTIVATION_NAMES:
         raise ValueError(f"handle: AdapterHub has no activation {first.activation!r}")
+    shared = {key.rpartition(".")[2] for key in tensors if key.startswith(_SHARED[kind])}
+    if shared and kind == "t5":
+        raise ValueError(f"handle: {_LOST}; patch with shared_rule=False and shared_weight=False")
     width, rank = first.up_sampler.weight.shape  # type: ignore[union-attr, misc]
     roles = {site.id.rpartition(".")[2] for site in handle._sites}
     # Its rank is the whole part of width / factor, in floating point.
     factor = width // rank if width % rank == 0 else width / rank * (1 - 1e-9)
     config = {
-        **_HOULSBY, "mh_adapter": "self_attention" in roles, "cross_adapter": "cross_attention" in roles, "output_adapter": "feed_forward" in roles, "reduction_factor": factor,
-        "non_linearity": first.activation, "residual_before_ln": True, "adapter_residual_before_ln": False, "init_weights": "bert",
+        **_FIXED, "mh_adapter": "self_attention" in roles, "cross_adapter": "cross_attention" in roles, "output_adapter": "feed_forward" in roles, "reduction_factor": factor,
+        "residual_before_ln": True, "adapter_residual_before_ln": False, "init_weights": "bert", **_config(first),
+        "shared_phm_rule": any(leaf.startswith("phm_rule") for leaf in shared), "shared_W_phm": any(leaf.startswith("W_") for leaf in shared),
     }  # fmt: skip
     saved = {"config": config, "hidden_size": width, "model_class": type(handle.model).__name__, "model_name": "", "model_type": kind, "name": name, "version": "adapters.1.3.0"}
     folder = Path(directory)
@@ -268,22 +313,48 @@ def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: st
     (folder / _CONFIG).write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 
+def _config(module: Bottleneck) -> dict[str, Any]:
+    """What AdapterHub's config says of one adapter."""
+    reads, down = getattr(module, "reads", "output"), module.down_sampler
+    phm = {"phm_layer": False}
+    if isinstance(down, PHMLinear):
+        factors = {"factorized_phm_W": down.rank is not None, "factorized_phm_rule": "phm_rule" not in down._parameters}
+        phm = {"phm_layer": True, "phm_dim": down.division, "phm_rank": down.rank or 1, **factors}  # type: ignore[dict-item]
+    return {"non_linearity": module.activation, "scaling": module.scale, "is_parallel": reads == "stream", "original_ln_before": reads == "sum", **phm}
+
+
 def _bottleneck(module: nn.Module, task: str | None) -> Bottleneck:
     if isinstance(module, PerTask):
         if task is None or task not in module.adapters:
             raise ValueError(f"task: must be one of {', '.join(module.adapters)}, whose adapters differ, not {task!r}")
         module = module.adapters[task]
-    simple = type(module) is Bottleneck and module.residual and (module.scale, module.input_scale, module.pair) == (1.0, 1.0, False)
-    if not simple or module.gate is not None or module.pre_layer_norm is not None or module.post_layer_norm is not None or not isinstance(module.down_sampler, nn.Linear):
-        raise ValueError(f"handle: {type(module).__name__}({module.extra_repr()}) is no adapter of AdapterHub's Houlsby kind")
+    simple = type(module) in (Bottleneck, StreamBottleneck) and module.residual and (module.input_scale, module.pair) == (1.0, False)
+    if (
+        not simple
+        or module.gate is not None
+        or module.pre_layer_norm is not None
+        or module.post_layer_norm is not None
+        or not isinstance(module.down_sampler, (nn.Linear, PHMLinear))
+    ):
+        raise ValueError(f"handle: {type(module).__name__}({module.extra_repr()}) is no bottleneck of AdapterHub's")
     return module  # type: ignore[return-value]
 
 
 def _places(handle: Handle, kind: str, adapter: str, task: str | None) -> dict[str, Tensor]:
-    """The patched model's tensors by AdapterHub's keys."""
+    """The patched model's tensors by AdapterHub's keys. What all projections of a patch share, or all of one direction, has one key."""
     found: dict[str, Tensor] = {}
+    holders: dict[int, set[str]] = {}
     for site in handle._sites:
         module = _bottleneck(site.module, task)
         holder = f"{site.owner_path}.{_HOLDERS[kind][site.id.rpartition('.')[2]]}adapters.{adapter}"
-        found |= {f"{holder}.{theirs}.{leaf}": getattr(getattr(module, ours), leaf) for ours, theirs in _NAMES.items() for leaf in ("weight", "bias")}
+        for ours, theirs in _NAMES.items():
+            for leaf, tensor in getattr(module, ours).named_parameters():
+                found[f"{holder}.{theirs}.{leaf}"] = tensor
+                holders.setdefault(id(tensor), set()).add(f"{holder}.{theirs}.{leaf}")
+    for keys in holders.values():
+        if len(keys) > 1:
+            tensors = [found.pop(key) for key in keys]
+            path, _, leaf = min(keys).rpartition(".")
+            direction = "_down" if path.endswith(_NAMES["down_sampler"]) else "_up"
+            found[f"{_SHARED[kind]}.{adapter}.{leaf if leaf.startswith('phm_rule') else 'W' + direction + leaf[1:]}"] = tensors[0]
     return found

@@ -1,7 +1,8 @@
-"""``fastadapt convert``: adapter files to and from the state dicts of the original repositories, without the base's weights."""
+"""``fastadapt convert``: adapter files to and from the state dicts of the original repositories and the directories of AdapterHub and PEFT, without the base's weights."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt import patching
+from fastadapt import checkpoint, patching
+from fastadapt.interop.adapterhub import from_adapterhub, to_adapterhub
+from fastadapt.interop.peft import from_peft, to_peft
 from fastadapt.interop.published import load_published, published_state_dict, read_state_dict
 
-HOSTS = ("vlbart", "vlt5", "t5")
+HOSTS = ("vlbart", "vlt5", "t5", "bart")
+LAYOUTS = ("vl", "compacter", "adapterhub", "peft")
+# Where directories of the libraries keep their tensors.
+_FILES = {"adapterhub": ("pytorch_adapter.bin", "adapter.safetensors"), "peft": ("adapter_model.safetensors",)}
 # Sizes of bart-base and t5-base with the published vocabularies and image features.
 _BART = {"vocab_size": 50465, "d_model": 768, "layers": 6, "ffn": 3072, "positions": 1024, "feat_dim": 2048}
 _T5 = {"vocab_size": 32200, "d_model": 768, "layers": 12, "ffn": 3072, "feat_dim": 2048}
@@ -33,38 +39,61 @@ _WHERE = {
         "feat_dim": ("encoder.visual_embedding.feat_embedding.0.weight", 1, 0),
     },
 }
+_WHERE["bart"] = {name: place for name, place in _WHERE["vlbart"].items() if name != "feat_dim"}
 _WHERE["t5"] = {name: place for name, place in _WHERE["vlt5"].items() if name != "feat_dim"}
 # A name below which the layers are numbered, whatever else the file holds.
-_LAYERS = {"vlbart": r"model\.(?:encoder|decoder)\.layers\.(\d+)\.", "vlt5": r"(?:encoder|decoder)\.block\.(\d+)\.", "t5": r"(?:encoder|decoder)\.block\.(\d+)\."}
+_BLOCKS = {"bart": r"model\.(?:encoder|decoder)\.layers\.(\d+)\.", "t5": r"(?:encoder|decoder)\.block\.(\d+)\."}
+_LAYERS = {host: _BLOCKS[host.removeprefix("vl")] for host in HOSTS}
+# In directories of adapters, whoever wrote them: a layer's number, and a tensor that is as wide as the model.
+_NUMBER = re.compile(r"\b(?:layers|block|encoder|decoder)\.(\d+)\.")
+_WIDTH = ((re.compile(r"(?:up_sampler|adapter_up)\.b(?:ias)?$"), 0), (re.compile(r"(?:query|value|\b[qkv](?:_proj)?)[./].*lora_A\.weight$"), 1))
 
 
-def build_host(host: str, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A random model of a host, of the sizes that a state dict shows; what it does not show is bart-base's or t5-base's. The number of BART's heads makes no difference here.
+def build_host(host: str, tensors: Mapping[str, Tensor] | None = None, known: Mapping[str, int] | None = None) -> nn.Module:
+    """A random model of a host, of the sizes that are ``known`` or that a state dict shows; the others are bart-base's or t5-base's. The number of heads of a BART is 1.
 
     Raises:
         ValueError: the host is unknown.
     """
     if host not in HOSTS:
         raise ValueError(f"host: must be one of {', '.join(HOSTS)}, not {host!r}")
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
     from fastadapt.hosts.vlbart import VLT5, VLBart, VLBartConfig, VLT5Config
 
     tensors = tensors or {}
-    sizes = dict(_BART if host == "vlbart" else _T5)
+    sizes = dict(_BART if host in ("vlbart", "bart") else _T5)
     sizes |= {name: tensors[key].shape[axis] + more for name, (key, axis, more) in _WHERE[host].items() if key in tensors}
     if numbers := [int(found[1]) for key in tensors if (found := re.match(_LAYERS[host], key))]:
         sizes["layers"] = 1 + max(numbers)
-    if host == "vlbart":
+    sizes |= known or {}
+    if host in ("vlbart", "bart"):
         stacks: dict[str, Any] = {
             f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", sizes["layers"]), ("attention_heads", 1), ("ffn_dim", sizes["ffn"]))
         }
-        return VLBart(VLBartConfig(vocab_size=sizes["vocab_size"], d_model=sizes["d_model"], **stacks, max_position_embeddings=sizes["positions"], feat_dim=sizes["feat_dim"]))
+        stacks |= {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "max_position_embeddings": sizes["positions"]}
+        return BartForConditionalGeneration(BartConfig(**stacks)) if host == "bart" else VLBart(VLBartConfig(**stacks, feat_dim=sizes["feat_dim"]))
     inner = next((t.shape[0] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.q.weight")), sizes["d_model"])
     heads = next((t.shape[1] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.relative_attention_bias.weight")), 12 if inner % 12 == 0 else 1)
     common: dict[str, Any] = {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "d_kv": inner // heads, "num_heads": heads, "d_ff": sizes["ffn"]}
     common["num_layers"] = sizes["layers"]
     return T5ForConditionalGeneration(T5Config(**common)) if host == "t5" else VLT5(VLT5Config(**common, feat_dim=sizes["feat_dim"]))
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sizes of a host that an adapter directory's tensors show. The feed-forward network is taken as 4 times as wide as the model, as in BART's and T5's published ones."""
+    numbers = [int(found[1]) for key in tensors if (found := _NUMBER.search(key))]
+    width = next((t.shape[axis] for pattern, axis in _WIDTH for key, t in tensors.items() if pattern.search(key)), None)
+    return ({"layers": 1 + max(numbers)} if numbers else {}) | ({"d_model": width, "ffn": 4 * width} if width else {})
+
+
+def _library(folder: Path) -> str | None:
+    """Whose adapter directory it is: "adapterhub" or "peft"; None: fastadapt's, or none."""
+    try:
+        config = json.loads((folder / checkpoint.CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    return "peft" if "peft_type" in config else "adapterhub" if "config" in config and "model_type" in config else None
 
 
 def convert(
@@ -77,14 +106,16 @@ def convert(
     layout: str = "vl",
     **options: Any,
 ) -> str:
-    """Writes an adapter directory from an original state dict (a file), or the other way round from a directory of `Handle.save`. Only what the method trains is converted.
+    """Writes an adapter directory from an original state dict (a file) or a directory of AdapterHub or PEFT, or the other way round from a directory of `Handle.save`. Only what
+    the method trains is converted.
 
     Args:
-        source: ``.pth`` or ``.safetensors``, or an adapter directory.
+        source: ``.pth`` or ``.safetensors``, or an adapter directory of fastadapt, AdapterHub or PEFT.
         destination: a directory, or a ``.pth`` or ``.safetensors`` file.
-        host: "vlbart", "vlt5" or "t5".
-        method, tasks, options: as in `fastadapt.patch`; needed for a file only, a directory knows them.
-        layout: keys of the "vl" repositories or of the "compacter" one.
+        host: "vlbart", "vlt5", "t5" or "bart".
+        method, options: as in `fastadapt.patch`; needed for a file only, a directory knows them.
+        tasks: of a file, the tasks' names; of a directory with adapters per task that AdapterHub or PEFT shall read, the one task.
+        layout: keys of the "vl" repositories or of the "compacter" one, or the directories of "adapterhub" or "peft"; those are known when they are the source.
 
     Returns:
         What was written, in a sentence.
@@ -93,8 +124,21 @@ def convert(
         fastadapt.interop.PublishedFileError, fastadapt.patching.AdapterFileError: the source does not fit.
         ValueError, TypeError: see `fastadapt.patch`, or the destination's name says nothing.
     """
-    target = Path(destination)
-    if Path(source).is_dir():
+    target, folder = Path(destination), Path(source)
+    library = _library(folder)
+    if library is not None or layout in ("adapterhub", "peft"):
+        if target.suffix in (".pth", ".safetensors"):
+            raise ValueError(f"destination: must be a directory, since AdapterHub's and PEFT's adapters are directories; it is {os.fspath(target)!r}")
+        if library is not None:
+            file = next((folder / name for name in _FILES[library] if (folder / name).exists()), folder / _FILES[library][0])
+            model = build_host(host, known=_sizes(read_state_dict(file)))
+            handle = (from_peft if library == "peft" else from_adapterhub)(model, folder)
+            handle.save(target)
+            return _said(target, handle)
+        handle = patching.load(build_host(host, known=_sizes(checkpoint.read(folder)[1])), folder)
+        (to_peft if layout == "peft" else to_adapterhub)(handle, target, task=tasks[0] if tasks else None)
+        return f"{target}: the adapters of {len(handle.sites)} sites as {'PEFT' if layout == 'peft' else 'AdapterHub'} reads them"
+    if folder.is_dir():
         if target.suffix not in (".pth", ".safetensors"):
             raise ValueError(f"destination: must end in .pth or .safetensors, since the source is an adapter directory; it is {os.fspath(target)!r}")
         handle = patching.load(build_host(host), source)
@@ -114,4 +158,8 @@ def convert(
     handle = patching.patch(build_host(host, tensors), method, tasks=list(tasks), **options)
     load_published(handle, tensors, layout=layout)
     handle.save(target)
+    return _said(target, handle)
+
+
+def _said(target: Path, handle: patching.Handle) -> str:
     return f"{target}: {handle.config.method} at {len(handle.sites)} sites, {handle.parameter_counts()[0]:,} trained parameters"

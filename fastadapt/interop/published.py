@@ -26,6 +26,7 @@ from fastadapt.nn import (
     LoRA,
     PerTask,
     Prompt,
+    StreamBottleneck,
     TemporalEmbedding,
     UniAdapter,
     ValueResidual,
@@ -269,7 +270,7 @@ def _site_pieces(handle: Handle, site: _Site, name: str, tensor: Tensor, layout:
         return []
     if "vlpet" in (config.method for config in handle.resolved.values()):
         return _vlpet(handle, site, name, tensor, family, role)
-    if role not in _CONTROLLERS.get(family, {}):
+    if role not in _CONTROLLERS.get(family, {}) or isinstance(module, StreamBottleneck):
         raise ValueError(f"{site.id}: a {type(module).__name__} is in none of the original repositories")
     controller = "adapter_controller" if layout == "compacter" else _CONTROLLERS[family][role]
     return _controlled(handle, f"{site.owner_path}.{controller}" if site.owner_path else controller, site.module, name)

@@ -35,6 +35,7 @@ class Target:
         tasks: names of the tasks.
         shared: modules of this patch that others share parameters with, see `share`.
         table: the token table of the stack that a stage is built for.
+        norm: the host's layer norm of the sum of a sub-layer's output and the residual stream; None: there is none behind the sum.
     """
 
     family: str
@@ -46,6 +47,7 @@ class Target:
     tasks: tuple[str, ...] = ()
     shared: dict[str, nn.Module] = field(default_factory=dict)
     table: nn.Embedding | None = None
+    norm: nn.Module | None = None
 
     def share(self, key: str, module: nn.Module, *names: str) -> None:
         """Gives ``module`` the parameters ``names`` of the first module of this patch that was shared under ``key``; the first one keeps its own."""

@@ -26,8 +26,8 @@ class CompacterConfig(VLAdapterConfig):
         factorized_rule: rules as products of rank 1.
         shared_weight: one W (or one pair of factors) for all down-projections of the patch and one for all up-projections (Compacter's "shared W").
         weight_init, rule_init, init_range, rule_range: see `fastadapt.nn.PHMLinear`.
-        sharing, reduction_factor, rank, activation, layer_norm_before, layer_norm_after, self_attention, cross_attention, feed_forward, decoder, layers, std, layer_norms: see
-            `VLAdapterConfig`.
+        sharing, reduction_factor, rank, activation, layer_norm_before, layer_norm_after, self_attention, cross_attention, feed_forward, decoder, reads, scale,
+            layers, std, layer_norms: see `VLAdapterConfig`.
         visual_embedding, biases, lm_head, language_model: see `MethodConfig`.
     """
 
@@ -72,8 +72,8 @@ class LowRankAdapterConfig(VLAdapterConfig):
     Args:
         low_rank_rank: k of both projections.
         weight_init: "glorot-uniform" or "glorot-normal".
-        sharing, reduction_factor, rank, activation, layer_norm_before, layer_norm_after, self_attention, cross_attention, feed_forward, decoder, layers, std, layer_norms: see
-            `VLAdapterConfig`.
+        sharing, reduction_factor, rank, activation, layer_norm_before, layer_norm_after, self_attention, cross_attention, feed_forward, decoder, reads, scale,
+            layers, std, layer_norms: see `VLAdapterConfig`.
         visual_embedding, biases, lm_head, language_model: see `MethodConfig`.
     """
 

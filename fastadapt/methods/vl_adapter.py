@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastadapt.methods.base import MethodConfig, Target, per_task, reduced_rank
-from fastadapt.nn import Bottleneck, Init, Projection
+from fastadapt.nn import Bottleneck, Init, Projection, StreamBottleneck
 
 SHARING = ("single", "multiple", "up", "down")
+READS = ("output", "stream", "sum")
 _SUBLAYERS = ("self_attention", "cross_attention", "feed_forward")
 
 
@@ -30,6 +31,10 @@ class VLAdapterConfig(MethodConfig):
         layer_norm_before, layer_norm_after: layer norms around the adapter.
         self_attention, cross_attention, feed_forward: behind which sub-layers.
         decoder: adapters in the decoder too.
+        reads: what the bottlenecks read: "output", that of the sub-layer (VL-Adapter; Houlsby et al. 2019); "stream", the residual stream that entered it, so that they run
+            beside it (He et al. 2022); or "sum", of both, behind the host's layer norm on BART (Pfeiffer et al. 2020), known on BART- and T5-like hosts. What they give is added to
+            the sub-layer's output.
+        scale: factor of what the bottlenecks give.
         std: the Linears start with weights N(0, std^2) and zero biases; None: by the host's rule.
         layers: see `MethodConfig`; "AdapterDrop" (Rückle et al. 2021): 5 to 11.
         layer_norms: published: "all" on BART; "none" on T5, where the published code looks for another class of layer norm and leaves them frozen (as its
@@ -50,6 +55,8 @@ class VLAdapterConfig(MethodConfig):
     self_attention: bool = True
     feed_forward: bool = True
     decoder: bool = True
+    reads: Literal["output", "stream", "sum"] = "output"
+    scale: float = 1.0
     std: float | None = None
 
     def resolved(self, family: str, init: str) -> Self:
@@ -59,6 +66,10 @@ class VLAdapterConfig(MethodConfig):
                 raise ValueError(f"{name}: must be True or False, not {value!r}")
         if not config.roles():
             raise ValueError("self_attention: must be True where cross_attention (of a decoder) and feed_forward are not, or there is no adapter")
+        if config.reads not in READS:
+            raise ValueError(f"reads: must be one of {', '.join(READS)}, not {config.reads!r}")
+        if config.reads == "sum" and family not in ("bart", "t5"):
+            raise ValueError(f"reads: 'sum' is known on BART- and T5-like hosts, not on {family}, since others have their layer norms elsewhere")
         if (std := config.std) is not None and (isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 < std < math.inf):
             raise ValueError(f"std: must be a positive number or None, not {std!r}")
         return config
@@ -68,6 +79,9 @@ class VLAdapterConfig(MethodConfig):
         stacks = ("encoder", "decoder") if self.decoder else ("encoder",)
         return tuple(f"{stack}.{name}" for stack in stacks for name in names if (stack, name) != ("encoder", "cross_attention"))
 
+    def reads_stream(self, role: str) -> bool:
+        return self.reads != "output"
+
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         if self.sharing not in SHARING:
             raise ValueError(f"sharing: must be one of {', '.join(SHARING)}, not {self.sharing!r}")
@@ -75,17 +89,20 @@ class VLAdapterConfig(MethodConfig):
         rule = self.rule(target)
 
         def make() -> Bottleneck:
-            adapter = Bottleneck(
-                target.width,
-                rank,
-                activation=self.activation,
-                norm_before=self.layer_norm_before,
-                norm_after=self.layer_norm_after,
-                projection=self.projection(),
-                init=rule if init == "repo" else Init(rule.std, zero=("up_sampler",)),
-                device=device,
-                dtype=dtype,
-            )
+            options: dict[str, Any] = {
+                "activation": self.activation,
+                "scale": self.scale,
+                "norm_before": self.layer_norm_before,
+                "norm_after": self.layer_norm_after,
+                "projection": self.projection(),
+                "init": rule if init == "repo" else Init(rule.std, zero=("up_sampler",)),
+                "device": device,
+                "dtype": dtype,
+            }
+            if self.reads == "output":
+                adapter = Bottleneck(target.width, rank, **options)
+            else:
+                adapter = StreamBottleneck(target.width, rank, reads=self.reads, norm=target.norm, **options)
             self.connect(adapter, target)
             return adapter
 

@@ -1,6 +1,6 @@
 """Drop-in modules: they hold parameters under the papers' names and call `fastadapt.functional`."""
 
-from fastadapt.nn.bottleneck import Bottleneck, ValueParallelAdapter
+from fastadapt.nn.bottleneck import Bottleneck, StreamBottleneck, ValueParallelAdapter
 from fastadapt.nn.gated_bottleneck import GatedBottleneck
 from fastadapt.nn.gates import IA3, Gate, GatingOnly, InTurn, ValueResidual, in_turn
 from fastadapt.nn.hypernetwork import GeneratedBottleneck, HyperNetwork, TaskEmbeddings
@@ -15,6 +15,6 @@ from fastadapt.nn.visual_adapter import VisualAdapter
 
 __all__ = [
     "IA3", "Bottleneck", "Gate", "GatedBottleneck", "GatingOnly", "GeneratedBottleneck", "HyperNetwork", "InTurn", "Init", "IntrinsicDimension", "KeyValueAdapter", "LoRA",
-    "LowRankLinear", "MergedLoRA", "PHMLinear", "PerTask", "Projection", "Prompt", "TaskEmbeddings", "TemporalEmbedding", "UniAdapter", "ValueParallelAdapter", "ValueResidual",
-    "VisualAdapter", "frame_scores", "frame_weights", "in_turn", "share",
+    "LowRankLinear", "MergedLoRA", "PHMLinear", "PerTask", "Projection", "Prompt", "StreamBottleneck", "TaskEmbeddings", "TemporalEmbedding", "UniAdapter", "ValueParallelAdapter",
+    "ValueResidual", "VisualAdapter", "frame_scores", "frame_weights", "in_turn", "share",
 ]  # fmt: skip

@@ -94,6 +94,10 @@ class Bottleneck(nn.Module):
         """The input and the other arguments of the `fastadapt.functional.bottleneck` that `forward` is, whatever its projections are made of."""
         return h, self._arguments(self._residual if self.input_scale == 1.0 else self.input_scale * h)
 
+    def inside(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        """What the down-projection reads, before ``pre_layer_norm``."""
+        return h
+
     def _arguments(self, residual: Tensor | Literal["input"] | None) -> dict[str, Any]:
         w_down, w_up, b_down, b_up = self._weights()
         return {"w_down": w_down, "w_up": w_up, "b_down": b_down, "b_up": b_up, "scale": self._scale(), "heads": self._blocks, **self._options(residual)}
@@ -140,6 +144,53 @@ class Bottleneck(nn.Module):
         parts += ["scalar_gate=True"] if self.gate is not None else []
         parts += [f"heads={self.heads}" + (", pair=True" if self.pair else "")] if self.heads > 1 else []
         return ", ".join(parts)
+
+
+class StreamBottleneck(Bottleneck):
+    r"""A bottleneck behind a sub-layer that reads the residual stream x: the parallel adapter (He et al. 2022), and the one behind the sub-layer's sum (Pfeiffer et al. 2020).
+
+    .. math:: y = LN_{after}\bigl(s\,g\,(\phi(LN_{before}(r) W_d^\top + b_d) W_u^\top + b_u)\bigr) + c\,h, \qquad r = x \ \text{or}\ LN_{host}(h + x)
+
+    Args:
+        reads: r: "stream", x, or "sum", h + x through the host's layer norm.
+        norm: the host's layer norm behind that sum, which stays the host's: none of its parameters is this module's. None: a pre-norm host, r = h + x.
+        width, rank, options: as in `Bottleneck`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, width: int, rank: int, *, reads: Literal["stream", "sum"], norm: nn.Module | None = None, **options: Any) -> None:
+        super().__init__(width, rank, **options)
+        if reads not in ("stream", "sum"):
+            raise ValueError(f"reads: must be one of stream, sum, not {reads!r}")
+        self.reads = reads
+        # Past nn.Module's own __setattr__, which would make it a child, with keys and parameters here.
+        object.__setattr__(self, "norm", norm)
+
+    def inside(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        if x is None:
+            raise ValueError("x: must be the residual stream that entered the sub-layer")
+        if self.reads == "stream":
+            return x
+        norm: nn.Module | None = self.norm  # type: ignore[assignment]
+        return h + x if norm is None else norm(h + x)
+
+    def forward(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        """y of h's shape (..., D) and dtype; x the residual stream, of the same shape and dtype."""
+        return self._run(self.inside(h, x), self._beside(h))
+
+    def bottleneck_call(self, h: Tensor, x: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """As `Bottleneck.bottleneck_call`."""
+        return self.inside(h, x), self._arguments(self._beside(h))
+
+    def _beside(self, h: Tensor) -> Tensor | None:
+        if not self.residual:
+            return None
+        return h if self.input_scale == 1.0 else self.input_scale * h
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, reads={self.reads!r}"
 
 
 class ValueParallelAdapter(Bottleneck):

@@ -72,6 +72,7 @@ def _recorder(tracked: Tracked, site: str) -> Callable[[Any, tuple[Any, ...]], N
             weight, bias = adapter.weights.w_down, adapter.weights.b_down  # type: ignore[union-attr]
             norm = None if adapter.weights.norm_before is None else (*adapter.weights.norm_before, 1e-5)  # type: ignore[union-attr]
         else:
+            h = adapter.inside(*inputs)
             weight, bias = adapter.down_sampler.weight, adapter.down_sampler.bias
             norm = None if (n := adapter.pre_layer_norm) is None else (n.weight, n.bias, n.eps)
         if norm is not None:

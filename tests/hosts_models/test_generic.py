@@ -147,6 +147,8 @@ def test_gates_are_refused_by_name() -> None:
     why = r"model: vision_blocks.0.fc2 is known by its name only, so the residual stream around it, which vlpet reads at encoder.feed_forward, is out of sight"
     with pytest.raises(ValueError, match=why):
         patch(model, "vlpet", rank=8, decoder=(), towers=("vision",))
+    with pytest.raises(ValueError, match=r"which vl_adapter reads at encoder.feed_forward, is out of sight; .* \(vl_adapter with reads='output', or"):
+        patch(model, "vl_adapter", reads="stream", reduction_factor=2, towers=("vision",))
     assert_same(before, snapshot(model))
     handle = patch(model, "vlpet", rank=8, granularity="middleY", decoder=(), towers=("vision",))
     assert list(handle.sites) == ["vision.0.feed_forward", "vision.1.feed_forward"]

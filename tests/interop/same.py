@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,28 @@ from transformers.activations import get_activation
 import fastadapt
 from tests.ops import checks
 from tests.tolerance import FLOOR, Compared, assert_rule, limit_of, relative_error
+
+_PLAIN: dict[str, Any] = {"layer_norms": "none", "visual_embedding": False, "cross_attention": False}
+_FEED_FORWARD = {**_PLAIN, "self_attention": False}
+_COMPACTER = {"rank": 8, "division": 4, "phm_rank": 1, "activation": "gelu"}
+HUB_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "double_seq_bn": ("vl_adapter", {**_PLAIN, "rank": 5, "activation": "silu"}),
+    "seq_bn": ("vl_adapter", {**_FEED_FORWARD, "rank": 5, "activation": "relu", "reads": "sum"}),
+    "par_bn": ("vl_adapter", {**_FEED_FORWARD, "rank": 16, "activation": "relu", "reads": "stream", "scale": 4.0}),
+    "compacter": ("compacter", {**_PLAIN, **_COMPACTER}),
+    "compacter++": ("compacter", {**_FEED_FORWARD, **_COMPACTER, "reads": "sum"}),
+    "compacter_full_w": ("compacter", {**_PLAIN, **_COMPACTER, "phm_rank": None, "factorized_rule": True}),
+    "compacter_shared_w": ("compacter", {**_PLAIN, **_COMPACTER, "shared_weight": True}),
+}
+"""AdapterHub's named configurations, as methods of fastadapt's with options, for hosts of width 32."""
+
+
+def hub_kind(name: str, family: str) -> tuple[str, dict[str, Any]]:
+    """As in `HUB_KINDS`; Compacter's rule is shared where AdapterHub's files can say so."""
+    method, options = HUB_KINDS[name]
+    if family == "t5" or method == "vl_adapter" or name == "compacter_full_w":
+        return method, {key: value for key, value in options.items() if key != "shared_weight"}
+    return method, {**options, "shared_rule": True}
 
 
 class Activations(nn.Module):

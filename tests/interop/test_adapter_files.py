@@ -16,7 +16,7 @@ import fastadapt
 from fastadapt.interop import PublishedFileError, from_adapterhub, from_peft, to_adapterhub, to_peft
 from fastadapt.patching import AdapterFileError, Handle
 from tests.hosts import tiny
-from tests.interop.same import assert_agree
+from tests.interop.same import HUB_KINDS, assert_agree, hub_kind
 
 TARGETS = {"bart": ["q_proj", "v_proj", "fc1", "out_proj"], "t5": ["q", "v", "wi", "wo"]}
 
@@ -143,6 +143,65 @@ def test_to_adapterhub_and_back(family: str, options: dict[str, Any], tmp_path: 
     assert torch.equal(tiny.logits(fresh), tiny.logits(model))
 
 
+# What the library itself writes into adapter_config.json, where it is not the same for all.
+SAYS: dict[str, dict[str, Any]] = {
+    "double_seq_bn": {"original_ln_before": False, "mh_adapter": True, "non_linearity": "silu"},
+    "seq_bn": {"original_ln_before": True, "mh_adapter": False, "scaling": 1.0, "is_parallel": False, "non_linearity": "relu"},
+    "par_bn": {"is_parallel": True, "original_ln_before": False, "mh_adapter": False, "scaling": 4.0, "reduction_factor": 2},
+    "compacter": {"original_ln_before": False, "mh_adapter": True, "phm_layer": True, "phm_dim": 4, "phm_rank": 1, "factorized_phm_W": True, "reduction_factor": 4},
+    "compacter++": {"original_ln_before": True, "mh_adapter": False, "phm_layer": True, "phm_dim": 4, "factorized_phm_rule": False},
+    "compacter_full_w": {"factorized_phm_W": False, "factorized_phm_rule": True, "shared_phm_rule": False},
+    "compacter_shared_w": {"original_ln_before": False, "phm_layer": True},
+}
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("kind", HUB_KINDS)
+def test_adapterhubs_kinds_and_back(kind: str, family: str, tmp_path: Path) -> None:
+    method, options = hub_kind(kind, family)
+    model = tiny.tiny(family)
+    before = tiny.logits(model)
+    handle = fastadapt.patch(model, method, **options)
+    tiny.randomize(handle)
+    assert not torch.allclose(tiny.logits(model), before, atol=1e-3)
+    to_adapterhub(handle, tmp_path, name="mine")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())["config"]
+    assert {key: config[key] for key in SAYS[kind]} == SAYS[kind]
+    keys = torch.load(tmp_path / "pytorch_adapter.bin", weights_only=True).keys()
+    shared = {"phm_rule"} if options.get("shared_rule") else set()
+    shared |= {f"W_{way}_{side}" for way in ("down", "up") for side in ("left", "right")} if options.get("shared_weight") else set()
+    assert {key for key in keys if "shared" in key} == {f"model.shared_parameters.mine.{leaf}" for leaf in shared}
+    assert (config["shared_phm_rule"], config["shared_W_phm"]) == ("phm_rule" in shared, len(shared) > 1)
+    other = tiny.tiny(family)
+    read = from_adapterhub(other, tmp_path)
+    assert torch.equal(tiny.logits(other), tiny.logits(model))
+    assert read.config.method == method and read.parameter_counts() == handle.parameter_counts()
+    read.save(tmp_path / "ours")
+    fresh = tiny.tiny(family)
+    fastadapt.load(fresh, tmp_path / "ours")
+    assert torch.equal(tiny.logits(fresh), tiny.logits(model))
+    to_adapterhub(read, tmp_path / "again", name="mine")
+    assert (tmp_path / "again/adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
+
+
+def test_what_adapters_of_a_t5_share_is_in_no_file_of_adapterhub(tmp_path: Path) -> None:
+    _, options = hub_kind("compacter", "t5")
+    handle = fastadapt.patch(tiny.tiny("t5"), "compacter", **options, shared_rule=True)
+    with pytest.raises(ValueError, match="handle: AdapterHub leaves the tensors that a T5's Compacter adapters share out of its files; patch with shared_rule=False"):
+        to_adapterhub(handle, tmp_path)
+    assert not list(tmp_path.iterdir())
+    to_adapterhub(fastadapt.patch(tiny.tiny("t5"), "compacter", **options), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"shared_phm_rule": false', '"shared_phm_rule": true'))
+    file = tmp_path / "pytorch_adapter.bin"
+    torch.save({key: t for key, t in torch.load(file, weights_only=True).items() if "phm_rule" not in key}, file)
+    model = tiny.tiny("t5")
+    before = tiny.snapshot(model)
+    with pytest.raises(AdapterFileError, match=r"shared_parameters\.default\.phm_rule are not there: AdapterHub leaves the tensors that a T5's"):
+        from_adapterhub(model, tmp_path)
+    tiny.assert_same(before, tiny.snapshot(model))
+
+
 def test_a_tasks_bottlenecks_to_adapterhub(tmp_path: Path) -> None:
     model, handle = bottlenecks("bart", sharing="multiple", tasks=["vqa", "gqa"])
     with pytest.raises(ValueError, match="task: must be one of vqa, gqa"):
@@ -157,8 +216,12 @@ def test_a_tasks_bottlenecks_to_adapterhub(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"original_ln_before": True}, "original_ln_before is True; only adapters with original_ln_before=False"),
-        ({"phm_layer": True}, "phm_layer is True"),
+        ({"original_ln_after": False}, "original_ln_after is False; only adapters with original_ln_after=True"),
+        ({"original_ln_before": True, "residual_before_ln": "post_add"}, "residual_before_ln is 'post_add'; only adapters with residual_before_ln=True"),
+        ({"reduction_factor": {"1": 8, "default": 16}}, "reduction_factor is {'1': 8, 'default': 16}, one per layer; only adapters of one rank"),
+        ({"scaling": "learned"}, "scaling is 'learned'; only adapters with a number as scale"),
+        ({"phm_bias": False}, "phm_bias is False"),
+        ({"phm_layer": True, "phm_dim": 1}, "tensors are in the file or in the model only"),
         ({"non_linearity": "tanh"}, "non_linearity 'tanh' has no place in fastadapt"),
         ({"cross_adapter": False}, "tensors are in the file or in the model only"),
     ],
@@ -191,10 +254,12 @@ def test_adapterhub_files_that_are_broken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("lora", {"biases": False}, "LoRA.* is no adapter of AdapterHub's Houlsby kind"),
-        ("vl_adapter", {"layer_norm_before": True}, "Bottleneck.* is no adapter of AdapterHub's Houlsby kind"),
+        ("lora", {"biases": False}, "LoRA.* is no bottleneck of AdapterHub's"),
+        ("vl_adapter", {"layer_norm_before": True}, "Bottleneck.* is no bottleneck of AdapterHub's"),
         ("vl_adapter", {"layer_norms": "all"}, "of the base, which AdapterHub's file has no place for"),
         ("vl_adapter", {"activation": "identity"}, "AdapterHub has no activation 'identity'"),
+        ("low_rank_adapter", {}, "Bottleneck.* is no bottleneck of AdapterHub's"),
+        ("vlpet", {"granularity": "none", "adapter_scale": (0.5, 2.0), "decoder": ["multihead"], "heads": 1}, "its adapters differ in more than their tensors"),
     ],
 )
 def test_what_adapterhub_has_no_place_for(method: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

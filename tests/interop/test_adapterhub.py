@@ -7,6 +7,7 @@ The library needs an older transformers than fastadapt's hosts, so these tests r
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ import fastadapt
 from fastadapt import interop
 from fastadapt.interop.fusing import FusedSite, LeftSite
 from tests.hosts import tiny
-from tests.interop.same import Activations, assert_agree, ops_ran, results, rows, same_numbers
+from tests.interop.same import HUB_KINDS, Activations, assert_agree, hub_kind, ops_ran, results, rows, same_numbers
 
 WIDTH, RANK, ROOT = 24, 8, Path(__file__).parents[2]
 
@@ -314,19 +315,23 @@ def test_the_library_itself(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         model = bases[family] = tiny.tiny(family)
         save_file({name: p.detach().clone() for name, p in model.named_parameters()}, folder / "base.safetensors")
-        patched = copy.deepcopy(model)
-        handle = fastadapt.patch(patched, "vl_adapter", rank=5, layer_norms="none", visual_embedding=False)
-        tiny.randomize(handle)
-        interop.to_adapterhub(handle, folder / "ours")
-        save_file({"logits": answers(patched)}, folder / "wanted.safetensors")
+        for kind in HUB_KINDS:
+            patched = copy.deepcopy(model)
+            method, options = hub_kind(kind, family)
+            handle = fastadapt.patch(patched, method, **options)
+            tiny.randomize(handle)
+            interop.to_adapterhub(handle, folder / kind / "ours")
+            save_file({"logits": answers(patched)}, folder / kind / "wanted.safetensors")
     program = str(Path(__file__).with_name("adapterhub_real.py"))
     done = subprocess.run([str(python), program, str(tmp_path / "files")], env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     wrong = [line for line in lines if not line.get("right", True)]
-    assert done.returncode == 0 and lines and lines[-1] == {"cases": 38, "right": 38} and not wrong, f"{wrong}\n{done.stderr[-2000:]}"
-    for family, model in bases.items():
-        interop.from_adapterhub(model, tmp_path / "files" / family / "theirs")
-        assert_agree(answers(model), load_file(tmp_path / "files" / family / "theirs.safetensors")["logits"])
+    assert done.returncode == 0 and lines and lines[-1] == {"cases": 50, "right": 50} and not wrong, f"{wrong}\n{done.stderr[-2000:]}"
+    for family, kind in itertools.product(bases, HUB_KINDS):
+        model, folder = copy.deepcopy(bases[family]), tmp_path / "files" / family / kind
+        handle = interop.from_adapterhub(model, folder / "theirs")
+        assert_agree(answers(model), load_file(folder / "theirs.safetensors")["logits"])
+        assert {key: hub_kind(kind, family)[1][key] for key in ("rank", "activation")} == {key: getattr(handle.config, key) for key in ("rank", "activation")}
 
 
 def answers(model: Any) -> Tensor:

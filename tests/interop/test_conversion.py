@@ -14,7 +14,9 @@ from fastadapt.cli import main
 from fastadapt.interop import published_state_dict, read_state_dict
 from fastadapt.interop.conversion import build_host
 from tests import golden
+from tests.hosts import tiny
 from tests.hosts.published import method_of, patched_model
+from tests.interop.same import assert_agree, hub_kind
 
 CASES = {
     "vla_vlbart_single_adapter": "vlbart",
@@ -81,6 +83,8 @@ def test_sizes_from_the_tensors() -> None:
         (["a.pth", "out", "--host", "vlbart"], "method: must be given"),
         (["a.pth", "out.pth", "--host", "vlbart", "--method", "vlpet"], "destination: must be a directory"),
         (["folder", "out", "--host", "vlbart"], "destination: must end in .pth or .safetensors"),
+        (["folder", "out.pth", "--host", "bart", "--layout", "peft"], "destination: must be a directory, since AdapterHub's and PEFT's adapters are directories"),
+        (["folder", "out", "--host", "bart", "--layout", "adapterhub"], "folder: must hold adapter_config.json and adapter_model.safetensors"),
         (["a.pth", "out", "--host", "vlbart", "--method", "vlpet", "--option", "rnk=3"], "unknown option 'rnk'"),
     ],
 )
@@ -93,8 +97,37 @@ def test_refused(arguments: list[str], message: str, tmp_path: Path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "folder"]
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize(
+    ("library", "method", "options"),
+    [
+        ("adapterhub", *hub_kind("seq_bn", "t5")),
+        ("adapterhub", *hub_kind("compacter", "t5")),
+        ("adapterhub", "vl_adapter", {"rank": 4, "sharing": "multiple", "layer_norms": "none", "visual_embedding": False}),
+        ("peft", "lora", {"rank": 4, "biases": False, "layer_norms": "none", "visual_embedding": False}),
+    ],
+    ids=["pfeiffer", "compacter", "one of two tasks", "lora"],
+)
+def test_libraries_directories_and_back(library: str, method: str, options: dict[str, Any], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hosts of the sizes that the directories show: the tensors that come back are those that went."""
+    tasks = ["vqa", "gqa"] if options.get("sharing") == "multiple" else []
+    model = tiny.tiny(family, layers=3)
+    handle = patching.patch(model, method, tasks=tasks, **options)
+    tiny.randomize(handle)
+    handle.save(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--host", family, "--layout", library, *(["--tasks", "gqa"] if tasks else [])]) == 0
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "back"), "--host", family]) == 0
+    said = capsys.readouterr().out
+    assert f"the adapters of {len(handle.sites)} sites as {'PEFT' if library == 'peft' else 'AdapterHub'} reads them" in said and f"{method} at {len(handle.sites)} sites" in said
+    if tasks:
+        handle.set_task("gqa")
+    other = tiny.tiny(family, layers=3)
+    patching.load(other, tmp_path / "back")
+    assert_agree(tiny.logits(other), tiny.logits(model))
+
+
 def test_bad_option() -> None:
     with pytest.raises(SystemExit):
         main(["convert", "a", "b", "--host", "vlbart", "--option", "rank"])
-    with pytest.raises(ValueError, match="host: must be one of vlbart, vlt5, t5, not 'blip'"):
+    with pytest.raises(ValueError, match="host: must be one of vlbart, vlt5, t5, bart, not 'blip'"):
         build_host("blip")

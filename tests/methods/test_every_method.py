@@ -26,6 +26,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "compacter, all shared": ("compacter", {"division": 4, "phm_rank": 1, "shared_rule": True, "shared_weight": True, "factorized_rule": True, **R4}),
     "compacter, rules over tasks": ("compacter", {"sharing": "multiple", "shared_rule_over_tasks": True, **R4}),
     "low-rank": ("low_rank_adapter", R4),
+    "beside the sub-layers, multiple": ("vl_adapter", {"reads": "stream", "scale": 4.0, "sharing": "multiple", **R4}),
+    "compacter behind the sums": ("compacter", {"reads": "sum", "division": 4, "phm_rank": 1, "shared_rule": True, **R4}),
     "lora": ("lora", {"rank": 4}),
     "lora, multiple": ("lora", {"rank": 4, "sharing": "multiple"}),
     "hyperformer": ("hyperformer", {"task_dim": 12, "hidden_dim": 10, "layer_norm_before": True, **R4}),

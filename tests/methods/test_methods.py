@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastadapt import methods
-from fastadapt.methods import BaseTuningConfig, VLPETConfig
+from fastadapt.methods import BaseTuningConfig, VLAdapterConfig, VLPETConfig
 from fastadapt.nn import GatedBottleneck
 from fastadapt.patching import patch
 from tests.hosts.tiny import FAMILIES, SMALL, logits, randomize, tiny
@@ -200,3 +202,44 @@ def test_prompts() -> None:
     assert methods.task_prompt("gqa") == "gpa: ", "the published spelling"
     with pytest.raises(ValueError, match="no prompt is published for 'snli'; known: vqa, gqa"):
         methods.task_prompt("snli")
+
+
+def test_what_bottlenecks_read() -> None:
+    """By hand: beside and behind the sums of T5's pre-norm and BART's post-norm feed-forward sub-layers; the host's norm gets its gradient from both."""
+    for family, reads in itertools.product(("t5", "bart"), ("stream", "sum")):
+        model = tiny(family).double()
+        handle = patch(model, "vl_adapter", reads=reads, scale=0.5, rank=5, layer_norms="all")
+        randomize(handle)
+        adapter, encoder = handle.sites["encoder.0.feed_forward"], model.get_encoder()
+        x = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+        def f(inside: torch.Tensor, adapter: Any = adapter) -> torch.Tensor:
+            return 0.5 * adapter.up_sampler(torch.nn.functional.gelu(adapter.down_sampler(inside), approximate="tanh"))
+
+        if family == "t5":
+            layer = encoder.block[0].layer[1]
+            h = layer.DenseReluDense(layer.layer_norm(x))
+            got, want = layer(x), x + h + f(x if reads == "stream" else h + x)
+        else:
+            layer = encoder.layers[0]
+            got = layer(x, None)
+            attended = layer.self_attn(x)[0]
+            own = handle.sites["encoder.0.self_attention"]
+            x = layer.self_attn_layer_norm(x + attended + f(x if reads == "stream" else layer.self_attn_layer_norm(x + attended), own))
+            h = layer.fc2(layer.activation_fn(layer.fc1(x)))
+            want = layer.final_layer_norm(x + h + f(x if reads == "stream" else layer.final_layer_norm(x + h)))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        norm = layer.layer_norm if family == "t5" else layer.final_layer_norm
+        grads = [torch.autograd.grad(out.square().sum(), norm.weight, retain_graph=True)[0] for out in (got, want)]
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"reads": "input"}, "reads: must be one of output, stream, sum, not 'input'"), ({"scale": float("nan")}, "scale: must be a finite number")],
+)
+def test_what_bottlenecks_cannot_read(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch(tiny("bart"), "vl_adapter", **options)
+    with pytest.raises(ValueError, match="reads: 'sum' is known on BART- and T5-like hosts, not on other hosts"):
+        VLAdapterConfig(reads="sum").resolved("other hosts", "repo")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn import Bottleneck, GatedBottleneck, Init, ValueParallelAdapter
+from fastadapt.nn import Bottleneck, GatedBottleneck, Init, StreamBottleneck, ValueParallelAdapter
 from tests import eager
 
 GRANULARITIES = ("large", "large_full", "middleX", "middleY", "small")
@@ -81,6 +81,38 @@ def test_pair_is_block_diagonal(kind: type[nn.Module]) -> None:
     dense = filled(kind(D, R, dtype=torch.float64))
     dense.load_state_dict({**module.state_dict(), "up_sampler.weight": torch.block_diag(*module.up_sampler.weight.detach().chunk(4))})
     torch.testing.assert_close(module(x, other), dense(x, other))
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 4.0, "activation": "relu"}, {"residual": False}, {"norm_before": True, "norm_after": True}, {"input_scale": 0.5}])
+@pytest.mark.parametrize("reads", ["stream", "sum", "normed sum"])
+def test_stream(reads: str, options: dict[str, object]) -> None:
+    norm = nn.LayerNorm(D, dtype=torch.float64) if reads == "normed sum" else None
+    if norm is not None:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    module = filled(StreamBottleneck(D, R, reads="stream" if reads == "stream" else "sum", norm=norm, dtype=torch.float64, **options))  # type: ignore[arg-type]
+    assert not any(name.startswith("norm") for name, _ in [*module.named_parameters(), *module.named_modules()]), "the host's norm stays the host's"
+    h, x = inputs()
+    inside = {"stream": x, "sum": h + x}.get(reads)
+    inside = nn.functional.layer_norm(h + x, (D,), norm.weight, norm.bias) if inside is None else inside  # type: ignore[union-attr]
+    down, up, norms = module.down_sampler, module.up_sampler, {}
+    for name, own in (("norm_before", module.pre_layer_norm), ("norm_after", module.post_layer_norm)):
+        norms[name] = None if own is None else (own.weight, own.bias, 1e-5)
+    residual = options.get("input_scale", 1.0) * h if options.get("residual", True) else None  # type: ignore[operator]
+    expected = eager.bottleneck(
+        inside, down.weight, up.weight, down.bias, up.bias, activation=options.get("activation", "gelu_new"), residual=residual, scale=options.get("scale", 1.0), **norms
+    )
+    check(module, module(h, x), expected)
+    called, arguments = module.bottleneck_call(h, x)
+    torch.testing.assert_close(functional.bottleneck(called, **arguments), expected, rtol=1e-12, atol=1e-12)
+    if not options:
+        torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(h, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_a_stream_bottleneck_reads() -> None:
+    with pytest.raises(ValueError, match="reads: must be one of stream, sum, not 'output'"):
+        StreamBottleneck(D, R, reads="output")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x: must be the residual stream"):
+        StreamBottleneck(D, R, reads="sum")(torch.randn(2, D))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -46,6 +46,21 @@ def test_the_selected_task_and_generated_adapters() -> None:
     assert set(z.by_site) == {f"{side}.{i}.feed_forward" for side in ("encoder", "decoder") for i in (0, 1)}
 
 
+def test_of_what_the_stream_gives() -> None:
+    model = tiny("bart").double()
+    handle = patch(model, "vl_adapter", reads="sum", reduction_factor=4)
+    randomize(handle)
+    adapter, layer = handle.sites["decoder.1.cross_attention"], model.model.decoder.layers[1]
+    seen: dict[str, torch.Tensor] = {}
+    hook = adapter.register_forward_pre_hook(lambda module, inputs: seen.update(sum=inputs[0] + inputs[1]))
+    with track_z(handle) as z:
+        model(**batch())
+    hook.remove()
+    inside = layer.encoder_attn_layer_norm(seen["sum"])
+    want = F.gelu(F.linear(inside, adapter.down_sampler.weight, adapter.down_sampler.bias), approximate="tanh").square().mean()  # type: ignore[union-attr]
+    assert torch.equal(z.by_site["decoder.1.cross_attention"], want)
+
+
 def test_errors() -> None:
     model = tiny("bart")
     handle = patch(model, "vlpet", rank=8, value_rank=4)
