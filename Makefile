@@ -48,13 +48,9 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# About three hours; QUICK=--quick takes five minutes. The machine should have nothing else to do.
 bench: .venv/.installed
-	$(BIN)/python -m benchmarks.ops.bottleneck --rows 16 64 128 512 4096
-	$(BIN)/python -m benchmarks.ops.gated_bottleneck --rows 16 64 128 512 4096
-	$(BIN)/python -m benchmarks.ops.lora --rows 512 4096 --rank 16 --param-dtype fp32
-	$(BIN)/python -m benchmarks.ops.lora --rows 512 4096 --rank 16 --param-dtype fp32 --dropout 10
-	$(BIN)/python -m benchmarks.ops.phm_bottleneck --rows 16 512 4096 --param-dtype fp32
-	$(BIN)/python -m benchmarks.ops.routed_bottleneck --rows 512 4096 --param-dtype fp32
+	$(BIN)/fastadapt bench $(QUICK) --json benchmarks/data/bench.json --history --plots benchmarks/data
 
 # Ready to run on a machine with a GPU, where it builds the CUDA kernels; anywhere else it says why its GPU part is left out.
 gpu-check: .venv/.cuda

@@ -60,6 +60,23 @@ SANITIZED = (
 # What the report counts apart: patterns in the names of tests.
 SUBJECTS = {"streams": "stream", "second device": "second_device|other_device|devices", "CUDA graphs": "captur|cuda_?graph", "bitwise determinism": "deterministic"}
 BACKENDS = ("cuda", "triton", "reference")
+# What emulators, interpreters and the cost model cannot answer, and the step that does; "compared" is in this process, behind all steps.
+QUESTIONS = {
+    "Are all results right in the device's own arithmetic (rounding inside matrix units, ex2.approx, rcp.approx)?": "tests",
+    "Are they bitwise the same from run to run, on another stream, on a second device, in a CUDA graph?": "tests",
+    "Do the kernels keep within their arguments on hardware?": "memcheck",
+    "Do asynchronous copies and barriers order shared memory as the emulator has them?": "racecheck",
+    "Is each backend of an op faster than eager code and than torch.compile, at which rows, and how far is it from the limit (products and copy on that device)?": "benchmark",
+    "How many blocks and warps are resident, how many bytes come from memory and from L2, how busy are the matrix units?": "counters",
+    "How far are modelled times from measured ones, so: are launch gaps (2 us), pipeline steps (0.3 us), L2 rates and mma.sync's share of the peak as assumed?": "compared",
+    "Does `auto` choose the faster backend, and where do cuda, triton and reference cross?": "compared",
+    "What does a call of each backend take at few rows, where the host decides?": "compared at few rows",
+}
+# Nsight Compute's: time, bytes of memory and L2, resident warps of those possible, what bounds them, and the matrix pipe.
+COUNTERS = (
+    "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,sm__warps_active.avg.pct_of_peak_sustained_active,"
+    "launch__registers_per_thread,launch__occupancy_limit_registers,launch__occupancy_limit_shared_mem,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active"
+)
 
 
 @dataclass
@@ -75,10 +92,15 @@ class Step:
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
 
 
-def sanitizer() -> str | None:
-    """compute-sanitizer on PATH or in CUDA_HOME (or CUDA_PATH, or /usr/local/cuda)."""
+def tool_of(name: str) -> str | None:
+    """A tool of the CUDA toolkit, on PATH or in CUDA_HOME (or CUDA_PATH, or /usr/local/cuda)."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return shutil.which("compute-sanitizer") or next((found for home in homes if home and (found := shutil.which("compute-sanitizer", path=f"{home}/bin"))), None)
+    return shutil.which(name) or next((found for home in homes if home and (found := shutil.which(name, path=f"{home}/bin"))), None)
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer."""
+    return tool_of("compute-sanitizer")
 
 
 def steps(options: argparse.Namespace) -> list[Step]:
@@ -102,7 +124,26 @@ def steps(options: argparse.Namespace) -> list[Step]:
         for op in OPS
         for backend in BACKENDS[:2]
     ]  # fmt: skip
-    return tests + benchmarks
+    profiler = tool_of("ncu")
+    counters = [
+        Step(
+            f"counters {op} {backend}",
+            [profiler or "ncu", "--csv", "--log-file", f"{out}/counters-{op}-{backend}.csv", "--metrics", COUNTERS,
+             python, "-m", "benchmarks.gpu_check", "--one-step", op, backend],
+            missing=None if profiler else "ncu is neither on PATH nor in CUDA_HOME/bin; it is Nsight Compute, which comes with the CUDA toolkit",
+        )
+        for op in OPS
+        for backend in BACKENDS[:2]
+    ]  # fmt: skip
+    return tests + benchmarks + counters
+
+
+def questions() -> list[tuple[str, str]]:
+    """The questions, each with the first command that answers it; its like for other ops and backends are in ``--dry-run``."""
+    commands = {step.name: str(step) for step in steps(parser().parse_args([]))}
+    commands["compared"] = "python -m benchmarks.gpu_check  (the section of report.md on modelled and measured times)"
+    commands["compared at few rows"] = "python -m benchmarks.gpu_check --rows 16 64 256 --no-calibration  (the same section)"
+    return [(question, next(command for name, command in commands.items() if name.startswith(step))) for question, step in QUESTIONS.items()]
 
 
 def explained(op: str, rows: int) -> fastadapt.backend.Explanation:
@@ -163,23 +204,35 @@ def run(step: Step) -> dict[str, Any]:
     return {"name": step.name, "command": str(step), "status": "passed" if code == 0 else "failed", "exit": code, "seconds": round(time.monotonic() - start, 1)}
 
 
-def measured(op: str, backends: Sequence[str], rows: int, device: str, rounds: int, width: int = 768, rank: int = 96) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Microseconds of forward, as training runs it, and of backward, the rest of a step: median and quartiles by backend, bf16 with fp32 parameters; all backends in turn."""
+def call_of(op: str, rows: int, device: str, width: int = 768, rank: int = 96) -> tuple[Callable[..., Any], list[torch.Tensor], torch.Tensor]:
+    """The op as its benchmark calls it, its arguments, and the output's cotangent: bf16 with fp32 parameters."""
     bench = import_module(f"benchmarks.ops.{op}")
     *tensors, dy = bench.tensors_of(argparse.Namespace(rows=rows, width=width, rank=rank, param_dtype="fp32", device=device, **OPTIONS.get(op, {})), "bf16")
-    leaves = [t.requires_grad_() for t in tensors]
+    return bench.ours, [t.requires_grad_() for t in tensors], dy
+
+
+def one_step(op: str, backend: str, rows: int = ROWS[1], device: str = "cuda") -> None:
+    """Forward and backward once, for a profiler to look at."""
+    ours, leaves, dy = call_of(op, rows, device)
+    with fastadapt.backend.use(backend):
+        torch.autograd.grad(ours(*leaves), leaves, dy)
+
+
+def measured(op: str, backends: Sequence[str], rows: int, device: str, rounds: int, width: int = 768, rank: int = 96) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Microseconds of forward, as training runs it, and of backward, the rest of a step: median and quartiles by backend, bf16 with fp32 parameters; all backends in turn."""
+    ours, leaves, dy = call_of(op, rows, device, width, rank)
 
     def forward(backend: str) -> Callable[[], object]:
         def call() -> object:
             with fastadapt.backend.use(backend):
-                return bench.ours(*leaves)
+                return ours(*leaves)
 
         return call
 
     def step(backend: str) -> Callable[[], object]:
         def call() -> object:
             with fastadapt.backend.use(backend):
-                return torch.autograd.grad(bench.ours(*leaves), leaves, dy)
+                return torch.autograd.grad(ours(*leaves), leaves, dy)
 
         return call
 
@@ -249,7 +302,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines += ["| op | backend | rows | direction | ours, ms | against | ratio |", "|---|---|---|---|---|---|---|"]
     for row in record["benchmarks"]:
         ratio = f"{row['ratio_median']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if row["correct"] else "outside the tolerance: not shown"
-        lines.append(f"| {row['op']} | {row['backend']} | {row['rows']} | {row['direction']} | {row['ours_ms']:.3f} | {row['rival']} | {ratio} |")
+        ours = "" if row["ours_ms"] is None else f"{row['ours_ms']:.3f}"
+        lines.append(f"| {row['op']} | {row['backend']} | {row['rows']} | {row['direction']} | {ours} | {row['rival']} | {ratio} |")
     lines += ["", "## Modelled and measured", "", "Microseconds; `auto` chooses the backend in bold by the model alone.", ""]
     lines += ["| op | backend | rows | direction | modelled | measured | measured / modelled |", "|---|---|---|---|---|---|---|"]
     for row in record["compared"]:
@@ -328,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--full", action="store_true", help="also the tests of `make test-full`")
     top.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     top.add_argument("--rounds", type=int, default=15)
+    top.add_argument("--one-step", nargs=2, metavar=("OP", "BACKEND"), help="only run this op once, forward and backward, for a profiler")
     top.add_argument("--no-calibration", dest="calibrate", action="store_false", help="leave ~/.cache/fastadapt, by which `auto` chooses, as it is")
     return top
 
@@ -338,6 +393,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu-check: there is no CUDA device here, so nothing is measured; the dry part follows")
         return dry(options)
+    if options.one_step:
+        one_step(*options.one_step)
+        return 0
     return dry(options) if options.dry_run else check(options)
 
 

@@ -104,25 +104,26 @@ def measured(run: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tens
     return counts, sum(saved.values())
 
 
+def published(spec: Spec, t: dict[str, Tensor]) -> Tensor:
+    """The site as its authors have it: VL-PET's heads as modules of their own, LoRA as PEFT's layer with torch's dropout."""
+    if isinstance(spec, Lora):
+        x = F.dropout(t["x"], spec.dropout)
+        return t["y"] + F.linear(F.linear(x, t["w_down"].to(x.dtype)), t["w_up"].to(x.dtype)) * spec.scale
+    heads = 4 if isinstance(spec, Gated) else 1
+    split = {name: [p.contiguous() for p in t[name].chunk(heads)] for name in ("w_down", "b_down") if heads > 1 and name in t}
+    return spec.call(eager, {**t, **split})  # type: ignore[dict-item, arg-type]
+
+
 def row(site: str, spec: Spec) -> Row:
     """Counts of one site."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
-    heads = 4 if isinstance(spec, Gated) else 1
-
-    def published(t: dict[str, Tensor]) -> Tensor:
-        if isinstance(spec, Lora):  # as PEFT has it
-            x = F.dropout(t["x"], spec.dropout)
-            return t["y"] + F.linear(F.linear(x, t["w_down"].to(x.dtype)), t["w_up"].to(x.dtype)) * spec.scale
-        # VL-PET's heads are modules of their own.
-        split = {name: [p.contiguous() for p in t[name].chunk(heads)] for name in ("w_down", "b_down") if heads > 1 and name in t}
-        return spec.call(eager, {**t, **split})  # type: ignore[dict-item, arg-type]
 
     def ours(t: dict[str, Tensor]) -> Tensor:
         return spec.call(functional, t)  # type: ignore[arg-type]
 
     rows = torch.Size(spec.lead).numel()
     unit = rows * spec.width * spec.dtype.itemsize
-    theirs, kept = measured(published, tensors, dy)
+    theirs, kept = measured(lambda t: published(spec, t), tensors, dy)
     with backend.use("cpu"):
         own, saved = measured(ours, tensors, dy)
     kernels = {name: model(spec, name) for name in ("triton", "cuda")}
@@ -155,6 +156,19 @@ def model(spec: Spec, name: str) -> _cost.Model:
     return backend._plans[spec.op].models[name](call)
 
 
+HEADER = "site                               eager: operations, traffic in T d, saved a row | fastadapt on cpu | on a GPU (kernels; traffic as modelled)"
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Every site, printing as it goes; nothing is timed, so the quick list is the same."""
+    print(HEADER)
+    found = []
+    for site, spec in sites().items():
+        found.append(row(site, spec))
+        print(found[-1], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Operations, kernels and bytes of each site.")
     parser.add_argument("--rows", type=int, default=4096)
@@ -162,7 +176,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()
     found = [row(site, spec) for site, spec in sites(args.rows, args.width).items()]
-    print("site                               eager: operations, traffic in T d, saved a row | fastadapt on cpu | on a GPU (kernels; traffic as modelled)")
+    print(HEADER)
     print(*found, sep="\n")
     if args.json:
         with open(args.json, "w") as file:

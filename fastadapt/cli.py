@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -90,6 +91,28 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+SUITES = ("ops", "models", "memory", "launches", "roofline", "scaling")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Runs the checkout's benchmarks: that around this package, or else the current folder."""
+    for root in (Path(__file__).parents[1], Path.cwd()):
+        if (root / "benchmarks" / "suites.py").exists() and (root / "tests" / "eager.py").exists():
+            break
+    else:
+        why = "the benchmarks are not installed with the package, since their rivals are the tests' references"
+        print(f"fastadapt bench: {why}; run it in the folder of a checkout of the repository", file=sys.stderr)
+        return 1
+    sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module("benchmarks.suites").run(list(dict.fromkeys(options.suite or SUITES)), options)
+    except ModuleNotFoundError as error:
+        print(f"fastadapt bench: {error.name} is not installed; pip install 'fastadapt[bench]'", file=sys.stderr)
+        return 1
+    finally:
+        sys.path.remove(str(root))
+
+
 def _option(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
@@ -154,6 +177,15 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--tasks", type=_positive, help="of routed_bottleneck (default: 4)")
     explain.add_argument("--json", action="store_true", help="with every kernel's modelled time")
     explain.set_defaults(run=_explain)
+    bench = commands.add_parser("bench", help="time the ops and whole models against eager code, torch.compile and PEFT, and count memory and launches; needs a checkout")
+    bench.add_argument("--suite", choices=SUITES, nargs="+", help="(default: all)")
+    bench.add_argument("--quick", action="store_true", help="short lists and few rounds: all suites in five minutes on two cores")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    bench.add_argument("--op", type=_op, help="of the suite ops, this op alone")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
+    bench.add_argument("--history", action="store_true", help="append the timings to benchmarks/data/history.csv, with versions, commit, device and date")
+    bench.add_argument("--plots", type=Path, metavar="DIR", help="draw the rows into PNGs in this folder (needs matplotlib)")
+    bench.set_defaults(run=_bench)
     convert = commands.add_parser(
         "convert", help="read a state dict of VL-Adapter, VL-PET or Compacter, or a directory of AdapterHub or PEFT, into an adapter directory, or write one"
     )

@@ -47,7 +47,7 @@ def test_without_a_gpu_it_says_so_and_checks_itself(capsys: pytest.CaptureFixtur
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "gpu-check: there is no CUDA device here, so nothing is measured; the dry part follows"
     assert any(int(found[1]) > 10 for line in rest if (found := re.search(r"(\d+) tests need a GPU", line)))
-    assert sum(line.startswith("would run: ") for line in rest) == 13
+    assert sum(line.startswith("would run: ") for line in rest) == 23
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
 
 
@@ -70,8 +70,10 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "tests",
         "memcheck",
         "racecheck",
-        *(f"benchmark {op} {name}" for op in ("bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck") for name in ("cuda", "triton")),
+        *(f"benchmark {op} {name}" for op in gpu_check.OPS for name in ("cuda", "triton")),
+        *(f"counters {op} {name}" for op in gpu_check.OPS for name in ("cuda", "triton")),
     ]
+    assert gpu_check.OPS == ("bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck")
     for step in steps.values():
         assert shlex.split(str(step)) == [*(f"{k}={v}" for k, v in step.environment.items()), *step.command]
     assert steps["tests"].command[3:5] == ["-m", "gpu and not full"] and steps["tests"].command[-1] == f"--junitxml={tmp_path}/a folder/tests.xml"
@@ -153,12 +155,27 @@ def test_its_calibration_changes_the_choice(record: dict[str, Any], tmp_path: Pa
     assert backend.explain("gated_bottleneck", granularity="large", gate_rank=96, **shape).chosen == "cuda"
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "gated_bottleneck"])
+@pytest.mark.parametrize("op", gpu_check.OPS)
 def test_measuring(op: str) -> None:
     """What is timed on a device, run on the CPU."""
     found = gpu_check.measured(op, ["reference"], 8, "cpu", 3, 16, 4)
     assert set(found) == {"reference"} and set(found["reference"]) == {"forward", "backward"}
     assert all(0 <= low <= median <= high for median, low, high in found["reference"].values())
+
+
+@pytest.mark.parametrize("op", gpu_check.OPS)
+def test_what_the_profiler_looks_at(op: str) -> None:
+    backend.ran(reset=True)
+    gpu_check.one_step(op, "reference", 8, "cpu")
+    assert backend.ran() == {(op, "forward", "reference"): 1, (op, "backward", "reference"): 1}
+
+
+def test_every_question_has_a_command() -> None:
+    questions = dict(gpu_check.questions())
+    assert set(questions) == set(gpu_check.QUESTIONS) and all(questions.values())
+    assert {name.split()[0] for name in gpu_check.QUESTIONS.values()} == {step.name.split()[0] for step in gpu_check.steps(options())} | {"compared"}
+    step = next(step for step in gpu_check.steps(options()) if step.name == "counters lora triton")
+    assert step.command[-3:] == ["--one-step", "lora", "triton"] and (step.missing or step.command[0].endswith("/ncu"))
 
 
 def test_the_makefile_runs_it() -> None:

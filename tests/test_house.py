@@ -90,7 +90,7 @@ def test_an_op_has_the_same_name_everywhere() -> None:
     assert ops == set(functional.__all__)
     assert ops == set(backend._plans)
     assert ops == {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
-    assert ops == {path.stem for path in (ROOT / "benchmarks" / "ops").glob("*.py")} - {"__init__"}
+    assert ops == {path.stem for path in (ROOT / "benchmarks" / "ops").glob("*.py")} - {"__init__", "__main__"}
     assert {BORROWED.get(op, op) for op in ops} == {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
     assert {op for op in ops if (op, "cuda") not in ABSENT} == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     assert {name for op in ops for name in (op, f"{op}_backward")} == {

@@ -21,10 +21,15 @@ def tensors_of(args: argparse.Namespace, dtype: str) -> list[torch.Tensor]:
 ours = functional.bottleneck
 
 
+def work(args: argparse.Namespace, dtype: str) -> measure.Work:
+    """x in, y out; x and dy in, dx out."""
+    return measure.bottleneck_work(args, dtype)
+
+
 def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
     """VL-Adapter's site: gelu_new, biases, own residual, x needs a gradient."""
     *tensors, dy = tensors_of(args, dtype)
-    return measure.compare("bottleneck", ours, eager.bottleneck, tensors, 0, dy, backend=args.backend, dtype=dtype, rank=args.rank, rounds=args.rounds)
+    return measure.compare("bottleneck", ours, eager.bottleneck, tensors, 0, dy, work=work(args, dtype), **measure.options_of(args, dtype))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,11 @@ def ours(h: Tensor, x: Tensor, wd: Tensor, wu: Tensor, bd: Tensor, bu: Tensor, g
     return functional.gated_bottleneck(h, x, wd, wu, bd, bu, granularity="large", gate_weight=g1, gate_bias=b1, gate_up_weight=g2, gate_up_bias=b2)
 
 
+def work(args: argparse.Namespace, dtype: str) -> measure.Work:
+    """The adapter and the gate, two bottlenecks: h and x in, y out; h, x and dy in, dh and dx out."""
+    return measure.bottleneck_work(args, dtype, bottlenecks=2, passes=(3, 5))
+
+
 def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
     """VL-PET-large's encoder site: four heads down, gate rank = rank, gelu_new, h and x need gradients."""
     *tensors, dy = tensors_of(args, dtype)
@@ -31,7 +36,7 @@ def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
     def authors(h: Tensor, x: Tensor, wd: Tensor, wu: Tensor, bd: Tensor, bu: Tensor, g1: Tensor, g2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
         return eager.gated_bottleneck(h, x, wd.chunk(4), wu, bd.chunk(4), bu, granularity="large", gate_weight=g1, gate_bias=b1, gate_up_weight=g2, gate_up_bias=b2)
 
-    return measure.compare("gated_bottleneck", ours, authors, tensors, 0, dy, backend=args.backend, dtype=dtype, rank=args.rank, rounds=args.rounds)
+    return measure.compare("gated_bottleneck", ours, authors, tensors, 0, dy, work=work(args, dtype), **measure.options_of(args, dtype))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,16 @@ def ours(*tensors: torch.Tensor) -> torch.Tensor:
     return functional.lora(*tensors, scale=SCALE)
 
 
+def work(args: argparse.Namespace, dtype: str) -> measure.Work:
+    """x and the projection's y in, the sum out; x and dy in, dx out: dy is the gradient of y as it is."""
+    t, d, r, out = args.rows, args.width, args.rank, args.out_width or args.width
+    a, p = measure.DTYPES[dtype].itemsize, measure.DTYPES[args.param_dtype or dtype].itemsize
+    down, up = measure.Product(t, d, r), measure.Product(t, r, out)
+    backward = [measure.Product(t, out, r), measure.Product(t, r, d), down._replace(across=True), measure.Product(t, out, r, across=True)]
+    weights = (d + out) * r * p
+    return measure.Work([down, up], backward, t * (d + 2 * out) * a + weights, t * (2 * d + out + 2 * r) * a + 2 * weights)
+
+
 def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
     """The site without the frozen projection, which costs both the same; x and y need gradients. ``--dropout`` is in percent; the rival's is torch's, and one mask judges both."""
     *tensors, dy = tensors_of(args, dtype)
@@ -42,8 +52,11 @@ def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
         return eager.lora(*tensors, scale=SCALE, dropout=p, seed=seed)
 
     judged = (judged_ours, judged_rival)
-    return measure.compare("lora", dropping, rival, tensors, 0, dy, backend=args.backend, dtype=dtype, rank=args.rank, rounds=args.rounds, judged=judged)
+    name = "lora" + (f" p={p}" if p else "") + (f" to {args.out_width}" if args.out_width else "")
+    return measure.compare(name, dropping, rival, tensors, 0, dy, work=work(args, dtype), **measure.options_of(args, dtype), judged=judged)
 
+
+OPTIONS = {"out_width": 0, "dropout": 0}
 
 if __name__ == "__main__":
-    measure.main(run, out_width=0, dropout=0)
+    measure.main(run, **OPTIONS)
