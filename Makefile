@@ -24,10 +24,13 @@ test-full: .venv/.installed lint
 	$(MAKE) --no-print-directory -j2 -Otarget SELECT="not gpu" test-compiled $(PARTS)
 	$(BIN)/python -m tests.triton.mutants
 	$(BIN)/python -m tests.triton.mutants phm
+	$(BIN)/python -m tests.triton.mutants norm
 	$(BIN)/python -m tests.mutation.cpu
 	$(BIN)/python -m tests.mutation.cpu phm
+	$(BIN)/python -m tests.mutation.cpu norm
 	$(BIN)/python -m tests.mutation.cuda
 	$(BIN)/python -m tests.mutation.cuda phm
+	$(BIN)/python -m tests.mutation.cuda norm
 	$(BIN)/python -m tests.proof --write
 
 PARTS := test-cuda test-models test-library test-interpreted test-compiled
@@ -53,6 +56,8 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.ops.gated_bottleneck --rows 16 64 128 512 4096
 	$(BIN)/python -m benchmarks.ops.lora --rows 512 4096 --rank 16 --param-dtype fp32
 	$(BIN)/python -m benchmarks.ops.lora --rows 512 4096 --rank 16 --param-dtype fp32 --dropout 10
+	$(BIN)/python -m benchmarks.ops.dropout_add_norm --rows 16 512 4096 --param-dtype fp32
+	$(BIN)/python -m benchmarks.ops.dropout_add_norm --rows 16 512 4096 --param-dtype fp32 --dropout 10
 	$(BIN)/python -m benchmarks.ops.phm_bottleneck --rows 16 512 4096 --param-dtype fp32
 	$(BIN)/python -m benchmarks.ops.routed_bottleneck --rows 512 4096 --param-dtype fp32
 

@@ -47,7 +47,7 @@ def test_without_a_gpu_it_says_so_and_checks_itself(capsys: pytest.CaptureFixtur
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "gpu-check: there is no CUDA device here, so nothing is measured; the dry part follows"
     assert any(int(found[1]) > 10 for line in rest if (found := re.search(r"(\d+) tests need a GPU", line)))
-    assert sum(line.startswith("would run: ") for line in rest) == 13
+    assert sum(line.startswith("would run: ") for line in rest) == 15
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
 
 
@@ -70,7 +70,7 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "tests",
         "memcheck",
         "racecheck",
-        *(f"benchmark {op} {name}" for op in ("bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck") for name in ("cuda", "triton")),
+        *(f"benchmark {op} {name}" for op in ("bottleneck", "dropout_add_norm", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck") for name in ("cuda", "triton")),
     ]
     for step in steps.values():
         assert shlex.split(str(step)) == [*(f"{k}={v}" for k, v in step.environment.items()), *step.command]
