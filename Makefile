@@ -24,10 +24,13 @@ test-full: .venv/.installed lint
 	$(MAKE) --no-print-directory -j2 -Otarget SELECT="not gpu" test-compiled $(PARTS)
 	$(BIN)/python -m tests.triton.mutants
 	$(BIN)/python -m tests.triton.mutants phm
+	$(BIN)/python -m tests.triton.mutants norm
 	$(BIN)/python -m tests.mutation.cpu
 	$(BIN)/python -m tests.mutation.cpu phm
+	$(BIN)/python -m tests.mutation.cpu norm
 	$(BIN)/python -m tests.mutation.cuda
 	$(BIN)/python -m tests.mutation.cuda phm
+	$(BIN)/python -m tests.mutation.cuda norm
 	$(BIN)/python -m tests.proof --write
 
 PARTS := test-cuda test-models test-library test-interpreted test-compiled

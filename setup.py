@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
 LEVELS = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c"}
 WANTED = [level for level in os.environ.get("FASTADAPT_CPU_LEVELS", ",".join(LEVELS)).split(",") if level]
-KERNELS = ("bottleneck", "gated_bottleneck", "phm_bottleneck")
+KERNELS = ("bottleneck", "dropout_add_norm", "gated_bottleneck", "phm_bottleneck")
 CUDA = os.environ.get("FASTADAPT_CUDA", "auto")
 # 8.0 also runs on 8.6 and 8.9.
 ARCHS = sorted(re.findall("[^;, ]+", os.environ.get("FASTADAPT_CUDA_ARCHS", "80;90;100;120")), key=lambda arch: (len(arch), arch))

@@ -45,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gated_bottleneck": {"granularity": "large", "gate_rank": 96},
     "phm_bottleneck": {"division": 4, "factor_rank": 1},
     "lora": {"dropout": False, "out_width": 768},
+    "dropout_add_norm": {"dropout": False, "norm": "layer", "wide": False},
 }
 # Triton's interpreter needs a process of its own, and no GPU.
 TESTS = ("tests", "--ignore=tests/triton/interpret")
@@ -54,6 +55,7 @@ SANITIZED = (
     "tests/ops/test_bottleneck.py",
     "tests/ops/test_gated_bottleneck.py",
     "tests/ops/test_phm_bottleneck.py",
+    "tests/ops/test_dropout_add_norm.py",
     "-k",
     "(test_within_rule and cuda) or (test_shapes and triton)",
 )

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastadapt import backend, functional
 from fastadapt.ops import _cost
 from tests import eager
-from tests.ops.specs import MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec
+from tests.ops.specs import MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec
 
 _FREE = {"view", "t", "transpose", "expand", "slice", "detach", "_unsafe_view", "unsqueeze", "select", "split", "alias", "as_strided", "permute", "promote_types", "new_empty"}
 ARCH = 80
@@ -81,6 +81,7 @@ def sites(rows: int = 4096, width: int = 768) -> dict[str, Spec]:
         **{f"VL-PET, {g}": Gated(**gated, granularity=g, **({"gate_rank": 96} if g == "large" else {})) for g in ("large", "middleX", "middleY", "small")},
         "Compacter (n = 4, rank 1)": PHM(**common, rank=96),
         "LoRA, dropout": Lora(**{**common, "rank": 16}, out=width, scale=2.0, dropout=0.1),
+        "post-norm, dropout": Norm(**common, dropout=0.1),
         "VL-Adapter, 4 tasks in one batch": Routed(**common, rank=96, tasks=4),
     }
 
@@ -109,6 +110,8 @@ def published(spec: Spec, t: dict[str, Tensor]) -> Tensor:
     if isinstance(spec, Lora):
         x = F.dropout(t["x"], spec.dropout)
         return t["y"] + F.linear(F.linear(x, t["w_down"].to(x.dtype)), t["w_up"].to(x.dtype)) * spec.scale
+    if isinstance(spec, Norm):  # with torch's dropout
+        return eager.dropout_add_norm(**t, **spec.options())  # type: ignore[return-value]
     heads = 4 if isinstance(spec, Gated) else 1
     split = {name: [p.contiguous() for p in t[name].chunk(heads)] for name in ("w_down", "b_down") if heads > 1 and name in t}
     return spec.call(eager, {**t, **split})  # type: ignore[dict-item, arg-type]
@@ -151,6 +154,8 @@ def model(spec: Spec, name: str) -> _cost.Model:
         options = {"tasks": spec.tasks}
     elif isinstance(spec, Lora):
         options = {"dropout": spec.dropout > 0, "out_width": spec.out}
+    elif isinstance(spec, Norm):
+        options = {"dropout": spec.dropout > 0, "norm": spec.norm or "none", "wide": spec.out_dtype != spec.dtype}
     rows = torch.Size(spec.lead).numel()
     call = backend.Call(spec.op, "cuda", spec.dtype, spec.param_dtype or spec.dtype, rows, spec.width, spec.rank, tuple(options.items()), ARCH)
     return backend._plans[spec.op].models[name](call)

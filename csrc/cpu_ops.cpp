@@ -13,6 +13,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/dropout_add_norm.h"
 #include "cpu/kernels.h"
 #include "cpu/phm_bottleneck.h"
 #include "include/plan.h"
@@ -24,14 +25,15 @@ using std::optional;
 using namespace fastadapt;
 using namespace fastadapt::plan;
 
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+Type type_of(at::ScalarType dtype) {
+  switch (dtype) {
     case at::kFloat: return kFloat;
     case at::kBFloat16: return kBFloat16;
     case at::kHalf: return kHalf;
-    default: TORCH_CHECK_TYPE(false, "fastadapt: the cpu kernels take float32, bfloat16 and float16, not ", t.scalar_type());
+    default: TORCH_CHECK_TYPE(false, "fastadapt: the cpu kernels take float32, bfloat16 and float16, not ", dtype);
   }
 }
+Type type_of(const Tensor& t) { return type_of(t.scalar_type()); }
 
 const void* data(const Tensor& t) { return t.const_data_ptr(); }
 const void* data(const optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
@@ -122,10 +124,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
   return {dx, dwd, dbd, dwu, dbu, dg, ds};
 }
 
+uint32_t dropout_threshold(double dropout) { return static_cast<uint32_t>(std::min(std::nearbyint(dropout * 0x1p32), 0x1p32 - 1)); }
+
 BottleneckParams lora_common(const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& seed, double scale, double dropout) {
   BottleneckParams p = common(x, w_down, w_up, b_up, {}, {}, scale, kIdentity, false);
   if (seed)
-    p.seed = seed->const_data_ptr<int64_t>(), p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 0x1p32), 0x1p32 - 1)), p.kept = static_cast<float>(1 / (1 - dropout));
+    p.seed = seed->const_data_ptr<int64_t>(), p.threshold = dropout_threshold(dropout), p.kept = static_cast<float>(1 / (1 - dropout));
   return p;
 }
 
@@ -424,6 +428,53 @@ NineTensors phm_bottleneck_backward(const Tensor& dy, const Tensor& x, const Ten
   return {dx, drd, dld, drtd, dbd, dru, dlu, drtu, dbu};
 }
 
+NormParams norm_common(const Tensor& like, at::ScalarType dtype, const optional<Tensor>& weight, const optional<Tensor>& seed, int64_t norm, double dropout) {
+  NormParams p{};
+  p.x_type = type_of(dtype), p.sum_type = type_of(like), p.parameter_type = weight ? type_of(*weight) : kFloat;
+  p.rows = like.size(0), p.width = like.size(1), p.norm = static_cast<Norm>(norm), p.weight = data(weight), p.kept = 1.f;
+  if (seed) p.seed = seed->const_data_ptr<int64_t>(), p.threshold = dropout_threshold(dropout), p.kept = static_cast<float>(1 / (1 - dropout));
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight, const optional<Tensor>& bias,
+                                                            const optional<Tensor>& seed, int64_t norm, double eps, double dropout, bool save) {
+  const Tensor& like = residual ? *residual : x;
+  NormParams p = norm_common(like, x.scalar_type(), weight, seed, norm, dropout);
+  const bool statistics = save && norm, keeps_v = norm == kNoNorm || (save && (residual || seed));
+  const std::array<int64_t, 2> wide{p.rows, p.width};
+  Tensor y = output(norm, wide, like), v = output(keeps_v, wide, like), mean = floats(statistics && norm == kLayerNorm ? p.rows : 0), rstd = floats(statistics ? p.rows : 0);
+  p.x = data(x), p.x_stride = x.stride(0), p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0, p.bias = data(bias), p.eps = static_cast<float>(eps);
+  p.y = pointer(norm, y), p.v = pointer(keeps_v, v);
+  p.mean = mean.numel() ? mean.mutable_data_ptr<float>() : nullptr, p.rstd = rstd.numel() ? rstd.mutable_data_ptr<float>() : nullptr;
+  parallel(ceil_div(p.rows, p.unit_rows()), [&](int64_t b, int64_t e) { cpu::norm_forward(p, b, e); });
+  return {y, v, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm_backward(const optional<Tensor>& dy, const optional<Tensor>& dv, const optional<Tensor>& v, const optional<Tensor>& mean,
+                                                                     const optional<Tensor>& rstd, const optional<Tensor>& weight, const optional<Tensor>& seed, int64_t norm,
+                                                                     double dropout, at::ScalarType dtype, int64_t needs) {
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  const Tensor& like = dy ? *dy : *dv;
+  NormParams p = norm_common(like, dtype, weight, seed, norm, dropout);
+  const auto strided = [](const optional<Tensor>& t, const void*& base, int64_t& stride) { base = data(t), stride = t ? t->stride(0) : 0; };
+  strided(dy, p.dy, p.dy_stride), strided(dv, p.dv, p.dv_stride), strided(v, p.saved, p.saved_stride);
+  p.mean = const_cast<float*>(static_cast<const float*>(data(mean))), p.rstd = const_cast<float*>(static_cast<const float*>(data(rstd)));
+  const std::array<int64_t, 2> wide{p.rows, p.width};
+  const Tensor& vector = weight ? *weight : like;
+  Tensor dx = at::empty(need(0) ? at::IntArrayRef(wide) : at::IntArrayRef{0}, like.options().dtype(dtype)), dresidual = output(need(1), wide, like),
+         dweight = output(need(2), {p.width}, vector), dbias = output(need(3), {p.width}, vector);
+  if (p.rows == 0) {
+    for (Tensor* t : {&dweight, &dbias}) t->zero_();
+    return {dx, dresidual, dweight, dbias};
+  }
+  p.dx = pointer(need(0), dx), p.dresidual = pointer(need(1), dresidual), p.dweight = pointer(need(2), dweight), p.dbias = pointer(need(3), dbias);
+  Tensor partials = floats(need(2) || need(3) ? 2 * p.padded() * ceil_div(p.rows, chunk_rows(p.rows)) : 0);
+  p.partials = partials.numel() ? partials.mutable_data_ptr<float>() : nullptr;
+  parallel(ceil_div(p.rows, p.unit_rows()), [&](int64_t b, int64_t e) { cpu::norm_backward(p, b, e); });
+  if (p.partials) cpu::norm_reduce(p);
+  return {dx, dresidual, dweight, dbias};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
@@ -442,6 +493,11 @@ TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
   m.def("lora(Tensor x, Tensor y, Tensor w_down, Tensor w_up, Tensor? b_up, Tensor? seed, float scale, float dropout, bool save) -> (Tensor, Tensor)");
   m.def(
       "lora_backward(Tensor dy, Tensor x, Tensor z, Tensor w_down, Tensor w_up, Tensor? seed, float scale, float dropout, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, int norm, float eps, float dropout, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_add_norm_backward(Tensor? dy, Tensor? dv, Tensor? v, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? seed, int norm, float dropout, ScalarType dtype, int needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 #define FASTADAPT_GATED                                                                                                                                        \
   "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_up_weight, Tensor? gate_up_bias,"            \
   " float input_scale, float adapter_scale, float scale, int activation, int kind, bool add, int samples, "
@@ -463,6 +519,8 @@ TORCH_LIBRARY_IMPL(fastadapt_cpu, CPU, m) {
   m.impl("bottleneck_backward", &bottleneck_backward);
   m.impl("lora", &lora);
   m.impl("lora_backward", &lora_backward);
+  m.impl("dropout_add_norm", &dropout_add_norm);
+  m.impl("dropout_add_norm_backward", &dropout_add_norm_backward);
   m.impl("phm_bottleneck", &phm_bottleneck);
   m.impl("phm_bottleneck_backward", &phm_bottleneck_backward);
 }

@@ -241,7 +241,7 @@ def explain(
     *,
     rows: int,
     width: int,
-    rank: int,
+    rank: int = 0,
     dtype: torch.dtype = torch.float32,
     param_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -253,7 +253,7 @@ def explain(
         op: an op of `fastadapt.functional`.
         rows: T, all leading dimensions together.
         width: D.
-        rank: R.
+        rank: R; 0 of an op without one.
         dtype: of the activations.
         param_dtype: of the parameters, by default that of the activations.
         device: a torch device, or an architecture such as ``"sm_90"``, which need not be here: the answer is then of any machine that has it, with what this one lacks beside it.

@@ -31,12 +31,13 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-# The options that only one op has, with their defaults.
+# The options that not every op has, with their defaults.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "gated_bottleneck": {"granularity": "large", "gate_rank": None},
     "lora": {"out_width": None, "dropout": False},
     "phm_bottleneck": {"division": 4, "factor_rank": 1},
     "routed_bottleneck": {"tasks": 4},
+    "dropout_add_norm": {"dropout": False, "norm": "layer", "wide": False},
 }
 
 
@@ -54,6 +55,8 @@ def _explain(options: argparse.Namespace) -> int:
     own: dict[str, Any] = {}
     for op, names in _OPTIONS.items():
         given = {name: value for name in names if (value := getattr(options, name)) is not None}
+        if op != options.op:
+            given = {name: value for name, value in given.items() if name not in _OPTIONS.get(options.op, ())}
         if op == options.op:
             own = {name: default for name, default in names.items() if default is not None} | given
         elif given:
@@ -67,11 +70,14 @@ def _explain(options: argparse.Namespace) -> int:
             print(f"fastadapt explain: --gate-rank is an option of granularity large, not of {own['granularity']}", file=sys.stderr)
             return 2
         own = {"gate_rank": own.get("gate_rank", options.rank) if large else 0, "granularity": "logits" if own["granularity"] == "large_full" else own["granularity"]}
+    if (options.rank is None) != (options.op == "dropout_add_norm"):
+        print(f"fastadapt explain: {options.op} {'needs --rank' if options.rank is None else 'has no --rank'}", file=sys.stderr)
+        return 2
     if options.op == "lora":
         own.setdefault("out_width", options.width)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        told = backend.explain(options.op, rows=options.rows, width=options.width, rank=options.rank, dtype=dtype, param_dtype=param_dtype, device=device, **own)
+        told = backend.explain(options.op, rows=options.rows, width=options.width, rank=options.rank or 0, dtype=dtype, param_dtype=param_dtype, device=device, **own)
     except backend.BackendError as error:  # FASTADAPT_BACKEND demands one
         print(f"fastadapt explain: {error}", file=sys.stderr)
         return 1
@@ -161,17 +167,19 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, default=1, help="one is fastest for so small a model as soon as anything else runs")
     demo.set_defaults(run=_demo)
     explain = commands.add_parser("explain", help="say which backend a call would run on, why, and on a CUDA device in what time")
-    explain.add_argument("op", type=_op, help="bottleneck, gated_bottleneck, lora, phm_bottleneck or routed_bottleneck")
+    explain.add_argument("op", type=_op, help="bottleneck, dropout_add_norm, gated_bottleneck, lora, phm_bottleneck or routed_bottleneck")
     explain.add_argument("--rows", type=_positive, required=True, help="T, all leading dimensions together")
     explain.add_argument("--width", type=_positive, required=True, help="D")
-    explain.add_argument("--rank", type=_positive, required=True, help="R")
+    explain.add_argument("--rank", type=_positive, help="R, which all but dropout_add_norm have")
     explain.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="bf16", help="of the activations (default: bf16)")
     explain.add_argument("--param-dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the parameters (default: fp32, and fp64 over fp64)")
     explain.add_argument("--device", type=_device, help="cpu, cuda, or an architecture such as sm_90, which need not be here (default: cuda where there is one, else cpu)")
     explain.add_argument("--granularity", choices=("large", "large_full", "middleX", "middleY", "small"), help="of gated_bottleneck (default: large)")
     explain.add_argument("--gate-rank", type=_positive, help="of granularity large (default: the rank)")
     explain.add_argument("--out-width", type=_positive, help="of lora: that of the projection's output (default: the width)")
-    explain.add_argument("--dropout", action="store_true", default=None, help="of lora: with dropout")
+    explain.add_argument("--dropout", action="store_true", default=None, help="of lora and dropout_add_norm: with dropout")
+    explain.add_argument("--norm", choices=("layer", "rms", "none"), help="of dropout_add_norm (default: layer)")
+    explain.add_argument("--wide", action="store_true", default=None, help="of dropout_add_norm: with a float32 residual")
     explain.add_argument("--division", type=_positive, help="n of phm_bottleneck (default: 4)")
     explain.add_argument("--factor-rank", type=_positive, help="k of phm_bottleneck (default: 1)")
     explain.add_argument("--tasks", type=_positive, help="of routed_bottleneck (default: 4)")

@@ -2,7 +2,7 @@
 
 Dtypes: activations (x, h, residual) share one dtype A, one of float32, bfloat16, float16 (float64 runs on ``reference``). All parameters of a call share one dtype P, which is A or
 float32; float32 parameters over half-precision activations is how people train. Kernels round parameters to A, accumulate in float32, and return weight gradients in P. Under
-autocast, activations are cast to the autocast dtype and parameters stay as they are.
+autocast, activations are cast to the autocast dtype and parameters stay as they are. `dropout_add_norm` has rules of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from fastadapt import backend
 from fastadapt.ops._library import activation_index
 from fastadapt.ops.bottleneck import reference as _bottleneck_reference
 from fastadapt.ops.bottleneck.function import bottleneck as _bottleneck
+from fastadapt.ops.dropout_add_norm import reference as _norm_reference
+from fastadapt.ops.dropout_add_norm.function import dropout_add_norm as _dropout_add_norm
 from fastadapt.ops.gated_bottleneck import reference as _gated_reference
 from fastadapt.ops.gated_bottleneck.function import gated_bottleneck as _gated_bottleneck
 from fastadapt.ops.gated_bottleneck.schema import KINDS
@@ -30,7 +32,7 @@ from fastadapt.ops.phm_bottleneck.function import phm_bottleneck as _phm_bottlen
 from fastadapt.ops.routed_bottleneck import reference as _routed_reference
 from fastadapt.ops.routed_bottleneck.function import routed_bottleneck as _routed_bottleneck
 
-__all__ = ["bottleneck", "gated_bottleneck", "lora", "multimodal_bottleneck", "phm_bottleneck", "routed_bottleneck"]
+__all__ = ["bottleneck", "dropout_add_norm", "gated_bottleneck", "lora", "multimodal_bottleneck", "phm_bottleneck", "routed_bottleneck"]
 
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
@@ -225,21 +227,84 @@ def lora(
     """
     _is_tensor("scale", scale)
     scale, _ = _scale("scale", scale)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: must be a number from 0 to below 1, not {dropout!r}")
+    _check_dropout(dropout)
     if not _evident_lora(x, y, w_down, w_up, b_up):
         for name, t in (("x", x), ("y", y)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
         (x,), (y,) = _activations(x=x), _activations(y=y)
         _beside(x, y, w_down, w_up, b_up)
-    if seed is not None:
-        _check_seed(x, seed)
-    if not dropout:
-        seed = None
-    elif seed is None:
-        seed = draw_seed(x)
+    seed = _seed(x, seed, dropout)
     return _call(_lora, _lora_reference.composed, x, _rows(y), w_down, w_up, b_up, seed, scale, float(dropout), shape=y.shape)
+
+
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: Literal["layer", "rms"] | None = "layer",
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""What stands behind a sub-layer as one operation: dropout, the sum with the residual stream, and the norm (Vaswani et al. 2017, section 5.4).
+
+    .. math::
+        v = residual + D(x), \qquad D(x) = \tfrac{1}{1 - p}\, M \odot x, \qquad
+        y = w \odot \frac{v - mean(v)}{\sqrt{var(v) + \epsilon}} + b \quad\text{or}\quad y = w \odot \frac{v}{\sqrt{mean(v^2) + \epsilon}} + b
+
+    Post-norm hosts (BART) go on with y, pre-norm ones (T5) with v and y; alone it is a layer norm or an RMS norm. M is that of `lora`.
+
+    Dtypes: the residual has x's dtype A, or float32 beside a half-precision x (a residual stream under autocast); v and y have the residual's dtype V, without one A. Weight and
+    bias share one dtype, V or float32, and are not rounded to V, as torch's own norms do not. v is rounded to V before its statistics are taken; everything is computed in float32.
+    Under autocast tensors keep their dtypes, and a half-precision residual beside a float32 x becomes float32, as in torch's own sum.
+
+    Args:
+        x: output of the sub-layer, (..., D), any strides.
+        residual: residual stream, of x's shape, or None.
+        weight: w, (D,); None is ones.
+        bias: b, (D,); None is zeros.
+        norm: "layer" (biased variance), "rms", or None: y is v, and there are neither weight nor bias.
+        eps: a Python number.
+        dropout: p, from 0 to below 1: what this call applies, so give 0 outside training.
+        seed: of the dropout, int64, one element on x's device, never read on the host. None draws it from torch's generator of that device, which `torch.manual_seed` sets.
+        return_sum: return v too.
+
+    Returns:
+        y, of x's shape and dtype V; with ``return_sum`` y and v. What would be x itself is x.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong; raised before any kernel runs.
+        fastadapt.backend.BackendError: a demanded backend cannot run the call.
+    """
+    kind = _norm_index(norm)
+    _is_tensor("eps", eps)
+    eps, _ = _scale("eps", eps)
+    if eps < 0.0:
+        raise ValueError(f"eps: must not be negative, not {eps!r}")
+    _check_dropout(dropout)
+    if not _evident_norm(x, residual, weight, bias, kind):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: must be a tensor, not {type(x).__name__}")
+        (x,) = _activations(False, x=x)
+        residual = _stream(x, residual)
+        _norm_parameters(x if residual is None else residual, weight, bias, kind)
+    seed = _seed(x, seed, dropout)
+    if kind == 0 and residual is None and not dropout:
+        return (x, x) if return_sum else x
+    if bias is not None and weight is None:
+        weight = torch.ones_like(bias)
+    args = _rows(x), _rows(residual), weight, bias, seed, kind, eps, float(dropout)
+    if torch._C._are_functorch_transforms_active():
+        y, v = _norm_reference.composed(*args)[:2]
+    else:
+        y, v = _dropout_add_norm(*args, return_sum=return_sum, demand=backend.demand())
+    if x.dim() != 2:
+        y, v = y.reshape(x.shape), v.reshape(x.shape) if return_sum else v
+    return (y, v) if return_sum else y
 
 
 def phm_bottleneck(
@@ -650,6 +715,79 @@ def _beside(x: Tensor, y: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | N
     _parameters(x, w_down.dtype, w_down=(w_down, (rank, x.shape[-1])), w_up=(w_up, (y.shape[-1], rank)), b_up=(b_up, (y.shape[-1],)))
 
 
+def _norm_index(norm: str | None) -> int:
+    try:
+        return {None: 0, "layer": 1, "rms": 2}[norm]
+    except (KeyError, TypeError):
+        raise ValueError(f"norm: must be 'layer', 'rms' or None, not {norm!r}") from None
+
+
+def _evident_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: int) -> bool:
+    """As `_evident`."""
+    try:
+        dtype, device, shape = x.dtype, x.device, x.shape
+        if dtype not in _FLOATS or len(shape) < 2 or shape[-1] == 0:
+            return False
+        if residual is not None:
+            if residual.shape != shape or residual.device != device or (residual.dtype != dtype and (residual.dtype != torch.float32 or dtype.itemsize != 2)):
+                return False
+            dtype = residual.dtype
+        if weight is None or kind == 0:
+            return weight is bias is None
+        p_dtype = weight.dtype
+        return (
+            (p_dtype == dtype or p_dtype == torch.float32)
+            and weight.shape == shape[-1:]
+            and weight.device == device
+            and (bias is None or (bias.shape == shape[-1:] and bias.dtype == p_dtype and bias.device == device))
+        )
+    except AttributeError:
+        return False
+
+
+def _stream(x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """Checks the residual stream that x is added to."""
+    if residual is None:
+        return None
+    (residual,) = _activations(False, residual=residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: shape {tuple(residual.shape)} must equal that of x, {tuple(x.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: is on {residual.device}, but x is on {x.device}")
+    if residual.dtype == x.dtype or (residual.dtype == torch.float32 and x.dtype.itemsize == 2):
+        return residual
+    if x.dtype == torch.float32 and residual.dtype.itemsize == 2 and _autocasts(x.device.type):
+        return residual.to(x.dtype)
+    raise TypeError(f"residual: dtype {residual.dtype} must equal that of x, {x.dtype}, or be float32 beside a half-precision x")
+
+
+def _norm_parameters(v: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int) -> None:
+    """Checks weight and bias of a norm of tensors like v."""
+    given = {name: p for name, p in (("weight", weight), ("bias", bias)) if p is not None}
+    for name, p in given.items():
+        if kind == 0:
+            raise ValueError(f"{name}: norm None has no such parameter")
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {type(p).__name__}")
+    if given:
+        first = next(iter(given))
+        _parameters(v, given[first].dtype, first, **{name: (p, (v.shape[-1],)) for name, p in given.items()})
+
+
+def _check_dropout(dropout: float) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: must be a number from 0 to below 1, not {dropout!r}")
+
+
+def _seed(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | None:
+    """The seed of a call's dropout: the one given, which is checked, or a new one; None where nothing is dropped."""
+    if seed is not None:
+        _check_seed(x, seed)
+    if not dropout:
+        return None
+    return draw_seed(x) if seed is None else seed
+
+
 def _check_seed(x: Tensor, seed: Tensor) -> None:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         raise TypeError(f"seed: must be an int64 tensor, not {seed.dtype if isinstance(seed, Tensor) else type(seed).__name__}")
@@ -659,8 +797,8 @@ def _check_seed(x: Tensor, seed: Tensor) -> None:
         raise ValueError(f"seed: is on {seed.device}, but the input is on {x.device}")
 
 
-def _activations(**tensors: Tensor | None) -> list[Any]:
-    """Checks the activations of a call against the first one, and casts them under autocast."""
+def _activations(cast: bool = True, /, **tensors: Tensor | None) -> list[Any]:
+    """Checks the activations of a call against the first one, and casts them under autocast, unless ``cast`` is False."""
     first_name, first = next(iter(tensors.items()))
     out: list[Any] = []
     for name, t in tensors.items():
@@ -671,7 +809,7 @@ def _activations(**tensors: Tensor | None) -> list[Any]:
             raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
         if t.dtype not in _FLOATS:
             raise TypeError(f"{name}: dtype {t.dtype} is not supported; must be float32, bfloat16, float16 or float64")
-        if t.dtype != torch.float64 and _autocasts(t.device.type):
+        if cast and t.dtype != torch.float64 and _autocasts(t.device.type):
             t = t.to(torch.get_autocast_dtype(t.device.type))
         if name == first_name:
             first = t

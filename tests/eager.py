@@ -223,6 +223,35 @@ def lora(
     return y + _linear(_linear(x, w_down, None), w_up, b_up) * scale
 
 
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str | None = "layer",
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A host's dropout, sum and norm: torch's layer norm, in float32 where its parameters are wider, as autocast has it, or T5LayerNorm. Masks as in `lora`."""
+    if dropout:
+        x = F.dropout(x, dropout) if seed is None else x * kept(seed, x, dropout).to(x.dtype) / (1 - dropout)
+    v = x if residual is None else residual + x
+    y = v
+    if norm == "layer":
+        wide = v if weight is None or weight.dtype == v.dtype else v.to(weight.dtype)
+        y = F.layer_norm(wide, v.shape[-1:], weight, bias, eps).to(v.dtype)
+    elif norm == "rms":
+        wide = v if v.dtype == torch.float64 else v.float()
+        y = v * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        if weight is not None:
+            y = weight * y.to(weight.dtype)
+        y = (y if bias is None else y + bias).to(v.dtype)
+    return (y, v) if return_sum else y
+
+
 def kept(seed: Tensor, x: Tensor, dropout: float) -> Tensor:
     """The elements of x that dropout keeps, by Philox4x32-10 as Random123 writes it: round, then bump of the key."""
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)

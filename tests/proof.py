@@ -33,7 +33,7 @@ def with_includes(paths: list[Path]) -> set[Path]:
     return found
 
 
-GROUPS = {"": ("bottleneck", "gated_bottleneck", "lora", "routed_bottleneck"), "_phm": ("phm_bottleneck",)}
+GROUPS = {"": ("bottleneck", "gated_bottleneck", "lora", "routed_bottleneck"), "_phm": ("phm_bottleneck",), "_norm": ("dropout_add_norm",)}
 """End of a family's name -> the ops whose kernels it has, so that a change of one group's own files leaves the others proved."""
 
 

@@ -85,7 +85,7 @@ def test_a_demand_that_cannot_be_met_is_refused_with_its_reasons() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="unknown backend 'gpu': must be one of auto, reference, cpu, triton"), backend.use("gpu"):
         pass
-    with pytest.raises(ValueError, match="unknown op 'lora_x': must be one of bottleneck, gated_bottleneck"):
+    with pytest.raises(ValueError, match="unknown op 'lora_x': must be one of bottleneck, dropout_add_norm, gated_bottleneck"):
         backend.explain("lora_x", **SHAPE)
 
 

@@ -76,6 +76,8 @@ def test_options_reach_the_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("gated_bottleneck", *SHAPE, "--granularity", "large_full")["call"]["options"] == {"gate_rank": 0, "granularity": "logits"}
     assert call("lora", *SHAPE)["call"]["options"] == {"dropout": False, "out_width": 768}
     assert call("lora", *SHAPE, "--out-width", "3072", "--dropout")["call"]["options"] == {"dropout": True, "out_width": 3072}
+    told = call("dropout_add_norm", "--rows", "8", "--width", "64", "--norm", "rms", "--dropout")
+    assert told["call"]["options"] == {"dropout": True, "norm": "rms", "wide": False} and told["call"]["rank"] == 0
     assert call("bottleneck", *SHAPE)["call"] == {
         "op": "bottleneck", "device": "cuda", "dtype": "torch.bfloat16", "param_dtype": "torch.float32", "rows": 8192, "width": 768, "rank": 96, "options": {}, "arch": 80
     }  # fmt: skip
@@ -95,11 +97,11 @@ def test_json_has_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (("bottle", *SHAPE), "argument op: unknown op 'bottle': must be one of bottleneck, gated_bottleneck, lora, phm_bottleneck, routed_bottleneck"),
+        (("bottle", *SHAPE), "argument op: unknown op 'bottle': must be one of bottleneck, dropout_add_norm, gated_bottleneck, lora, phm_bottleneck, routed_bottleneck"),
         (("bottleneck", *SHAPE, "--device", "gpu"), "argument --device: unknown device 'gpu': must be cpu, cuda or an architecture such as sm_90"),
         (("bottleneck", *SHAPE, "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
         (("bottleneck", "--rows", "0", "--width", "8", "--rank", "2"), "argument --rows: must be at least 1, not 0"),
-        (("bottleneck", "--rows", "4"), "the following arguments are required: --width, --rank"),
+        (("bottleneck", "--rows", "4"), "the following arguments are required: --width"),
         (("gated_bottleneck", *SHAPE, "--granularity", "huge"), "argument --granularity: invalid choice: 'huge'"),
     ],
 )
@@ -115,6 +117,9 @@ def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], args: tuple[s
         (("bottleneck", *SHAPE, "--gate-rank", "8"), "--granularity and --gate-rank are options of gated_bottleneck, not of bottleneck"),
         (("bottleneck", *SHAPE, "--granularity", "small"), "--granularity and --gate-rank are options of gated_bottleneck, not of bottleneck"),
         (("bottleneck", *SHAPE, "--division", "8"), "--division and --factor-rank are options of phm_bottleneck, not of bottleneck"),
+        (("bottleneck", "--rows", "8", "--width", "64"), "bottleneck needs --rank"),
+        (("dropout_add_norm", *SHAPE), "dropout_add_norm has no --rank"),
+        (("lora", *SHAPE, "--wide"), "--dropout and --norm and --wide are options of dropout_add_norm, not of lora"),
         (("bottleneck", *SHAPE, "--dropout"), "--out-width and --dropout are options of lora, not of bottleneck"),
         (("phm_bottleneck", *SHAPE, "--tasks", "8"), "--tasks is an option of routed_bottleneck, not of phm_bottleneck"),
         (("bottleneck", *SHAPE, "--dtype", "bf16", "--param-dtype", "fp16"), "--param-dtype must be bf16 or fp32, not fp16"),

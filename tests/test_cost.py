@@ -19,6 +19,9 @@ from fastadapt.backend import Call
 from fastadapt.ops import _cost, _triton
 from fastadapt.ops.bottleneck import reference as bottleneck_reference
 from fastadapt.ops.bottleneck.plan import PLAN as BOTTLENECK
+from fastadapt.ops.dropout_add_norm import reference as norm_reference
+from fastadapt.ops.dropout_add_norm.plan import PLAN as NORM
+from fastadapt.ops.dropout_add_norm.schema import NORMS
 from fastadapt.ops.gated_bottleneck import reference as gated_reference
 from fastadapt.ops.gated_bottleneck.plan import PLAN as GATED
 from fastadapt.ops.lora import reference as lora_reference
@@ -29,7 +32,7 @@ from fastadapt.ops.routed_bottleneck import reference as routed_reference
 from fastadapt.ops.routed_bottleneck.plan import PLAN as ROUTED
 
 ROOT = Path(__file__).parents[1]
-PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED, "lora": LORA, "phm_bottleneck": PHM, "routed_bottleneck": ROUTED}
+PLANS = {"bottleneck": BOTTLENECK, "gated_bottleneck": GATED, "lora": LORA, "phm_bottleneck": PHM, "routed_bottleneck": ROUTED, "dropout_add_norm": NORM}
 ARCHS = (80, 86, 89, 90, 100, 120)
 KINDS = ("large", "logits", "middleX", "middleY", "small")
 
@@ -60,6 +63,8 @@ def call(op: str = "bottleneck", *, kind: str = "large", gate_rank: int | None =
         shape["options"] = (("tasks", tasks),)
     elif op == "lora":
         shape["options"] = (("dropout", kind == "dropout"), ("out_width", 320))
+    elif op == "dropout_add_norm":  # kind: the norm, then "dropout" and "wide"
+        shape |= {"rank": 0, "options": (("dropout", "dropout" in kind), ("norm", next((norm for norm in NORMS if norm in kind), "layer")), ("wide", "wide" in kind))}
     return Call(op=op, **shape)
 
 
@@ -87,6 +92,8 @@ def phm_arguments(of: Call) -> tuple[list[torch.Tensor], list[torch.Tensor], tor
 def eager_operations(of: Call) -> list[Counted]:
     """Forward and backward of the reference, run and counted."""
     a, p, t, d, r = of.dtype, of.param_dtype, of.rows, of.width, of.rank
+    if of.op == "dropout_add_norm":
+        return eager_norm_operations(of)
     projections = [torch.randn(s, dtype=p) for s in ((r, d), (r,), (d, r), (d,))]
     wd, _, wu, bu = projections
     x, dy = torch.randn(t, d, dtype=a), torch.randn(t, d, dtype=a)
@@ -130,6 +137,26 @@ def eager_operations(of: Call) -> list[Counted]:
     return counts
 
 
+def norm_arguments(of: Call) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Of forward, and what backward gets beside its gradient: what functional asks for where everything is trained."""
+    t, d, norm, dropout = of.rows, of.width, NORMS.index(of.option("norm")), 0.1 if of.option("dropout") else 0.0
+    x, residual = torch.randn(t, d, dtype=of.dtype), torch.randn(t, d, dtype=torch.float32 if of.option("wide") else of.dtype)
+    w, seed, of_row = torch.randn(d, dtype=of.param_dtype) if norm else None, torch.zeros(1, dtype=torch.int64) if dropout else None, torch.ones(t)
+    saved = (residual if norm else None, None if norm else residual, residual if norm else None, of_row if norm == 1 else None, of_row if norm else None)
+    needs = [bool(dropout) or of.option("wide"), norm > 0, norm > 0, norm == 1]
+    return (x, residual, w, w if norm == 1 else None, seed, norm, 1e-5, dropout, True), (*saved, w, seed, norm, dropout, of.dtype, needs)
+
+
+def eager_norm_operations(of: Call) -> list[Counted]:
+    counts, (forward, backward) = [Counted(), Counted()], norm_arguments(of)
+    with counts[0]:
+        norm_reference.forward(*forward)
+    with counts[1]:
+        if any(backward[-1]):
+            norm_reference.backward(*backward)
+    return counts
+
+
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), ("routed_bottleneck", ""), ("lora", ""), ("lora", "dropout"), *(("gated_bottleneck", kind) for kind in KINDS)])
 def test_the_reference_is_modelled_as_it_runs(op: str, kind: str, param_dtype: torch.dtype) -> None:
@@ -146,6 +173,21 @@ def test_the_reference_is_modelled_as_it_runs(op: str, kind: str, param_dtype: t
 def test_compacter_s_reference_is_modelled_as_it_runs(division: int, factor_rank: int, param_dtype: torch.dtype) -> None:
     of = call("phm_bottleneck", division=division, factor_rank=factor_rank, param_dtype=param_dtype, rows=512, width=192, rank=24)
     model = PHM.models["reference"](of)
+    for kernels, counted in zip((model.forward, model.backward), eager_operations(of), strict=True):
+        assert sum(kernel.launches for kernel in kernels) == counted.launches
+        assert sum(kernel.hbm + kernel.again + kernel.l2 for kernel in kernels) == pytest.approx(counted.bytes, rel=0.03)
+
+
+NORM_KINDS = ("layer", "layer dropout", "layer wide", "rms", "rms dropout", "rms dropout wide", "none", "none dropout", "none wide")
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=["bf16", "mixed", "fp32"])
+@pytest.mark.parametrize("kind", NORM_KINDS)
+def test_a_norm_s_reference_is_modelled_as_it_runs(kind: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    if "wide" in kind and dtypes != (torch.bfloat16, torch.float32):
+        return
+    of = call("dropout_add_norm", kind=kind, dtype=dtypes[0], param_dtype=dtypes[1], rows=512, width=192)
+    model = NORM.models["reference"](of)
     for kernels, counted in zip((model.forward, model.backward), eager_operations(of), strict=True):
         assert sum(kernel.launches for kernel in kernels) == counted.launches
         assert sum(kernel.hbm + kernel.again + kernel.l2 for kernel in kernels) == pytest.approx(counted.bytes, rel=0.03)
@@ -216,6 +258,26 @@ def test_triton_runs_lora_in_one_launch_and_three(launches: list[str], dropout: 
     module.backward(y, x, z, wd, wu, seed, 1.0, dropout, [True, True, True, False])
     assert launches == ["forward_kernel", "rows_kernel", "weights_kernel", "reduce_kernel"]
     assert [sum(kernel.launches for kernel in kernels) for kernels in (model.forward, model.backward)] == [1 + casts, 3 + casts]
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize("kind", NORM_KINDS)
+def test_triton_runs_a_norm_in_one_launch_and_two(launches: list[str], kind: str) -> None:
+    """And moves the bytes of its arguments and results: v, y, the residual and their gradients in the residual's dtype, x and its gradient in x's."""
+    of = call("dropout_add_norm", kind=kind, rows=200_000)
+    module, model, (forward, backward) = NORM.module("triton"), NORM.models["triton"](of), norm_arguments(of._replace(rows=300, width=64))
+    module.forward(*forward)
+    if any(backward[-1]):
+        module.backward(*backward)
+    normed, own = of.option("norm") != "none", of.option("dropout") or of.option("wide")
+    assert launches == ["forward_kernel", *["backward_kernel"] * (normed or own), *["sums_kernel"] * normed]
+    assert [sum(kernel.launches for kernel in kernels) for kernels in (model.forward, model.backward)] == [1, len(launches) - 1]
+    x, v = (of.rows * of.width * size for size in (2, 4 if of.option("wide") else 2))
+    assert sum(kernel.hbm for kernel in model.forward) == pytest.approx(x + (3 if normed else 2) * v, rel=0.01)
+    assert sum(kernel.hbm for kernel in model.backward) == pytest.approx((3 * v if normed else v * own) + x * own, rel=0.01)
+    if of.option("dropout"):
+        dropped, kept = (estimate("triton", of._replace(options=(("dropout", p), *of.options[1:]))) for p in (True, False))
+        assert dropped.forward.gpu > kept.forward.gpu and dropped.backward.gpu > kept.backward.gpu
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")

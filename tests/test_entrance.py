@@ -17,7 +17,7 @@ from fastadapt import backend, functional
 from tests import eager
 from tests.ops import checks
 from tests.ops.checks import assert_same_bits, evaluate, every_backend, one_backend, runs_on
-from tests.ops.specs import GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Spec, specs
+from tests.ops.specs import GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Spec, specs
 from tests.tolerance import FLOOR, relative_error
 
 PLAIN = Bottleneck(lead=(3, 7), width=16, rank=4, residual="other", scale="tensor", gate=True)
@@ -25,15 +25,18 @@ GATED = Gated(lead=(3, 7), width=16, rank=4, gate_rank=5)
 SMALL = Gated(lead=(3, 7), width=16, rank=4, granularity="small", scale=0.3)
 COMPACTER = PHM(lead=(3, 7), width=16, rank=4, residual="other", scale=0.3)
 LORA = Lora(lead=(3, 7), width=16, out=12, rank=4, biases="up", scale=0.3, dropout=0.3)
-EVERY = specs([PLAIN, GATED, COMPACTER, LORA])
+NORM = Norm(lead=(3, 7), width=16, dropout=0.3)
+CASTS = [PLAIN, GATED, COMPACTER, LORA]
+EVERY = specs([*CASTS, NORM])
 # An argument of each op that is trained.
-WEIGHT = {"bottleneck": "w_down", "gated_bottleneck": "w_down", "phm_bottleneck": "left_down", "lora": "w_down"}
+WEIGHT = {"bottleneck": "w_down", "gated_bottleneck": "w_down", "phm_bottleneck": "left_down", "lora": "w_down", "dropout_add_norm": "weight"}
 # The tensor arguments of the ops, in order.
 ORDER = {
     "bottleneck": ("x", "w_down", "b_down", "w_up", "b_up", "gate", "scale", "residual"),
     "gated_bottleneck": ("h", "x", "w_down", "b_down", "w_up", "b_up", "gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias"),
     "phm_bottleneck": ("x", "rule_down", "left_down", "right_down", "b_down", "rule_up", "left_up", "right_up", "b_up", "residual"),
     "lora": ("x", "y", "w_down", "w_up", "b_up"),
+    "dropout_add_norm": ("x", "residual", "weight", "bias"),
 }
 ALL = specs(
     [
@@ -41,6 +44,10 @@ ALL = specs(
         COMPACTER,
         LORA,
         replace(LORA, biases="none", dropout=0.0),
+        NORM,
+        replace(NORM, norm="rms", biases="weight", dropout=0.0, returns="both"),
+        replace(NORM, dtype=torch.bfloat16, param_dtype=torch.float32, residual="wide", norm=None, biases="none"),
+        Norm(lead=(21,), width=16, residual=None),
         Bottleneck(lead=(21,), width=16, rank=4, heads=2, norm_before=True, norm_after=True),
         *(Gated(lead=(3, 7), width=16, rank=4, gate_rank=5, granularity=g) for g in GRANULARITIES),
     ]
@@ -92,7 +99,7 @@ def test_compiled_by_inductor(spec: Spec, name: str, device: str) -> None:
 
 
 @one_backend
-@specs([PLAIN, SMALL, COMPACTER, LORA])
+@specs([PLAIN, SMALL, COMPACTER, LORA, NORM])
 def test_other_shapes_do_not_compile_again(spec: Spec, name: str, device: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     module = Module(spec, spec.draw(0, device))
@@ -109,7 +116,7 @@ def test_other_shapes_do_not_compile_again(spec: Spec, name: str, device: str) -
 
 
 @one_backend
-@specs([replace(PLAIN, lead=(21,)), GATED, replace(COMPACTER, lead=(21,)), LORA])
+@specs([replace(PLAIN, lead=(21,)), GATED, replace(COMPACTER, lead=(21,)), LORA, NORM])
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(spec: Spec, name: str, device: str, strict: bool) -> None:
     tensors = spec.draw(0, device)
@@ -189,7 +196,7 @@ def test_the_ops_themselves_differentiate(spec: Spec, name: str, device: str) ->
 
 
 @one_backend
-@EVERY
+@specs(CASTS)  # the norm leaves dtypes as they are: tests/ops/test_dropout_add_norm.py
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast(spec: Spec, name: str, device: str, compiled: bool) -> None:
     """fp32 in, bf16 out; parameters stay fp32, and so do their gradients; the numbers are those of fp32 parameters over bf16 activations."""
@@ -253,7 +260,8 @@ def test_double_backward_is_refused(spec: Spec, name: str, device: str, direct: 
 @one_backend
 @EVERY
 def test_a_saved_argument_changed_in_place_is_noticed(spec: Spec, name: str, device: str) -> None:
-    for victim in (spec.activations[0], *(n for n in spec.shapes() if n.startswith(("w_", "rule_", "left_", "right_")))):
+    first = () if isinstance(spec, Norm) else spec.activations[:1]  # the norm keeps the sum, not x
+    for victim in (*first, *(n for n in spec.shapes() if n.startswith(("w", "rule_", "left_", "right_")))):
         tensors = {n: t.requires_grad_(n != victim) for n, t in spec.draw(0, device).items()}
         with backend.use(name):
             y = spec.call(functional, tensors)

@@ -40,6 +40,10 @@ def _lora() -> dict[str, Any]:
     return {"x": torch.randn(3, 5, D), "y": torch.randn(3, 5, E), "w_down": torch.randn(R, D), "w_up": torch.randn(E, R), "b_up": torch.randn(E)}
 
 
+def _norm() -> dict[str, Any]:
+    return {"x": torch.randn(3, 5, D), "residual": torch.randn(3, 5, D), "weight": torch.randn(D), "bias": torch.randn(D)}
+
+
 def _refused(function: Any, arguments: dict[str, Any], kind: type[Exception], *says: str) -> None:
     before = {n: v.clone() for n, v in arguments.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
     ran = backend.ran()
@@ -197,6 +201,46 @@ LORA = {
 }
 
 
+NORM = {
+    "length of weight": ({"weight": torch.randn(D + 1)}, ValueError, "weight", f"({D + 1},)", f"({D},)"),
+    "length of bias": ({"bias": torch.randn(1)}, ValueError, "bias", "(1,)", f"({D},)"),
+    "length of bias alone": ({"weight": None, "bias": torch.randn(1)}, ValueError, "bias", "(1,)", f"({D},)"),
+    "weight is a number": ({"weight": 1.0}, TypeError, "weight", "float", "tensor"),
+    "bias is a number": ({"bias": 0.0}, TypeError, "bias", "float", "tensor"),
+    "weight without a norm": ({"norm": None, "bias": None}, ValueError, "weight", "norm None"),
+    "bias without a norm": ({"norm": None, "weight": None}, ValueError, "bias", "norm None"),
+    "unknown norm": ({"norm": "batch"}, ValueError, "norm", "'batch'", "'layer'", "'rms'", "None"),
+    "norm is a list": ({"norm": ["rms"]}, ValueError, "norm", "['rms']"),
+    "negative eps": ({"eps": -1e-5}, ValueError, "eps", "-1e-05", "negative"),
+    "NaN eps": ({"eps": float("nan")}, ValueError, "eps", "nan", "finite"),
+    "tensor eps": ({"eps": torch.ones(1)}, TypeError, "eps", "tensor", "number"),
+    "x is None": ({"x": None}, TypeError, "x", "NoneType", "tensor"),
+    "1-D x": ({"x": torch.randn(D)}, ValueError, "x", f"({D},)", "(..., D)"),
+    "width 0": ({"x": torch.randn(3, 0)}, ValueError, "x", "(3, 0)", "D >= 1"),
+    "integer x": ({"x": torch.ones(3, 5, D, dtype=torch.int64)}, TypeError, "x", "torch.int64", "float32"),
+    "residual is a number": ({"residual": 1.0}, TypeError, "residual", "float", "tensor"),
+    "shape of residual": ({"residual": torch.randn(5, D)}, ValueError, "residual", f"(5, {D})", f"(3, 5, {D})"),
+    "device of residual": ({"residual": meta(3, 5, D)}, ValueError, "residual", "meta", "cpu"),
+    "half residual beside float32": ({"residual": torch.randn(3, 5, D).bfloat16()}, TypeError, "residual", "torch.bfloat16", "torch.float32", "half-precision"),
+    "float64 residual beside float32": ({"residual": torch.randn(3, 5, D).double()}, TypeError, "residual", "torch.float64", "torch.float32"),
+    "float32 residual beside float64": ({"x": torch.randn(3, 5, D).double()}, TypeError, "residual", "torch.float32", "torch.float64"),
+    "fp16 beside bf16": ({"x": torch.randn(3, 5, D).half(), "residual": torch.randn(3, 5, D).bfloat16()}, TypeError, "residual", "torch.bfloat16", "torch.float16"),
+    "half parameters of a float32 sum": ({"x": torch.randn(3, 5, D).half(), "weight": torch.ones(D).half(), "bias": None}, TypeError, "weight", "torch.float16", "torch.float32"),
+    "mixed parameters": ({"bias": torch.randn(D).bfloat16()}, TypeError, "bias", "torch.bfloat16", "weight", "torch.float32"),
+    **{f"device of {name}": ({name: meta(D)}, ValueError, name, "meta", "cpu") for name in ("weight", "bias")},
+    **{f"dropout {p!r}": ({"dropout": p}, ValueError, "dropout", repr(p), "from 0 to below 1") for p in (1.0, -0.1, float("nan"), True, "0.1", None)},
+    "seed of a number": ({"dropout": 0.1, "seed": 3}, TypeError, "seed", "int", "int64 tensor"),
+    "device of seed": ({"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64, device="meta")}, ValueError, "seed", "meta", "cpu"),
+    "seed without dropout": ({"seed": torch.ones(1)}, TypeError, "seed", "torch.float32", "int64"),
+}
+
+
+@pytest.mark.parametrize("case", NORM)
+def test_dropout_add_norm(case: str) -> None:
+    changes, kind, *says = NORM[case]
+    _refused(functional.dropout_add_norm, {**_norm(), **changes}, kind, *says)
+
+
 @pytest.mark.parametrize("case", LORA)
 def test_lora(case: str) -> None:
     changes, kind, *says = LORA[case]
@@ -226,6 +270,7 @@ def test_the_unchanged_arguments_are_taken() -> None:
     functional.bottleneck(**_bottleneck())
     functional.phm_bottleneck(**_phm())
     functional.lora(**_lora())
+    functional.dropout_add_norm(**_norm())
     functional.lora(**_lora(), dropout=0.1, seed=torch.ones(1, dtype=torch.int64))
     for granularity in ("large", "large_full", "middleX", "middleY", "small"):
         functional.gated_bottleneck(**_gated(granularity))

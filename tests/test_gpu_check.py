@@ -47,7 +47,7 @@ def test_without_a_gpu_it_says_so_and_checks_itself(capsys: pytest.CaptureFixtur
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "gpu-check: there is no CUDA device here, so nothing is measured; the dry part follows"
     assert any(int(found[1]) > 10 for line in rest if (found := re.search(r"(\d+) tests need a GPU", line)))
-    assert sum(line.startswith("would run: ") for line in rest) == 23
+    assert sum(line.startswith("would run: ") for line in rest) == 27
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
 
 
@@ -73,7 +73,7 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         *(f"benchmark {op} {name}" for op in gpu_check.OPS for name in ("cuda", "triton")),
         *(f"counters {op} {name}" for op in gpu_check.OPS for name in ("cuda", "triton")),
     ]
-    assert gpu_check.OPS == ("bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck")
+    assert gpu_check.OPS == ("bottleneck", "dropout_add_norm", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck")
     for step in steps.values():
         assert shlex.split(str(step)) == [*(f"{k}={v}" for k, v in step.environment.items()), *step.command]
     assert steps["tests"].command[3:5] == ["-m", "gpu and not full"] and steps["tests"].command[-1] == f"--junitxml={tmp_path}/a folder/tests.xml"

@@ -26,12 +26,13 @@ def test_one_site_of_vl_pet_is_79_operations() -> None:
 def test_one_operation_each_way(rows: dict[str, launches.Row]) -> None:
     for site, row in rows.items():
         # First, ids of samples become ids of rows, and a seed is drawn.
-        assert row.operations == (2 if row.op in ("routed_bottleneck", "lora") else 1, 1), site
+        assert row.operations == (2 if row.op in ("routed_bottleneck", "lora", "dropout_add_norm") else 1, 1), site
 
 
 def test_pre_activations_are_all_that_is_saved(rows: dict[str, launches.Row]) -> None:
-    """R numbers of the activations' dtype a row; VL-PET's large gate adds its own pre-activations and, on a CPU, its logits and what it multiplies."""
-    assert all(int(row.saved) == 2 * row.rank for site, row in rows.items() if not site.startswith("VL-PET"))  # ids of tasks and a seed are below a byte a row
+    """R numbers of the activations' dtype a row; VL-PET's large gate adds its own pre-activations and, on a CPU, its logits and what it multiplies; a norm v and two numbers."""
+    assert all(int(row.saved) == 2 * row.rank for site, row in rows.items() if not site.startswith(("VL-PET", "post-norm")))  # ids of tasks and a seed are below a byte a row
+    assert int(rows["post-norm, dropout"].saved) == 2 * 128 + 2 * 4
     assert rows["VL-PET, large"].saved == 2 * (96 + 96 + 2 * 128)
     assert all(row.saved < row.eager_saved for row in rows.values())
 

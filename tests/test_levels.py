@@ -10,7 +10,7 @@ import torch
 
 from fastadapt.ops import _cpu
 from tests.ops import checks
-from tests.ops.specs import PHM, Bottleneck
+from tests.ops.specs import PHM, Bottleneck, Norm, Spec
 
 PROGRAM = """
 import json, sys, threading, warnings
@@ -19,7 +19,8 @@ import fastadapt
 from fastadapt import backend, functional
 from tests import eager, tolerance
 
-ARGUMENTS = {"bottleneck": ((20, 72), (72, 20), (20,), (72,)), "phm_bottleneck": ((4, 4, 4), (4, 18, 1), (4, 1, 5), (4, 4, 4), (4, 5, 1), (4, 1, 18), (20,), (72,))}
+ARGUMENTS = {"bottleneck": ((20, 72), (72, 20), (20,), (72,)), "phm_bottleneck": ((4, 4, 4), (4, 18, 1), (4, 1, 5), (4, 4, 4), (4, 5, 1), (4, 1, 18), (20,), (72,)),
+    "dropout_add_norm": ((None, 72), (72,), (72,))}
 torch.set_num_threads(2)
 torch.backends.mkldnn.enabled = sys.argv[1] == "mkldnn"
 op, worst = sys.argv[2], 0.0
@@ -27,7 +28,7 @@ ours, theirs = getattr(functional, op), getattr(eager, op)
 def check(rows, dtype):
     global worst
     g = torch.Generator().manual_seed(rows)
-    tensors = [t.to(dtype) for t in (torch.randn(rows, 72, generator=g), *(0.3 * torch.randn(s, generator=g) for s in ARGUMENTS[op]))]
+    tensors = [t.to(dtype) for t in (torch.randn(rows, 72, generator=g), *(0.3 * torch.randn(s, generator=g) for s in (tuple(n or rows for n in s) for s in ARGUMENTS[op])))]
     dy = torch.randn(rows, 72, generator=g).to(dtype)
     def run(f, tensors, dy):
         leaves = [t.detach().requires_grad_() for t in tensors]
@@ -50,7 +51,7 @@ def run(level: str, mkldnn: str = "mkldnn", op: str = "bottleneck") -> subproces
     return subprocess.run([sys.executable, "-c", PROGRAM, mkldnn, op], capture_output=True, text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": level})
 
 
-@pytest.mark.parametrize(("op", "mkldnn"), [("bottleneck", "mkldnn"), ("bottleneck", "no mkldnn"), ("phm_bottleneck", "no mkldnn")])
+@pytest.mark.parametrize(("op", "mkldnn"), [("bottleneck", "mkldnn"), ("bottleneck", "no mkldnn"), ("phm_bottleneck", "no mkldnn"), ("dropout_add_norm", "no mkldnn")])
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_right_at_every_level(level: str, op: str, mkldnn: str) -> None:
     """Ragged row counts in three dtypes, from 21 Python threads of two OpenMP threads each, with oneDNN on and off."""
@@ -80,10 +81,9 @@ def test_another_torch_version_is_refused(tmp_path, monkeypatch) -> None:
     assert "built with torch 2.12" in reason and "to build it" in reason
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "phm_bottleneck"])
-def test_thread_count_does_not_change_a_bit(op: str) -> None:
+@pytest.mark.parametrize("spec", [*(kind(lead=(1500,), width=96, rank=24) for kind in (Bottleneck, PHM)), Norm(lead=(1500,), width=96, dropout=0.1)], ids=lambda spec: spec.op)
+def test_thread_count_does_not_change_a_bit(spec: Spec) -> None:
     """One partial per chunk of rows, added in order: 1,500 rows are three chunks."""
-    spec = {"bottleneck": Bottleneck, "phm_bottleneck": PHM}[op](lead=(1500,), width=96, rank=24)
     tensors, dy = spec.draw(0), spec.cotangent(0)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):

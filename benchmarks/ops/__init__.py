@@ -54,6 +54,9 @@ CASES = [
     # Compacter on BART-base and T5-base.
     Case("phm_bottleneck", 768, 96, rows=ALL, quick=(4096,)),
     Case("phm_bottleneck", 768, 192),
+    # What stands behind a sub-layer: BART's, T5's; dropout in percent.
+    *(Case("dropout_add_norm", 768, 0, quick=(4096,), options={"dropout": p, "rms": rms}) for p in (0, 10) for rms in (0, 1)),
+    Case("dropout_add_norm", 4096, 0, rows=(16, 512, 4096), options={"rms": 1}),
     # Four tasks in a batch.
     Case("routed_bottleneck", 768, 96, rows=ALL, quick=(4096,)),
     Case("routed_bottleneck", 1024, 128),

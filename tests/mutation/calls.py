@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.mutation.forks import last_line
-from tests.ops import checks
+from tests.ops import checks, test_dropout_add_norm
 from tests.ops.specs import Bottleneck, Gated, Spec
 from tests.tolerance import SMALL, limit_of, relative_error
 
@@ -37,7 +37,7 @@ def first_wrong(calls: Sequence[Prepared], backend: str) -> str:
         except Exception as error:
             return f"{call.spec.op}[{call.spec}]: {type(error).__name__}: {last_line(error)}"
         for name in got:
-            limit = limit_of(relative_error(call.eager[name], call.exact[name]), call.spec.dtype, gradient=name.startswith("d "))
+            limit = limit_of(relative_error(call.eager[name], call.exact[name]), call.spec.out_dtype, gradient=name.startswith("d "))
             limit *= 1 if call.exact[name].numel() >= SMALL else 5
             error = relative_error(got[name], call.exact[name])
             if not error <= limit:
@@ -52,6 +52,14 @@ def first_failing(check: Callable[[Spec, str, str], object], specs: Sequence[Spe
             check(spec, backend, "cpu")
         except Exception as error:
             return f"{check.__name__} of {spec.op}[{spec}]: {type(error).__name__}: {last_line(error)}"
+    return ""
+
+
+def statistics_of_the_exact_sum(backend: str) -> str:
+    try:
+        test_dropout_add_norm.test_the_statistics_are_of_the_rounded_sum(torch.bfloat16, backend, "cpu")
+    except Exception as error:
+        return f"statistics of the rounded sum: {type(error).__name__}: {last_line(error)}"
     return ""
 
 

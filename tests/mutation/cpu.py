@@ -1,4 +1,5 @@
-"""Mutants of the CPU kernels: `python -m tests.mutation.cpu` writes tests/data/cpu_mutants.json, `python -m tests.mutation.cpu phm` those of phm_bottleneck, cpu_phm_mutants.json.
+"""Mutants of the CPU kernels: `python -m tests.mutation.cpu` writes tests/data/cpu_mutants.json, `python -m tests.mutation.cpu phm` those of phm_bottleneck, cpu_phm_mutants.json,
+and `norm` those of dropout_add_norm, cpu_norm_mutants.json.
 
 They are compiled for AVX2, for fp32 and for bf16 over fp32 parameters, and run in memory that is full of NaN and ends at an unreadable page (guard.cpp).
 """
@@ -21,10 +22,11 @@ import torch
 from fastadapt.ops import _cpu
 from tests.mutation import calls, cpp, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec
+from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec
 
-SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp")
+SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp", "csrc/cpu/dropout_add_norm.cpp")
 FILES = ("csrc/cpu/tile.h", *SOURCES[1:3], "csrc/cpu/dropout.h")
+NORM_FILES = ("csrc/include/dropout_add_norm.h", "csrc/cpu/dropout_add_norm.cpp")
 PHM_FILES = ("csrc/include/phm_bottleneck.h", "csrc/cpu/phm_bottleneck.cpp")
 FLAGS = "-O1 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DFASTADAPT_MUTATION".split()
 
@@ -148,6 +150,21 @@ PHM_EXPLAINED: dict[tuple[str, str], str] = {
     ("loop", "row < chunk_end -> row <= chunk_end"): "a tile of no rows: adds zeros",
     ("deleted", "continue; -> ; in if (!need_"): MORE,
 }
+NORM_EXPLAINED: dict[tuple[str, str], str] = {
+    ("deleted", "widen(static_cast<const Half*>(src)"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the op see it",
+    ("bound", "n < v -> n <= v"): "a whole vector, kept as it is or as its first numbers: the same",
+    ("bound", "i + kBlock <= n -> i + kBlock < n"): "the last whole block then goes through a copy: the same numbers",
+    ("bound", "i + kBlock > n -> i + kBlock >= n"): "all numbers of a whole block are its first ones",
+    ("offset", "p.rows - row -> p.rows + row"): "also draws masks of rows that are not there, in their place",
+    ("offset", "kNormRows * mask_stride(p.width) / int64_t{sizeof(float)} -> "): "more room than is used",
+    ("loop", "i < n -> i <= n in for (int64_t i = 0; i < n; i += kBlock) {"): "one more block, of which no number is left",
+    ("constant", "std::fill(weight + n, weight + padded, 0.f)"): ZERO,
+    ("loop", "tile < last -> tile <= last"): "a tile of no rows: adds zeros",
+    ("condition", "p.seed && p.dx"): MORE,
+    ("condition", "p.seed && dx"): MORE,
+    ("constant", "p.norm ? p.rstd[row] : 1.f"): "nobody reads it where there is no norm",
+    ("deleted", "if (!dx && !dresidual) continue;"): MORE,
+}
 
 
 def over(dtypes: tuple[torch.dtype, torch.dtype], kind: type[Spec] = Bottleneck, **options: Any) -> Spec:
@@ -228,6 +245,26 @@ PHM_SPECS: list[Spec] = [
     over(FP32, PHM, lead=(620,), width=200, rank=200, factor_rank=2),
 ]
 PHM_CALLS: list[Spec] = [over(MIXED, PHM, lead=(70,), width=36, rank=12, factor_rank=2, residual="other", scale=0.7), over(FP32, PHM, lead=(70,), width=64, rank=12)]
+# Rows of less than a block, of whole ones and beyond, that end at a page; tiles of 16 rows, whole and not, in several chunks; each option with and without what is beside it.
+NORM_SPECS: list[Spec] = [
+    *(over(d, Norm, lead=(65,), width=w, norm=n, dropout=p) for d in BOTH for w, n, p in ((33, "layer", 0.3), (64, "rms", 0.0), (36, "rms", 0.3), (64, "layer", 0.3))),
+    *(over(MIXED, Norm, lead=(33,), width=w, norm=n, residual="wide", dropout=p) for w, n, p in ((40, "layer", 0.3), (72, "rms", 0.0))),
+    *(over(d, Norm, lead=(17,), width=40, norm=n, returns=v, biases=b) for d in BOTH for n, v, b in (("layer", "both", "weight"), ("rms", "both", "none"))),
+    *(over(d, Norm, lead=(17,), width=40, biases="none") for d in BOTH),
+    *(over(d, Norm, lead=(9,), width=70, norm=n, residual=None, biases=b, dropout=p) for d in BOTH for n, b, p in (("layer", "both", 0.0), ("rms", "weight", 0.5))),
+    *(over(d, Norm, lead=(9,), width=70, residual=None, biases="none") for d in BOTH),
+    *(over(d, Norm, lead=(40,), width=w, norm=None, residual=r, biases="none", dropout=p) for d in BOTH for w, r, p in ((33, "same", 0.3), (64, None, 0.5), (36, "wide", 0.0))),
+    *(over(d, Norm, lead=(40,), width=40, norm="layer", biases="none", dropout=0.3, returns="sum") for d in BOTH),
+    over(FP32, Norm, lead=(620,), width=100, dropout=0.1),
+    over(MIXED, Norm, lead=(620,), width=33, norm="rms", returns="both", eps=0.1),
+    over((torch.bfloat16, torch.bfloat16), Norm, lead=(40,), width=70),
+    over(FP32, Norm, lead=(1,), width=1, norm="rms", dropout=0.5),
+]
+NORM_CALLS: list[Spec] = [
+    over(MIXED, Norm, lead=(70,), width=36, dropout=0.3),
+    over(FP32, Norm, lead=(150,), width=64, norm="rms"),
+    over(FP32, Norm, lead=(20,), width=40, residual=None),
+]
 
 
 def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
@@ -306,9 +343,27 @@ def prepare_phm() -> schemata.Check:
     return check
 
 
+def prepare_norm() -> schemata.Check:
+    every = prepared(NORM_SPECS)
+
+    def check(folder: Path, mutant: cpp.Mutant | None) -> str:
+        load(folder, mutant)
+        steps = of_calls(NORM_CALLS)
+        del steps[3]  # parameters are not rounded
+        steps.append(partial(calls.statistics_of_the_exact_sum, "cpu"))
+        return next(filter(None, (step() for step in (partial(calls.first_wrong, every, "cpu"), *steps))), "")
+
+    return check
+
+
 FAMILY = schemata.Family("cpu", FILES, commands, ("cpu_ops.o", "guard.o"), link, prepare, EXPLAINED)
 
-PHM_FAMILY = schemata.Family("cpu_phm", PHM_FILES, commands, ("bottleneck.o", "gated_bottleneck.o", "guard.o"), link, prepare_phm, PHM_EXPLAINED)
+PHM_FAMILY = schemata.Family("cpu_phm", PHM_FILES, commands, ("bottleneck.o", "gated_bottleneck.o", "dropout_add_norm.o", "guard.o"), link, prepare_phm, PHM_EXPLAINED)
+
+NORM_FAMILY = schemata.Family("cpu_norm", NORM_FILES, commands, ("bottleneck.o", "gated_bottleneck.o", "phm_bottleneck.o", "guard.o"), link, prepare_norm, NORM_EXPLAINED)
 
 if __name__ == "__main__":
-    sys.exit(schemata.main(PHM_FAMILY if sys.argv[1:2] == ["phm"] and sys.argv.pop(1) else FAMILY))
+    family = {"phm": PHM_FAMILY, "norm": NORM_FAMILY}.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if family is not None:
+        del sys.argv[1]
+    sys.exit(schemata.main(family or FAMILY))

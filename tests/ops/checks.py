@@ -94,9 +94,8 @@ def evaluate(call: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[st
 
 
 def fused(spec: Spec, name: str, tensors: Mapping[str, Tensor], dy: Tensor | None, needs: tuple[str, ...] | None = None, backward: str | None = None) -> Results:
-    """The library's result under backend ``name`` (and ``backward``), which must have run it. The gradient of what is only added is dy and takes no kernel."""
-    kernel_grads = set(tensors if needs is None else needs) - {"residual", "y"}
-    with runs_on(spec.op, name, backward, counts=(1, int(dy is not None and bool(kernel_grads)))):
+    """The library's result under backend ``name`` (and ``backward``), which must have run it."""
+    with runs_on(spec.op, name, backward, counts=(1, int(dy is not None and spec.runs_backward(tuple(tensors) if needs is None else needs)))):
         return evaluate(lambda t: spec.call(functional, t), tensors, dy, needs)
 
 
@@ -118,11 +117,11 @@ def assert_within_rule(spec: Spec, name: str, device: str, *, backward: str | No
     def run(seed: int) -> dict[str, Compared]:
         tensors, dy = spec.draw(seed, device), spec.cotangent(seed, device)
         got = fused(spec, name, tensors, dy, backward=backward)
-        assert got["y"].dtype == spec.dtype and got["y"].shape == dy.shape
+        assert got["y"].dtype == spec.out_dtype and got["y"].shape == dy.shape
         return compared(got, exact(spec, tensors, dy), in_eager(spec, tensors, dy))
 
     with spied(backward):
-        assert_rule(run, spec.dtype)
+        assert_rule(run, spec.out_dtype)
 
 
 def assert_exact_reference(spec: Spec) -> None:

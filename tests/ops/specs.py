@@ -54,6 +54,17 @@ class Spec:
     def out_width(self) -> int:
         return self.width
 
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.dtype if name in self.activations else self.param_dtype or self.dtype
+
+    def runs_backward(self, needs: tuple[str, ...]) -> bool:
+        """Whether the gradients of these arguments take a kernel: that of what is only added is dy."""
+        return bool(set(needs) - {"residual", "y"})
+
     def draw(self, seed: int, device: str = "cpu") -> dict[str, Tensor]:
         """Arguments of the size that training has: unit activations, projections that keep variance, vectors of N(0, 0.3)."""
         g = torch.Generator().manual_seed(1000 + seed)
@@ -61,15 +72,15 @@ class Spec:
         for name, shape in self.shapes().items():
             t = torch.randn(shape, generator=g)
             if name not in self.activations:
-                t = t * self._std(name, shape) + (1.0 if name in ("scale", "norm_before.weight", "norm_after.weight", "norm_cross.weight") else 0.0)
-            out[name] = t.to(device, self.dtype if name in self.activations else self.param_dtype or self.dtype)
+                t = t * self._std(name, shape) + (1.0 if name in ("scale", "weight", "norm_before.weight", "norm_after.weight", "norm_cross.weight") else 0.0)
+            out[name] = t.to(device, self.dtype_of(name))
         return out
 
     def _std(self, name: str, shape: tuple[int, ...]) -> float:
         return 1 / max(shape[-1], 1) ** 0.5 if len(shape) == 2 else 0.3
 
     def cotangent(self, seed: int, device: str = "cpu") -> Tensor:
-        return torch.randn((*self.lead, self.out_width), generator=torch.Generator().manual_seed(2000 + seed)).to(device, self.dtype)
+        return torch.randn((*self.lead, self.out_width), generator=torch.Generator().manual_seed(2000 + seed)).to(device, self.out_dtype)
 
     def __str__(self) -> str:
         default = type(self)()
@@ -412,11 +423,78 @@ class Multimodal(Spec):
         )
 
 
+@dataclass(frozen=True)
+class Norm(Spec):
+    rank: int = 0
+    residual: str | None = "same"
+    """Of x's dtype, "wide", in float32, or none."""
+    biases: str = "both"
+    """Weight and bias, "weight" alone, or "none"."""
+    norm: str | None = "layer"
+    eps: float = 1e-5
+    dropout: float = 0.0
+    returns: str = "y"
+    """y, the "sum" v, or "both", one beside the other."""
+    seed: int = 0x123456789ABCDEF0
+
+    op = "dropout_add_norm"
+
+    @property
+    def out_width(self) -> int:
+        return self.width * (2 if self.returns == "both" else 1)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return torch.float32 if self.residual == "wide" and self.dtype.itemsize == 2 else self.dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.dtype if name == "x" else self.out_dtype if name == "residual" else self.param_dtype or self.out_dtype
+
+    def runs_backward(self, needs: tuple[str, ...]) -> bool:
+        """Without a norm's gradient in it the sum's is that of the residual, and of x too where nothing is dropped or rounded."""
+        if self.norm and self.returns != "sum":
+            return bool(needs)
+        return "x" in needs and (self.dropout > 0 or self.out_dtype != self.dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        x, vector = (*self.lead, self.width), (self.width,)
+        shapes = {"x": x, **({"residual": x} if self.residual else {})}
+        return {**shapes, **({"weight": vector} if self.biases != "none" else {}), **({"bias": vector} if self.biases == "both" else {})}
+
+    def options(self) -> dict[str, Any]:
+        return {"norm": self.norm, "eps": self.eps, "dropout": self.dropout, "return_sum": self.returns != "y"}
+
+    def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
+        seed = torch.tensor([self.seed], device=tensors["x"].device) if self.dropout else None
+        out = ops.dropout_add_norm(**tensors, **self.options(), seed=seed)
+        return out if self.returns == "y" else out[1] if self.returns == "sum" else torch.cat(out, -1)
+
+    @staticmethod
+    def random(rng: random.Random) -> Norm:
+        dtype, _ = rng.choice(DTYPES)
+        residual = rng.choice(("same", "same", "wide", None))
+        norm = rng.choice(("layer", "layer", "rms", "rms", None))
+        dropout = rng.choice((0.0, 0.1, 0.5) if norm or residual else (0.1, 0.5))
+        return Norm(
+            lead=_random_lead(rng),
+            width=rng.randint(1, 200),
+            dtype=dtype,
+            param_dtype=rng.choice((None, torch.float32)),
+            residual=residual,
+            biases=rng.choice(("both", "both", "weight", "none")) if norm else "none",
+            norm=norm,
+            eps=rng.choice((1e-5, 1e-6, 0.1)),
+            dropout=dropout,
+            returns=rng.choice(("y", "both")),
+            seed=rng.randint(-(2**63), 2**63 - 1),
+        )
+
+
 def _random_lead(rng: random.Random) -> tuple[int, ...]:
     return rng.choice(((rng.randint(1, 80),), (rng.randint(1, 5), rng.randint(1, 16)), (2, 2, rng.randint(1, 9))))
 
 
-def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM] | type[Routed] | type[Lora] | type[Multimodal], count: int, seed: int = 20) -> list[Spec]:
+def random_specs(kind: type[Bottleneck] | type[Gated] | type[PHM] | type[Routed] | type[Lora] | type[Norm] | type[Multimodal], count: int, seed: int = 20) -> list[Spec]:
     rng = random.Random(seed)
     return [kind.random(rng) for _ in range(count)]
 

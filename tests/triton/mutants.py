@@ -1,10 +1,10 @@
 """Mutation test of the Triton kernels: `python -m tests.triton.mutants` breaks one place of one kernel at a time and lists which test saw it;
-with `phm`, the kernels of Compacter's op, which are a family of their own.
+with `phm` or `norm`, the kernels of Compacter's op or of dropout, sum and norm, which are families of their own.
 
 Mutants are every place of the listed kinds in the source of every kernel, found in the syntax tree: nothing is picked by hand. Each is tried in a fork of a process that has
 the library loaded, on a mutated copy of the source file in a temporary directory: the tree is not touched. First the interpreter runs calls of tests/triton/interpret, then, in
-a process without TRITON_INTERPRET, the survivors meet the 64-bit check of tests/triton/compiled. The table goes to tests/data/triton_mutants.json or triton_phm_mutants.json; a
-survivor needs an entry in `EXPLAINED`, or the exit status is 1.
+a process without TRITON_INTERPRET, the survivors meet the 64-bit check of tests/triton/compiled. The table goes to tests/data/triton_mutants.json, triton_phm_mutants.json or
+triton_norm_mutants.json; a survivor needs an entry in `EXPLAINED`, or the exit status is 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -26,11 +26,13 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from tests.mutation import forks, table
+from tests.ops.specs import Spec
 
 ROOT = Path(__file__).parents[2]
 FILES = ("fastadapt/ops/_triton.py", *(f"fastadapt/ops/{op}/triton.py" for op in ("bottleneck", "gated_bottleneck", "routed_bottleneck")))  # lora has no kernels of its own
 PHM_FILES = ("fastadapt/ops/phm_bottleneck/triton.py",)
-SOURCES = {file: (ROOT / file).read_text() for file in (*FILES, *PHM_FILES)}
+NORM_FILES = ("fastadapt/ops/dropout_add_norm/triton.py",)
+SOURCES = {file: (ROOT / file).read_text() for file in (*FILES, *PHM_FILES, *NORM_FILES)}
 """Read once: an edit during the run changes nothing."""
 
 # (kind, a part of "before -> after in line") -> why no test can see it.
@@ -55,6 +57,7 @@ PHM_EXPLAINED: dict[tuple[str, str], str] = {
     ("mask", "J < 16 -> (J <= 16)"): "parts of 16 columns can be multiplied among zeros as well: slower, the same sums",
     ("mask", "ACTIVATION > 0 -> (ACTIVATION >= 0)"): "the identity, and the rounding of what is rounded",
 }
+NORM_EXPLAINED: dict[tuple[str, str], str] = {}
 
 
 class Mutant(NamedTuple):
@@ -139,7 +142,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 def install(mutant: Mutant | None, directory: str) -> None:
     """Loads the kernels' modules again, in place, from copies of their files of which one is mutated."""
-    for file in FILES if mutant is None or mutant.file in FILES else PHM_FILES:
+    for file in FILES if mutant is None or mutant.file in FILES else (mutant.file,):
         source = SOURCES[file]
         if mutant is not None and mutant.file == file:
             source = mutant.apply(source)
@@ -151,7 +154,7 @@ def install(mutant: Mutant | None, directory: str) -> None:
 
 def concerns(mutant: Mutant | None, op: str) -> bool:
     plain = op in ("routed_bottleneck", "lora") and mutant is not None and mutant.file == FILES[1]  # whose kernels these run
-    return mutant is None or (mutant.file == FILES[0] and op != "phm_bottleneck") or plain or f"/{op}/" in mutant.file
+    return mutant is None or (mutant.file == FILES[0] and op not in ("phm_bottleneck", "dropout_add_norm")) or plain or f"/{op}/" in mutant.file
 
 
 @contextmanager
@@ -209,10 +212,16 @@ def interpreted(family: str) -> Attempt:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     bf16.install()
     bounds.install()
-    phm = family == "phm"
+    own = {"phm": "phm_bottleneck", "norm": "dropout_add_norm"}.get(family)
+
+    def of_family(specs: Sequence[Spec]) -> list[Spec]:
+        return [s for s in specs if (s.op == own if own else s.op not in ("phm_bottleneck", "dropout_add_norm"))]
+
     specs = (
         [*test_ops.PHM_CALLS, *test_ops.PHM_SHAPES, *test_ops.PHM_OPTIONS, *test_ops.PHM_REAL, *test_ops.PHM_LONG]
-        if phm
+        if family == "phm"
+        else [*test_ops.NORM_CALLS, *test_ops.NORM, *test_ops.NORM_SMALL, *test_ops.NORM_REAL, *test_ops.NORM_LONG]
+        if family == "norm"
         else [*test_ops.CALLS, *test_ops.OPTIONS, *test_ops.GATED_SMALL, *test_ops.GATED, *test_ops.WIDTHS, *test_ops.LONG, *test_ops.SPLITS, *test_ops.ROUTED, *test_ops.STRETCHES]
         + [*test_ops.LORA, *test_ops.LORA_SMALL, *test_ops.LORA_SPLITS]
     )
@@ -234,16 +243,18 @@ def interpreted(family: str) -> Attempt:
             if not wrong and (mutant is None or mutant.kind == "rounding"):
                 wrong = calls.first_failing(
                     checks.assert_rounds_parameters,
-                    [s for s in (*test_ops.ROUNDED, *test_ops.PHM_ROUNDED) if (s.op == "phm_bottleneck") == phm and concerns(mutant, s.op)],
+                    [s for s in of_family([*test_ops.ROUNDED, *test_ops.PHM_ROUNDED]) if concerns(mutant, s.op)],
                     "triton",
                 )
-            if not wrong and (mutant is None or mutant.kind == "mask"):
+            if not wrong and family != "norm" and (mutant is None or mutant.kind == "mask"):
                 wrong = calls.relu_at_zero("triton")
-            if not wrong and (mutant is None or mutant.kind == "absent tensor" or (phm and mutant.kind == "mask")):  # alone, a gradient has no other's section behind its own
+            if not wrong and (mutant is None or mutant.kind == "absent tensor" or (own and mutant.kind == "mask")):  # alone, a gradient has no other's section behind its own
                 wrong = calls.first_failing(
-                    checks.assert_single_gradients, [s for s in (*test_ops.CALLS, *test_ops.PHM_CALLS) if (s.op == "phm_bottleneck") == phm and concerns(mutant, s.op)], "triton"
+                    checks.assert_single_gradients, [s for s in of_family([*test_ops.CALLS, *test_ops.PHM_CALLS, *test_ops.NORM_CALLS]) if concerns(mutant, s.op)], "triton"
                 )
-            if not wrong and not phm and concerns(mutant, "routed_bottleneck"):
+            if not wrong and family == "norm" and (mutant is None or mutant.kind == "rounding"):
+                wrong = calls.statistics_of_the_exact_sum("triton")
+            if not wrong and not own and concerns(mutant, "routed_bottleneck"):
                 try:
                     test_ops.test_rows_of_no_task_see_no_weights()
                 except Exception as error:
@@ -263,7 +274,7 @@ def static(family: str) -> Attempt:
         with tempfile.TemporaryDirectory() as directory:
             install(mutant, directory)
             for case in CASES:
-                if (case.kind == "phm") == (family == "phm") and concerns(mutant, case.op):
+                if {"phm_bottleneck": "phm", "dropout_add_norm": "norm"}.get(case.op, "") == family and concerns(mutant, case.op):
                     for launch in launches(case):
                         name = launch.kernel.fn.__name__
                         if narrow := narrow_offsets(aot.intermediate_code(launch), name):
@@ -273,6 +284,7 @@ def static(family: str) -> Attempt:
     return attempt
 
 
+FAMILIES = {"": ("triton", FILES, EXPLAINED), "phm": ("triton_phm", PHM_FILES, EXPLAINED | PHM_EXPLAINED), "norm": ("triton_norm", NORM_FILES, EXPLAINED | NORM_EXPLAINED)}
 STAGES = {"interpreted": interpreted, "static": static}
 
 
@@ -298,7 +310,7 @@ def stage(name: str, family: str, mutants: list[Mutant | None], jobs: int) -> li
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", nargs="?", choices=("", "phm"), default="", help="the kernels of Compacter's op; by default those of the other two")
+    parser.add_argument("family", nargs="?", choices=tuple(FAMILIES), default="", help="the kernels of Compacter's op, or of dropout, sum and norm; by default those of the others")
     parser.add_argument("--sample", type=int, help="try this many mutants, evenly spread")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default 2)")
     parser.add_argument("--again", action="store_true", help="of these very sources: tries only what survived the last run; the rest keep their fate")
@@ -312,7 +324,7 @@ def main() -> int:
         for row in forks.verdicts([partial(attempt, m) for m in mutants], options.jobs, 200):
             print(json.dumps(row), flush=True)
         return 0
-    name, files, explained = ("triton_phm", PHM_FILES, EXPLAINED | PHM_EXPLAINED) if options.family else ("triton", FILES, EXPLAINED)
+    name, files, explained = FAMILIES[options.family]
     sources = {file: SOURCES[file] for file in files}
     if options.explain:
         return table.explain_again(name, sources, explained)

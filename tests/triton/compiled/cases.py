@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastadapt.ops._library import ACTIVATIONS
 from fastadapt.ops.bottleneck import triton as bottleneck
+from fastadapt.ops.dropout_add_norm import triton as dropout_add_norm
+from fastadapt.ops.dropout_add_norm.schema import NORMS
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
 from fastadapt.ops.gated_bottleneck.reference import KINDS
 from fastadapt.ops.lora import triton as lora
@@ -21,6 +23,7 @@ from tests.triton.compiled.aot import Launch, recorded
 class Case(NamedTuple):
     """One call of an op; ``kind`` is None for the plain bottleneck, "routed" for samples of several tasks, "shared" where these share Wd and bd, "phm" for Compacter's, which
     alone has a division, a factor rank and numbers of gradients that nobody asks for, and "lora" for LoRA's, with a width of the output and, where ``dropout``, a mask on x.
+    "layer", "rms" and "none" are `dropout_add_norm`'s, with a float32 residual where ``wide``, and weight, bias and a gradient of v where ``options``.
     Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
 
     kind: str | None
@@ -39,10 +42,12 @@ class Case(NamedTuple):
     tasks: int = 4
     out: int = 1024
     dropout: bool = True
+    wide: bool = False
 
     @property
     def op(self) -> str:
-        return {None: "bottleneck", "phm": "phm_bottleneck", "routed": "routed_bottleneck", "shared": "routed_bottleneck", "lora": "lora"}.get(self.kind, "gated_bottleneck")
+        known = {None: "bottleneck", "phm": "phm_bottleneck", "routed": "routed_bottleneck", "shared": "routed_bottleneck", "lora": "lora"}
+        return {**known, **dict.fromkeys(NORMS, "dropout_add_norm")}.get(self.kind, "gated_bottleneck")
 
     def __str__(self) -> str:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -50,6 +55,7 @@ class Case(NamedTuple):
         extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate + [f"g{self.tasks}"] * (self.tasks != 4)
         extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm") + [f"frozen{''.join(map(str, self.frozen))}"] * bool(self.frozen)
         extra += [f"o{self.out}", "dropout" if self.dropout else "kept"] * (self.kind == "lora")
+        extra += ["dropout" if self.dropout else "kept", *["wide"] * self.wide] * (self.kind in NORMS)
         return "-".join([self.kind or "bottleneck", f"r{self.rank}", names[self.dtype], f"p{names[self.param_dtype]}", *extra])
 
 
@@ -67,6 +73,8 @@ def launches(case: Case) -> list[Launch]:
         return phm_launches(case, parameter, optional)
     if case.kind == "lora":
         return lora_launches(case, parameter, optional)
+    if case.kind in NORMS:
+        return norm_launches(case)
     x, wd, wu, bd, bu = torch.empty(t, d, dtype=case.dtype), parameter(r, d), parameter(d, r), optional(r), optional(d)
     with recorded() as made:
         if case.kind is None:
@@ -106,6 +114,21 @@ def phm_launches(case: Case, parameter: Callable[..., Tensor | None], optional: 
         phm_bottleneck.forward(x, *down, bd, *up, bu, x if case.options else None, 0.5, activation, True, True)
         needs = [p is not None and i not in case.frozen for i, p in enumerate((x, *down, bd, *up, bu))]
         phm_bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), *down, *up, 0.5, activation, True, needs)
+    return made
+
+
+def norm_launches(case: Case) -> list[Launch]:
+    t, d, norm, dropout = case.rows, case.width, NORMS.index(case.kind or ""), 0.1 if case.dropout else 0.0
+    x, of_row = torch.empty(t, d, dtype=case.dtype), torch.empty(t)
+    residual = torch.empty(t, d) if case.wide else x
+    seed, parameter = torch.zeros(1, dtype=torch.int64) if dropout else None, torch.empty(d, dtype=case.param_dtype) if norm and case.options else None
+    dy, mean, rstd = residual if norm else None, of_row if norm == 1 else None, of_row if norm else None
+    trained = parameter is not None and not case.frozen
+    with recorded() as made:
+        dropout_add_norm.forward(x, residual, parameter, parameter, seed, norm, 1e-5, dropout, True)
+        dropout_add_norm.backward(
+            dy, residual if case.options or not norm else None, dy, mean, rstd, parameter, seed, norm, dropout, case.dtype, [True, True, trained, trained]
+        )  # fmt: skip
     return made
 
 

@@ -32,6 +32,10 @@ QUICK = [
     (90, Case("shared", 96, BF16, BF16)),
     (80, Case("lora", 16, BF16, FP32)),
     (90, Case("lora", 8, BF16, BF16, out=3072)),
+    (80, Case("layer", 0, BF16, FP32, wide=True)),
+    (90, Case("layer", 0, BF16, FP32)),
+    (80, Case("rms", 0, FP32, FP32, width=8192)),
+    (90, Case("rms", 0, FP16, FP16, width=33)),
 ]
 ARCHES = (80, 86, 90, 100, 120)
 # Every entry of the table of Compacter's tiles, with the costliest activations: (dtype, activation, division, factor rank).
@@ -52,6 +56,16 @@ FULL = [
     *((a, Case("lora", r, d, FP32)) for a in ARCHES for r in (4, 8, 16, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
     *((a, Case("lora", r, BF16, FP32, dropout=False)) for a in ARCHES for r in (4, 64, 256)),
     *((a, Case("lora", r, FP16, FP16, width=770, out=1030, dropout=p)) for a in ARCHES for r in (7, 96, 192, 512) for p in (True, False)),
+    *(
+        (a, Case(kind, 0, d, FP32, width=w, wide=d == BF16))
+        for a in ARCHES
+        for kind in ("layer", "rms")
+        for d in (BF16, FP32)
+        for w in (1, 33, 768, 1024, 1030, 2047, 2048, 4096, 8176)
+    ),
+    *((a, Case(kind, 0, FP16, FP16, dropout=p)) for a in ARCHES for kind in ("layer", "rms", "none") for p in (True, False)),
+    *((a, Case(kind, 0, FP16, FP16, width=8192, options=False)) for a in ARCHES for kind in ("layer", "rms", "none")),
+    *((a, Case(kind, 0, BF16, FP32, frozen=(1,))) for a in ARCHES for kind in ("layer", "rms")),
     *((a, Case("lora", 7, d, FP32, width=1, out=33, rows=1, options=False)) for a in (80, 90) for d in (BF16, FP32)),
     *((a, Case(k, 256, FP32, FP32, width=770)) for a in ARCHES for k in ("middleX", "small")),
     *((a, Case(k, r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for k in (None, "large") for r in (96, 192, 512)),
@@ -73,7 +87,7 @@ def check(arch: int, case: Case) -> None:
         assert code.stack == 0 and code.local_instructions == 0, f"spills: {where}"
         assert code.shared <= aot.SHARED[arch], f"shared memory: {where}"
         if case.dtype != FP32:
-            multiplies = name in PRODUCTS and not (name == "gates_kernel" and case.save_gate)
+            multiplies = name in PRODUCTS and case.op != "dropout_add_norm" and not (name == "gates_kernel" and case.save_gate)
             assert (code.matrix_instructions > 0) == multiplies, f"matrix instructions where nothing is multiplied, or none: {where}"
 
 

@@ -17,6 +17,8 @@ CASES = [
     *(Case(kind, 96, torch.float32, torch.float32, width=33, options=False) for kind in (None, "routed", "small")),
     *(Case("lora", 24, torch.bfloat16, torch.float32, width=w, dropout=p) for w, p in ((768, True), (33, False))),
     Case("phm", 24, torch.bfloat16, torch.float32),
+    *(Case(kind, 0, torch.bfloat16, torch.float32, wide=wide) for kind in ("layer", "rms", "none") for wide in (False, True)),
+    Case("layer", 0, torch.float32, torch.float32, width=33, options=False, dropout=False),
     Case("phm", 96, torch.float32, torch.float32, width=36, options=False),
 ]
 

@@ -13,6 +13,7 @@ import torch
 from fastadapt import backend
 from fastadapt.ops import _triton
 from fastadapt.ops.bottleneck import triton as bottleneck
+from fastadapt.ops.dropout_add_norm import triton as dropout_add_norm
 from fastadapt.ops.gated_bottleneck import triton as gated_bottleneck
 from fastadapt.ops.lora import triton as lora
 from fastadapt.ops.phm_bottleneck import triton as phm_bottleneck
@@ -39,6 +40,18 @@ def test_a_device_can_run_it(device: pytest.MonkeyPatch, dtype: torch.dtype, ran
     assert routed_bottleneck.reasons(call(op="routed_bottleneck", dtype=dtype, rank=rank, options=(("tasks", 64),))) == []
     assert lora.reasons(call(op="lora", dtype=dtype, rank=rank, options=(("dropout", True), ("out_width", 3072)))) == []
     assert gated_bottleneck.reasons(call(op="gated_bottleneck", options=(("gate_rank", rank), ("granularity", "large")))) == []
+    assert dropout_add_norm.reasons(call(op="dropout_add_norm", dtype=dtype, rank=0, width=16 * rank)) == []
+
+
+def test_rows_that_are_one_block(device: pytest.MonkeyPatch) -> None:
+    assert dropout_add_norm.reasons(call(op="dropout_add_norm", rank=0, width=8193)) == ["width 8193 is above 8192, the longest row that a program holds"]
+    assert dropout_add_norm.reasons(call(op="dropout_add_norm", rank=0, width=2049)) == ["width 2049 is above 2048 and no multiple of 16"]
+    for width in range(1, dropout_add_norm.MAX_WIDTH + 1):
+        shape = dropout_add_norm.tile(width)
+        assert width <= shape.block_d < max(17, 2 * width) and 2048 <= shape.block_t * shape.block_d == 512 * shape.warps <= 8192
+        for rows in (1, 63, 300, 4096, 10**7):
+            size = dropout_add_norm.part_rows(rows, shape.block_t)
+            assert size % shape.block_t == 0 and size >= dropout_add_norm.LEAST_ROWS and -(-rows // size) <= dropout_add_norm.MAX_PARTS
 
 
 @pytest.mark.parametrize(
@@ -123,8 +136,9 @@ def test_every_rank_has_chunks_and_tiles() -> None:
         "import sys; sys.modules['triton'] = None; import fastadapt; from fastadapt import backend\n"
         "from fastadapt.ops.bottleneck import triton as b; from fastadapt.ops.gated_bottleneck import triton as g\n"
         "from fastadapt.ops.phm_bottleneck import triton as p; from fastadapt.ops.routed_bottleneck import triton as r; from fastadapt.ops.lora import triton as l\n"
+        "from fastadapt.ops.dropout_add_norm import triton as n\n"
         "import torch; call = backend.Call('bottleneck', 'cuda', torch.float32, torch.float32, 4, 8, 2)\n"
-        "assert b.reasons(call) == g.reasons(call) == p.reasons(call) == r.reasons(call) == l.reasons(call) == ['triton is not installed']",
+        "assert b.reasons(call) == g.reasons(call) == p.reasons(call) == r.reasons(call) == l.reasons(call) == n.reasons(call) == ['triton is not installed']",
     ],
     ids=["lazy", "absent"],
 )
@@ -156,4 +170,16 @@ def test_a_seed_is_never_read_on_the_host() -> None:
             lora.backward(y, x, z, wd, wu, seed, 1.0, 0.1, [True, True, True, False])
         made.append([(launch.kernel, launch.grid, [a if isinstance(a, (int, float)) else None for a in launch.arguments], launch.options) for launch in launches])
         assert [launch.constants.get("SEED") is seed for launch in launches] == [True, True, True, False]
+    assert made[0] == made[1]
+
+
+def test_a_norm_s_seed_is_never_read_on_the_host() -> None:
+    made = []
+    for device in ("cpu", "meta"):
+        x, seed, w, of_row = torch.empty(300, 64, device=device), torch.zeros(1, dtype=torch.int64, device=device), torch.empty(64, device=device), torch.empty(300, device=device)
+        with recorded() as launches:
+            dropout_add_norm.forward(x, x, w, w, seed, 1, 1e-5, 0.1, True)
+            dropout_add_norm.backward(x, x, x, of_row, of_row, w, seed, 1, 0.1, x.dtype, [True] * 4)
+        made.append([(launch.kernel, launch.grid, [a if isinstance(a, (int, float)) else None for a in launch.arguments], launch.options) for launch in launches])
+        assert [any(a is seed for a in launch.arguments) for launch in launches] == [True, True, False]
     assert made[0] == made[1]

@@ -7,6 +7,7 @@ Programs run one after another, so a race cannot show here; the kernels have non
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ import torch
 
 from fastadapt import functional
 from fastadapt.ops import _triton
-from tests.ops import checks, test_routed_bottleneck
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, random_specs, specs
+from tests.ops import checks, test_dropout_add_norm, test_routed_bottleneck
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, random_specs, specs
 
 TRITON = ("triton", "cpu")
 FP16, FP16_MIXED = DTYPES[3:]
@@ -142,6 +143,40 @@ PHM_LONG = [over(FP32, PHM, lead=(1040,), width=8, rank=8, division=2, residual=
 PHM_CALLS = [over(MIXED, PHM, lead=(2, 20), residual="other", scale=0.7), over(FP32, PHM, lead=(9,), width=36, rank=24, division=3, factor_rank=2)]
 PHM_ROUNDED = [over(MIXED, PHM, lead=(13,), factor_rank=2)]
 
+# Several rows a program and one; rows of a block exactly, of almost one and of little more than half; v in x's dtype and in float32; partials of one part and of several.
+NORM = [
+    over(FP32, Norm, lead=(37,), width=96, dropout=0.1),
+    over(FP32, Norm, lead=(70,), width=64, norm="rms", biases="weight", returns="both"),
+    over(MIXED, Norm, lead=(3, 23), width=70, residual="wide", dropout=0.5, returns="both"),
+    over(BF16, Norm, lead=(37,), width=128, norm="rms", dropout=0.2, eps=0.1),
+    over(FP16_MIXED, Norm, lead=(5,), width=127, biases="none", dropout=0.3, seed=-2, returns="both"),
+    over(FP16, Norm, lead=(17,), width=65, residual=None, biases="weight"),
+    over(MIXED, Norm, lead=(37,), width=96, residual=None, norm="rms", dropout=0.1),
+    over(MIXED, Norm, lead=(37,), width=96, residual="wide", norm="rms", biases="none"),
+    *(over(d, Norm, lead=(37,), width=96, residual=r, norm=None, biases="none", dropout=p) for d, r, p in ((FP32, "same", 0.1), (MIXED, "wide", 0.0), (BF16, None, 0.5))),
+    over(MIXED, Norm, lead=(37,), width=96, biases="none", dropout=0.1, returns="sum"),
+]
+NORM_SMALL = [over(FP32, Norm, lead=(9,), width=1, norm="rms", dropout=0.5), over(FP32, Norm, lead=(300,), width=7, dropout=0.1)]
+NORM_REAL = [over(MIXED, Norm, lead=(65,), width=768, dropout=0.1, residual="wide"), over(FP32, Norm, lead=(9,), width=2064, norm="rms", dropout=0.1)]
+# Parts of 32 rows, more of them than one step of the sums takes.
+NORM_LONG = [over(FP32, Norm, lead=(1100,), width=64, dropout=0.1)]
+NORM_CALLS = [over(MIXED, Norm, lead=(2, 20), dropout=0.3, returns="both"), over(FP32, Norm, lead=(9,), width=36, norm="rms"), over(FP32, Norm, lead=(9,), width=36, residual=None)]
+
+
+@specs([*NORM, *NORM_SMALL, *NORM_REAL, *NORM_LONG])
+def test_norm_within_rule(spec: Spec) -> None:
+    checks.assert_within_rule(spec, *TRITON)
+
+
+def test_the_statistics_are_of_the_rounded_sum() -> None:
+    test_dropout_add_norm.test_the_statistics_are_of_the_rounded_sum(torch.bfloat16, *TRITON)
+
+
+@pytest.mark.full
+@specs(random_specs(Norm, 60, seed=35))
+def test_norm_random(spec: Spec) -> None:
+    checks.assert_within_rule(spec, *TRITON)
+
 
 @specs([*PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL])
 def test_phm_within_rule(spec: Spec) -> None:
@@ -213,7 +248,7 @@ def test_rows_of_no_task_see_no_weights() -> None:
     assert torch.equal(y, x) and torch.equal(dx, dy) and not any(g.any() for g in (calls[0][2][1], *gradients))
 
 
-@specs([*EMPTY, *(over(d, PHM, lead=(0,)) for d in (FP32, MIXED))])
+@specs([*EMPTY, *(over(d, kind, lead=(0,)) for d in (FP32, MIXED) for kind in (PHM, Norm))])
 def test_no_rows(spec: Spec) -> None:
     """Zero rows: an empty output, gradients of zero, nothing launched."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
@@ -224,13 +259,13 @@ def test_no_rows(spec: Spec) -> None:
 
 def check_call(spec: Spec) -> None:
     checks.assert_single_gradients(spec, *TRITON)
-    checks.assert_no_grad_path(spec, *TRITON)
+    checks.assert_no_grad_path(replace(spec, returns="y") if isinstance(spec, Norm) else spec, *TRITON)
     checks.assert_untouched(spec, *TRITON)
     tensors, dy = spec.draw(0), spec.cotangent(0)
     checks.assert_same_bits(checks.fused(spec, "triton", tensors, dy), checks.fused(spec, "triton", tensors, dy))
 
 
-@specs([*CALLS, *PHM_CALLS])
+@specs([*CALLS, *PHM_CALLS, *NORM_CALLS])
 def test_calls(spec: Spec) -> None:
     """Gradients alone and together, no gradients, arguments untouched, and a rerun: all with the same bits."""
     check_call(spec)
@@ -254,6 +289,8 @@ def test_more_calls(spec: Spec) -> None:
         over(FP32, Gated, lead=(2, 7), granularity="middleX", biases="none", gate_bias=False),
         over(MIXED, PHM, lead=(2, 3), division=2, residual="other"),
         over(MIXED, Lora, lead=(2, 7), dropout=0.3),
+        over(MIXED, Norm, lead=(2, 7), dropout=0.3, returns="both"),
+        over(FP32, Norm, lead=(2, 7), residual=None),
     ]
 )
 def test_any_layout(spec: Spec) -> None:
@@ -261,7 +298,7 @@ def test_any_layout(spec: Spec) -> None:
 
 
 @pytest.mark.parametrize(("forward", "backward"), [("reference", "triton"), ("triton", "reference")])
-@specs([*PAIRS, over(MIXED, PHM, lead=(39,), width=72, rank=72)])
+@specs([*PAIRS, over(MIXED, PHM, lead=(39,), width=72, rank=72), over(MIXED, Norm, lead=(39,), width=72, dropout=0.3, residual="wide")])
 def test_any_backward_after_any_forward(spec: Spec, forward: str, backward: str) -> None:
     checks.assert_within_rule(spec, forward, "cpu", backward=backward)
 

@@ -1,0 +1,21 @@
+"""Dropout, sum and norm on the compiled CPU kernels (csrc/cpu/dropout_add_norm.cpp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.ops._cpu import mask, reasons
+
+__all__ = ["backward", "forward", "reasons"]
+
+
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    return torch.ops.fastadapt_cpu.dropout_add_norm(*args)
+
+
+def backward(*args: Any) -> tuple[Tensor, ...]:
+    *tensors_and_options, needs = args
+    return torch.ops.fastadapt_cpu.dropout_add_norm_backward(*tensors_and_options, mask(needs))
