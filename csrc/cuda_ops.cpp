@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "include/cuda.h"
+#include "include/dropout_add_norm_cuda.h"
 #include "include/phm_bottleneck_cuda.h"
 
 #ifndef FASTADAPT_EMULATED
@@ -113,7 +115,8 @@ class Arguments {
     const int64_t rows = t.size(0), width = t.size(1);
     stride = rows == 1 ? width : t.stride(0);
     if (t.stride(1) != 1 || (multiple > 1 && (stride % multiple != 0 || !aligned(data)))) return stride = width, copy(t);
-    for (int64_t r = 0; FASTADAPT_EMULATED && r < rows; ++r) may_read(static_cast<const char*>(data) + 2 * r * stride, 2 * width);
+    const int64_t size = Kind(t).size();
+    for (int64_t r = 0; FASTADAPT_EMULATED && r < rows; ++r) may_read(static_cast<const char*>(data) + size * r * stride, size * width);
     return data;
   }
   const void* rows(const optional<Tensor>& t, int64_t& stride, int64_t multiple = 8) { return t ? rows(*t, stride, multiple) : nullptr; }
@@ -331,6 +334,8 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   return std::tuple_cat(grads);
 }
 
+uint32_t dropout_threshold(double dropout) { return static_cast<uint32_t>(std::min(std::nearbyint(dropout * 0x1p32), 0x1p32 - 1)); }
+
 cuda::LoraCall lora_call(Arguments& in, const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& seed, double scale, double dropout) {
   cuda::LoraCall p{};
   p.activation_type = Kind(x).type(), p.parameter_type = Kind(w_down).type();
@@ -339,7 +344,7 @@ cuda::LoraCall lora_call(Arguments& in, const Tensor& x, const Tensor& w_down, c
   STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width of y ", p.out, ", rank ", p.rank, ")");
   p.x = in.rows(x, p.x_stride), p.w_down = in.whole(w_down), p.w_up = in.whole(w_up), p.scale = static_cast<float>(scale);
   p.seed = static_cast<const int64_t*>(in.whole(seed));
-  p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 0x1p32), 0x1p32 - 1)), p.kept = static_cast<float>(1 / (1 - dropout));
+  p.threshold = dropout_threshold(dropout), p.kept = static_cast<float>(1 / (1 - dropout));
   return p;
 }
 
@@ -436,6 +441,68 @@ NineTensors phm_bottleneck_backward(const Tensor& dy, const Tensor& x, const Ten
   return std::tuple_cat(grads);
 }
 
+// A call over rows like those of `like`, of v's type.
+cuda::NormCall norm_call(Arguments& in, const Tensor& like, const Kind& x, const optional<Tensor>& weight, const optional<Tensor>& seed, int64_t norm, double dropout) {
+  cuda::NormCall call{};
+  cuda::NormParams& p = call.params;
+  call.x_type = x.type(), call.sum_type = Kind(like).type(), call.parameter_type = weight ? Kind(*weight).type() : call.sum_type;
+  const char* why = cuda::norm_why_not(call.x_type, call.sum_type, call.parameter_type, like.size(1));
+  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width ", like.size(1), ")");
+  p.rows = like.size(0), p.width = static_cast<int>(like.size(1)), p.norm = static_cast<cuda::Norm>(norm), p.weight = in.whole(weight);
+  p.dropout = {static_cast<const int64_t*>(in.whole(seed)), dropout_threshold(dropout), static_cast<float>(1 / (1 - dropout))};
+  return call;
+}
+
+// Rows of whole 16 bytes of v are read as vectors.
+int64_t multiple_of(const Tensor& like) {
+  const int64_t unit = cuda::plan::norm_unit(static_cast<int>(Kind(like).size()));
+  return like.size(1) % unit == 0 ? unit : 1;
+}
+
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+FourTensors dropout_add_norm(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight, const optional<Tensor>& bias, const optional<Tensor>& seed, int64_t norm,
+                             double eps, double dropout, bool save) {
+  const Tensor& like = residual ? *residual : x;
+  const Kind wide(like), exact(aoti_torch_dtype_float32(), wide);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = x.size(0), width = x.size(1);
+  const bool normed = norm != cuda::kNoNorm, keep_v = !normed || (save && (residual || seed)), keep_mean = save && norm == cuda::kLayerNorm, keep_rstd = save && normed;
+  Tensor y = output(normed, {rows, width}, wide), v = output(keep_v, {rows, width}, wide), mean = output(keep_mean, {rows}, exact), rstd = output(keep_rstd, {rows}, exact);
+  if (rows == 0) return {y, v, mean, rstd};
+  Arguments in;
+  cuda::NormCall call = norm_call(in, like, Kind(x), weight, seed, norm, dropout);
+  cuda::NormParams& p = call.params;
+  p.x = in.rows(x, p.x_stride, multiple_of(like)), p.residual = in.rows(residual, p.residual_stride, multiple_of(like));
+  p.bias = in.whole(bias), p.eps = static_cast<float>(eps);
+  p.y = pointer(normed, y), p.v = pointer(keep_v, v), p.mean = static_cast<float*>(pointer(keep_mean, mean)), p.rstd = static_cast<float*>(pointer(keep_rstd, rstd));
+  launch(call, 0, cuda::norm_forward, wide, nullptr, rows, width, 0);
+  return {y, v, mean, rstd};
+}
+
+FourTensors dropout_add_norm_backward(const optional<Tensor>& dy, const optional<Tensor>& dv, const optional<Tensor>& v, const optional<Tensor>& mean, const optional<Tensor>& rstd,
+                                      const optional<Tensor>& weight, const optional<Tensor>& seed, int64_t norm, double dropout, torch::headeronly::ScalarType dtype, int64_t needs) {
+  const Tensor& like = dy ? *dy : *dv;
+  const Kind wide(like), thin(torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), wide), parameters(weight ? *weight : like);
+  const DeviceGuard guard(wide.device);
+  const int64_t rows = like.size(0), width = like.size(1);
+  const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
+  Tensor dx = output(need(0), {rows, width}, thin), dresidual = output(need(1), {rows, width}, wide), dweight = output(need(2), {width}, parameters),
+         dbias = output(need(3), {width}, parameters);
+  if (rows == 0) {
+    for (const Tensor* t : {&dweight, &dbias}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
+    return {dx, dresidual, dweight, dbias};
+  }
+  Arguments in;
+  cuda::NormCall call = norm_call(in, like, thin, weight, seed, norm, dropout);
+  cuda::NormParams& p = call.params;
+  p.dy = in.rows(dy, p.dy_stride, multiple_of(like)), p.dv = in.rows(dv, p.dv_stride, multiple_of(like)), p.saved = in.rows(v, p.saved_stride, multiple_of(like));
+  p.mean = static_cast<float*>(const_cast<void*>(in.whole(mean))), p.rstd = static_cast<float*>(const_cast<void*>(in.whole(rstd)));
+  p.dx = pointer(need(0), dx), p.dresidual = pointer(need(1), dresidual), call.dweight = pointer(need(2), dweight), call.dbias = pointer(need(3), dbias);
+  launch(call, cuda::norm_backward_workspace(call), cuda::norm_backward, wide, nullptr, rows, width, 0);
+  return {dx, dresidual, dweight, dbias};
+}
+
 int64_t device_count() { return cuda::device_count(); }
 int64_t driver_version() { return cuda::driver_version(); }
 int64_t runtime_version() { return cuda::runtime_version(); }
@@ -447,6 +514,11 @@ std::string why_not(int64_t type, int64_t parameter_type, int64_t width, int64_t
 
 std::string phm_why_not(int64_t type, int64_t parameter_type, int64_t width, int64_t rank, int64_t division, int64_t factor_rank) {
   const char* why = cuda::phm_why_not(static_cast<Type>(type), static_cast<Type>(parameter_type), width, rank, division, factor_rank);
+  return why ? why : "";
+}
+
+std::string norm_why_not(int64_t type, int64_t sum_type, int64_t parameter_type, int64_t width) {
+  const char* why = cuda::norm_why_not(static_cast<Type>(type), static_cast<Type>(sum_type), static_cast<Type>(parameter_type), width);
   return why ? why : "";
 }
 
@@ -482,11 +554,17 @@ FASTADAPT_LIBRARY(FASTADAPT_NAMESPACE, m) {
   m.def("lora(Tensor x, Tensor y, Tensor w_down, Tensor w_up, Tensor? b_up, Tensor? seed, float scale, float dropout, bool save) -> (Tensor, Tensor)");
   m.def(
       "lora_backward(Tensor dy, Tensor x, Tensor z, Tensor w_down, Tensor w_up, Tensor? seed, float scale, float dropout, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, int norm, float eps, float dropout, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_add_norm_backward(Tensor? dy, Tensor? dv, Tensor? v, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? seed, int norm, float dropout, ScalarType dtype, int needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("device_count() -> int");
   m.def("driver_version() -> int");
   m.def("runtime_version() -> int");
   m.def("why_not(int type, int parameter_type, int width, int rank, int gate_rank) -> str");
   m.def("phm_why_not(int type, int parameter_type, int width, int rank, int division, int factor_rank) -> str");
+  m.def("norm_why_not(int type, int sum_type, int parameter_type, int width) -> str");
 }
 
 FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
@@ -500,6 +578,8 @@ FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
   m.impl("routed_bottleneck_backward", TORCH_BOX(&routed_bottleneck_backward));
   m.impl("lora", TORCH_BOX(&lora));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
+  m.impl("dropout_add_norm", TORCH_BOX(&dropout_add_norm));
+  m.impl("dropout_add_norm_backward", TORCH_BOX(&dropout_add_norm_backward));
 }
 
 FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -508,4 +588,5 @@ FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("runtime_version", TORCH_BOX(&runtime_version));
   m.impl("why_not", TORCH_BOX(&why_not));
   m.impl("phm_why_not", TORCH_BOX(&phm_why_not));
+  m.impl("norm_why_not", TORCH_BOX(&norm_why_not));
 }

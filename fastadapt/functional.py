@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -238,6 +238,16 @@ def lora(
     return _call(_lora, _lora_reference.composed, x, _rows(y), w_down, w_up, b_up, seed, scale, float(dropout), shape=y.shape)
 
 
+@overload
+def dropout_add_norm(
+    x: Tensor, residual: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, *, norm: Literal["layer", "rms"] | None = "layer", eps: float = 1e-5,
+    dropout: float = 0.0, seed: Tensor | None = None, return_sum: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def dropout_add_norm(
+    x: Tensor, residual: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, *, norm: Literal["layer", "rms"] | None = "layer", eps: float = 1e-5,
+    dropout: float = 0.0, seed: Tensor | None = None, return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def dropout_add_norm(
     x: Tensor,
     residual: Tensor | None = None,
@@ -885,7 +895,7 @@ def _norm_vectors(name: str, norm: LayerNorm | None) -> dict[str, Tensor]:
 
 def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
     """LN(x) in x's dtype, whatever the parameters'."""
-    return dropout_add_norm(x, None, *norm[:2], eps=norm[2])  # type: ignore[return-value]
+    return dropout_add_norm(x, None, *norm[:2], eps=norm[2])
 
 
 def _block_diagonal(w_up: Tensor, heads: int) -> Tensor:

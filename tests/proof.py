@@ -47,7 +47,7 @@ def triton(ops: Sequence[str]) -> set[Path]:
 
 def cuda(ops: Sequence[str]) -> set[Path]:
     folder = ROOT / "csrc" / "cuda"
-    return with_includes([path for op in ops for path in (folder / f"{op}.cu", *(folder / "inst" / f"{op}_{t}.cu" for t in ("bf16", "fp16")))])
+    return with_includes([path for op in ops for path in (folder / f"{op}.cu", *sorted((folder / "inst").glob(f"{op}_*.cu")))])
 
 
 FAMILIES = {f"{make.__name__}{group}": partial(make, ops) for group, ops in GROUPS.items() for make in (cpu, triton, cuda)}

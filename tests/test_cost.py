@@ -372,6 +372,21 @@ def test_lora_s_bytes_on_cuda(width: int, out: int) -> None:
         assert found is not None and (found.forward.launches, found.backward.launches) == (forward, backward)
 
 
+@pytest.mark.parametrize("width", [768, 4096, 8192])
+@pytest.mark.parametrize("kind", NORM_KINDS)
+def test_a_norm_s_bytes_on_cuda(kind: str, width: int) -> None:
+    """Forward reads x and the residual and writes y and v; backward reads dy and v and writes the residual's gradient, and x's where it is another. A mask takes time alone."""
+    of = call("dropout_add_norm", kind=kind, rows=200_000, width=width)
+    found, normed, own = NORM.estimate("cuda", of), of.option("norm") != "none", of.option("dropout") or of.option("wide")
+    assert found is not None and (found.forward.launches, found.backward.launches) == (1, 2 if normed else int(own))
+    x, v = (of.rows * of.width * size for size in (2, 4 if of.option("wide") else 2))
+    assert found.forward.bytes == pytest.approx(x + (3 if normed else 2) * v, rel=0.01)
+    assert found.backward.bytes == pytest.approx((3 * v if normed else v * own) + x * own, rel=0.01)
+    if of.option("dropout"):
+        kept = NORM.estimate("cuda", of._replace(options=(("dropout", False), *of.options[1:])))
+        assert kept is not None and found.forward.gpu > kept.forward.gpu and found.backward.gpu > kept.backward.gpu
+
+
 def test_launches_of_cuda() -> None:
     for param_dtype, rank, packs in ((torch.bfloat16, 96, 0), (torch.float32, 96, 1), (torch.bfloat16, 100, 1)):
         found = estimate("cuda", call(param_dtype=param_dtype, rank=rank))

@@ -361,6 +361,8 @@ def too_large(kernels: Sequence[str], call: Call) -> list[str]:
 
 def cuda_limits(call: Call) -> list[str]:
     """What the CUDA kernels do not take on any device, as csrc/cuda/bottleneck.cu says it where the library is built."""
+    if call.op == "dropout_add_norm":
+        return cuda_norm_limits(call)
     if call.dtype not in (torch.bfloat16, torch.float16):
         return [f"the cuda kernels take bfloat16 and float16, not {call.dtype}"]
     if call.op == "phm_bottleneck":
@@ -407,6 +409,25 @@ def cuda_phm_limits(call: Call) -> list[str]:
     if not 1 <= k <= 8:
         return ["the cuda kernels take factor ranks from 1 to 8"]
     return [] if cuda_phm_tokens(call) else ["the factors and a token's products do not fit the 99 KB of shared memory that every device has"]
+
+
+# csrc/include/dropout_add_norm_cuda.h: threads of a row and splits of the rows.
+
+
+def cuda_norm_lanes(width: int) -> int:
+    return next((lanes for lanes in (64, 256) if width <= 16 * lanes), 512)
+
+
+def cuda_norm_splits(rows: int, width: int) -> int:
+    """Splits of the rows, each with a partial of the gradients of weight and bias."""
+    at_once = 4 if cuda_norm_lanes(width) == 64 else 1
+    return cdiv(rows, cdiv(rows, 256 * at_once) * at_once)
+
+
+def cuda_norm_limits(call: Call) -> list[str]:
+    if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return [f"the cuda kernels take bfloat16, float16 and float32, not {call.dtype}"]
+    return [] if 1 <= call.width <= 8192 else ["the cuda kernels take norms of a width from 1 to 8192"]
 
 
 def cuda_needs_pack(s: Sizes) -> bool:

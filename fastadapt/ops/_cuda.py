@@ -92,6 +92,8 @@ def reasons(call: Call) -> list[str]:
 
 def _unsupported(call: Call, namespace: str | None) -> list[str]:
     """What the kernels do not take, whatever the device. The limits of shapes are the compiled code's own."""
+    if call.op == "dropout_add_norm":
+        return _unsupported_norm(call, namespace)
     if call.dtype not in (torch.bfloat16, torch.float16):
         return [f"the cuda kernels take bfloat16 and float16, not {call.dtype}"]
     if call.param_dtype not in (call.dtype, torch.float32):
@@ -106,6 +108,17 @@ def _unsupported(call: Call, namespace: str | None) -> list[str]:
     else:
         widths = (call.width, call.option("out_width", call.width))
         why = next(filter(None, (ops.why_not(*types, width, call.rank, call.option("gate_rank", 0)) for width in widths)), "")
+    return [why] if why else []
+
+
+def _unsupported_norm(call: Call, namespace: str | None) -> list[str]:
+    if call.dtype not in _TYPES:
+        return [f"the cuda kernels take bfloat16, float16 and float32, not {call.dtype}"]
+    if namespace is None:
+        return []
+    sum_dtype = torch.float32 if call.option("wide", False) else call.dtype
+    param_dtype = sum_dtype if call.param_dtype == call.dtype else call.param_dtype  # x's: there may be no parameters
+    why = getattr(torch.ops, namespace).norm_why_not(_TYPES[call.dtype], _TYPES[sum_dtype], _TYPES.get(param_dtype, -1), call.width)
     return [why] if why else []
 
 

@@ -137,7 +137,7 @@ def launches() -> dict[str, ptx_device.Launch]:
     return found
 
 
-TYPES = ("bf16", "fp16")
+TYPES = ("bf16", "fp16", "fp32")
 
 
 def measured(archs: Iterable[int] = ARCHS, types: Iterable[str] = TYPES) -> dict[str, dict[str, int]]:
@@ -146,7 +146,7 @@ def measured(archs: Iterable[int] = ARCHS, types: Iterable[str] = TYPES) -> dict
 
 
 def of_types(name: str, types: Iterable[str]) -> bool:
-    return ("bf16" if "bf16" in name else "fp16") in types
+    return ("bf16" if "bf16" in name else "fp16" if "half" in name else "fp32") in types
 
 
 def recorded() -> dict[str, Any]:
@@ -167,7 +167,7 @@ _ABOVE = re.compile(r"(// (\w+)'s resources[^\n]*\n)(?://   [^\n]*\n)*")
 
 
 def headers(kernels: dict[str, dict[str, int]]) -> dict[Path, str]:
-    """The kernels' sources with the table above each kernel as it should be: bf16's numbers, which are fp16's too but for a register or two."""
+    """The kernels' sources with the table above each kernel as it should be: bf16's numbers, which are fp16's too but for a register or two, and fp32's."""
     texts = {}
     for path in sorted((ptx_device.CSRC / "cuda").glob("*.cuh")):
         texts[path] = _ABOVE.sub(lambda m: m[1] + _above(m[2], kernels), path.read_text())
@@ -175,16 +175,27 @@ def headers(kernels: dict[str, dict[str, int]]) -> dict[Path, str]:
 
 
 def _above(kernel: str, kernels: dict[str, dict[str, int]]) -> str:
-    lines = [f"//   {'rank':10}{'threads':>9}{'shared':>9}   {'registers':22}blocks"]
-    for key in sorted({key.rsplit(" sm_", 1)[0] for key in kernels if key.startswith(f"{kernel}<") and "bf16" in key}, key=_order):
+    keys = sorted({key.rsplit(" sm_", 1)[0] for key in kernels if key.startswith(f"{kernel}<") and ("bf16" in key or "<float, " in key)}, key=_order)
+    names = {key: _name(key) for key in keys}
+    width = max(10, *map(len, names.values()))
+    lines = [f"//   {'x, v, threads of a row' if width > 10 else 'rank':{width}}{'threads':>9}{'shared':>9}   {'registers':22}blocks"]
+    for key, name in names.items():
         rows = [kernels[f"{key} sm_{arch}"] for arch in ARCHS]
-        rank = re.search(r", (\d+)(?:, (true|false))?>", key)
-        parts = "whole" if "true" in key else "not whole"
-        flag = ", drops" if "Lora" in key else ", dual"
-        name = (parts if "PhmTraits" in key else "any") if rank is None else rank[1] + (flag if rank[2] == "true" else "")
         registers, blocks = (" / ".join(str(row[column]) for row in rows) for column in ("registers", "blocks"))
-        lines.append(f"//   {name:10}{rows[0]['threads']:9}{rows[0]['shared']:9}   {registers:22}{blocks}")
+        lines.append(f"//   {name:{width}}{rows[0]['threads']:9}{rows[0]['shared']:9}   {registers:22}{blocks}")
     return "\n".join(lines) + "\n"
+
+
+def _name(key: str) -> str:
+    """Of an instance, in the table of its template."""
+    if norm := re.search(r"NormTraits<(\w+), (\w+), (\d+), (\w+), (\w+)>", key):
+        *types, lanes, whole, sums = norm.groups()
+        return ", ".join([*(t.replace("float", "fp32") for t in types), lanes, *["whole"] * (whole == "true"), *["sums"] * (sums == "true")])
+    if "PhmTraits" in key:
+        return "whole" if "true" in key else "not whole"
+    rank = re.search(r", (\d+)(?:, (true|false))?>", key)
+    flag = ", drops" if "Lora" in key else ", dual"
+    return "any" if rank is None else rank[1] + (flag if rank[2] == "true" else "")
 
 
 def _order(key: str) -> list[Any]:

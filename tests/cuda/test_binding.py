@@ -22,7 +22,7 @@ from tests.cuda import nvcc
 
 ROOT = Path(__file__).parents[2]
 needs_nvcc = pytest.mark.skipif(nvcc.find() is None, reason="no nvcc")
-OPS = tuple(f"{op}{suffix}" for op in ("bottleneck", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck") for suffix in ("", "_backward"))
+OPS = tuple(f"{op}{suffix}" for op in ("bottleneck", "dropout_add_norm", "gated_bottleneck", "lora", "phm_bottleneck", "routed_bottleneck") for suffix in ("", "_backward"))
 
 
 def run(*command: str, cwd: Path, fails: bool = False, **env: str) -> str:
@@ -72,12 +72,12 @@ def assert_is_the_library(folder: Path) -> None:
         "import json, torch, fastadapt; from fastadapt.ops import _cuda; why = _cuda.library(); ops = torch.ops.fastadapt_cuda\n"
         f"keys = {{op: [k for k in ('CPU', 'CUDA', 'Meta') if torch._C._dispatch_has_kernel_for_dispatch_key('fastadapt_cuda::' + op, k)] for op in {OPS!r}}}\n"
         "print(json.dumps([fastadapt.__file__, why, _cuda.unavailable(), keys, ops.device_count(), ops.driver_version(), ops.runtime_version(), ops.why_not(1, 0, 768, 96, 0),"
-        " ops.why_not(1, 0, 772, 96, 0), ops.phm_why_not(1, 0, 768, 96, 17, 1)]))"
+        " ops.why_not(1, 0, 772, 96, 0), ops.phm_why_not(1, 0, 768, 96, 17, 1), ops.norm_why_not(0, 0, 0, 8193)]))"
     )
-    file, why, unavailable, keys, devices, driver, runtime, fits, ragged, division = json.loads(run(sys.executable, "-c", program, cwd=folder).splitlines()[-1])
+    file, why, unavailable, keys, devices, driver, runtime, fits, ragged, division, wide = json.loads(run(sys.executable, "-c", program, cwd=folder).splitlines()[-1])
     assert Path(file).is_relative_to(folder) and why is None
     assert keys == {op: ["CUDA"] for op in OPS}
-    assert runtime >= 12080 and (fits, "multiple of 8" in ragged, "from 1 to 16" in division) == ("", True, True)
+    assert runtime >= 12080 and (fits, "multiple of 8" in ragged, "from 1 to 16" in division, "from 1 to 8192" in wide) == ("", True, True, True)
     if torch.version.cuda is None:
         assert unavailable == f"torch {torch.__version__} is a build without CUDA"
     if not torch.cuda.is_available():
@@ -222,6 +222,11 @@ class TestReasons:
         monkeypatch.setattr(torch.ops.fastadapt_cuda, "phm_why_not", lambda *shape: asked.append(shape) or "no such factors", raising=False)
         assert _cuda.reasons(CALL._replace(op="phm_bottleneck", options=(("division", 4), ("factor_rank", 2)))) == ["no such factors"]
         assert asked[1:] == [(1, 1, 64, 16, 4, 2)]
+        asked.clear()
+        monkeypatch.setattr(torch.ops.fastadapt_cuda, "norm_why_not", lambda *shape: asked.append(shape) or "no such norm", raising=False)
+        for dtype, param_dtype, wide in ((torch.float32, torch.float32, False), (torch.half, torch.half, True), (torch.half, torch.float32, False)):
+            assert _cuda.reasons(CALL._replace(op="dropout_add_norm", dtype=dtype, param_dtype=param_dtype, options=(("wide", wide),))) == ["no such norm"]
+        assert asked == [(0, 0, 0, 64), (2, 0, 0, 64), (2, 2, 0, 64)]
 
     @pytest.mark.parametrize(("arch", "runs"), [(80, True), (86, True), (89, True), (90, True), (100, True), (75, False)])
     def test_architectures(self, arch: int, runs: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadapt import backend, functional
 from tests.ops import checks
-from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, specs
+from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, specs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CALLS: list[Spec] = [
@@ -22,6 +22,9 @@ CALLS: list[Spec] = [
     PHM(lead=(1000,), width=772, rank=24, dtype=BF16[0], factor_rank=2),
     Lora(lead=(4096,), width=1024, out=512, rank=16, dtype=MIXED[0], param_dtype=MIXED[1], dropout=0.1),
     Lora(lead=(1000,), width=512, out=1536, rank=96, dtype=BF16[0], biases="up"),
+    Norm(lead=(4096,), width=768, dtype=MIXED[0], param_dtype=MIXED[1], residual="wide", dropout=0.1, returns="both"),
+    Norm(lead=(2000,), width=4096, dtype=BF16[0], norm="rms", returns="both"),
+    Norm(lead=(1000,), width=1027, dropout=0.1),
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +21,9 @@ from fastadapt.ops.gated_bottleneck.reference import KINDS
 from fastadapt.ops.philox import keep, philox
 from tests.cuda import emulator
 from tests.golden import load_case
-from tests.ops import checks, test_bottleneck, test_gated_bottleneck, test_lora, test_phm_bottleneck, test_routed_bottleneck
+from tests.ops import checks, test_bottleneck, test_dropout_add_norm, test_gated_bottleneck, test_lora, test_phm_bottleneck, test_routed_bottleneck
 from tests.ops.checks import CUDA
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, random_specs, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, random_specs, specs
 from tests.tolerance import assert_close_to_f64
 
 FP16, FP16_MIXED = DTYPES[3:]
@@ -173,11 +173,45 @@ ALL_PHM = [
     for i, (n, k, w, r) in enumerate((n, k, w, r) for n in (1, 2, 3, 4, 8, 16) for k in (1, 2, 3, 8) for w, r in ((1, 1), (2, 7), (5, 24)) if n * k < 65)
     for t in (1, 32, 75)
 ]
+# Units of a row that are whole and ragged, of all threads and of some, of a narrow and of a wide block; every type of x, of the sum and of the parameters.
+NORM_RANDOM = random_specs(Norm, 160, 45)
+WIDTHS = (1, 7, 8, 64, 65, 513, 768, 1024, 1025, 1100, 2050, 4096, 8191, 8192)
+STREAMS = (*((d, None, "same") for d in (*HALF[::2], FP32)), (MIXED, "fp32", "same"), (MIXED, None, "wide"), (FP16_MIXED, None, "wide"))
+NORM_SHAPES = [
+    over((d[0], torch.float32 if p else None), Norm, lead=(max(64 // w, t),), width=w, residual=r, norm=("layer", "rms")[i // 2 % 2], dropout=(0.0, 0.3)[i % 2], returns="both")
+    for i, (t, w) in enumerate(zip((1, 2, 3, 5, 9) * 3, WIDTHS))
+    for d, p, r in STREAMS[i % 3 :: 3]
+]
+NORM_OPTIONS = [
+    *(
+        over(d, Norm, lead=(37,), width=72, norm=n, biases=b, residual=r, returns=v, eps=0.1)
+        for d, n, b, r, v in (
+            (BF16, "layer", "none", "same", "both"),
+            (MIXED, "rms", "weight", "wide", "y"),
+            (FP16, "rms", "both", None, "y"),
+            (FP32, "layer", "weight", None, "both"),
+            (FP16_MIXED, "layer", "none", "wide", "sum"),
+            (MIXED, "rms", "none", "same", "sum"),
+        )
+    ),
+    *(
+        over(d, Norm, lead=(37,), width=w, norm=None, biases="none", residual=r, dropout=p)
+        for d, w, r, p in ((BF16, 72, "same", 0.3), (FP32, 33, None, 0.5), (MIXED, 1100, "wide", 0.1), (FP16, 40, "wide", 0.0), (FP32, 40, "same", 0.0))
+    ),
+    *(over(MIXED, Norm, lead=(70,), width=64, dropout=p) for p in (1e-12, 0.999)),
+]
+ALL_NORM = [
+    over((d[0], torch.float32 if p else None), Norm, lead=(t,), width=w, residual=r, norm=n, dropout=q, returns="both")
+    for d, p, r in STREAMS
+    for t, w in ((63, 64), (65, 200), (1040, 72), (129, 768), (9, 1032), (5, 3001))
+    for n, q in (("layer", 0.1), ("rms", 0.0))
+]
 # More than one split of the rows, the last one ragged.
 SPLITS = [over(d, lead=(t,), rank=r, width=64, gate=True, biases=b, scale=0.5) for d, t, r, b in ((MIXED, 600, 7, "up"), (FP16, 1000, 96, "both"))]
 SPLITS += [over(BF16, Gated, lead=(3, 200), rank=24, gate_rank=40, width=64, granularity=g) for g in ("large", "middleX")]
 # And more than one tile a split, the last split of one and less.
 SPLITS += [over(MIXED, PHM, lead=(300,), width=64, rank=64), over(FP16, PHM, lead=(8210,), width=64, rank=64, biases="none")]
+SPLITS += [over(MIXED, Norm, lead=(2055,), width=64, residual="wide", dropout=0.1), over(BF16, Norm, lead=(515,), width=1040, norm="rms")]
 CALLS = [
     over(MIXED, lead=(3, 13), residual="other", scale="tensor", gate=True),
     over(BF16, lead=(70,), width=40, rank=7),
@@ -194,6 +228,11 @@ EMPTY = [
     *(over(d, lead=lead, scale="tensor", gate=True) for d in (BF16, FP16_MIXED) for lead in ((0,), (5, 0))),
     *(over(d, Gated, lead=(0, 5), granularity=g, save_gate=s) for d in (MIXED, FP16) for g in GRANULARITIES for s in (True, False)),
     *(over(d, PHM, lead=lead, width=64) for d in (MIXED, FP16) for lead in ((0,), (5, 0))),
+    *(over(d, Norm, lead=(0, 5), residual="wide", norm=n, returns="both", dropout=0.1) for d in (MIXED, FP32) for n in ("layer", "rms")),
+]
+CALLS += [
+    over(d, Norm, lead=(3, 23), width=w, residual=r, norm=n, dropout=0.3, returns="both")
+    for d, w, r, n in ((MIXED, 40, "wide", "layer"), (FP16, 33, None, "rms"), (FP32, 1032, "same", "layer"), (MIXED, 1027, "same", "rms"))
 ]
 CALLS += [over(MIXED, Lora, lead=(3, 23), width=40, out=72, rank=7, biases="up", scale=0.7, **DROPS), over(FP16, Lora, lead=(70,), width=72, out=40, rank=8)]
 PAIRS = [
@@ -202,21 +241,22 @@ PAIRS = [
     *(over(d, PHM, lead=(37,), width=64, rank=64, activation=a) for d, a in ((MIXED, "gelu_new"), (FP16, "silu"))),
     over(MIXED, Routed, lead=(70,), rank=30, outside=True, shared="up", ids="row"),
     *(over(d, Lora, lead=(70,), width=w, out=o, rank=30, **DROPS) for d, w, o in ((MIXED, 72, 64), (FP16, 64, 72))),
+    *(over(d, Norm, lead=(70,), width=72, residual=r, norm=n, dropout=0.3, returns="both") for d, r, n in ((MIXED, "wide", "layer"), (FP16, None, "rms"), (FP32, "same", "rms"))),
 ]
 
 
-ALL_ROWS = [*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL, *ROUTED, *LORA]
+ALL_ROWS = [*SHAPES, *OPTIONS, *GATED, *GATED_SMALL, *LONG, *SPLITS, *REAL, *PHM_SHAPES, *PHM_OPTIONS, *PHM_REAL, *ROUTED, *LORA, *NORM_SHAPES, *NORM_OPTIONS]
 
 
 @on_kernels
-@specs([*ALL_ROWS, *RANDOM[:30], *RANDOM[100:140], *PHM_RANDOM[:20], *RANDOM_ROUTED[:24], *RANDOM_LORA[:24]])
+@specs([*ALL_ROWS, *RANDOM[:30], *RANDOM[100:140], *PHM_RANDOM[:20], *RANDOM_ROUTED[:24], *RANDOM_LORA[:24], *NORM_RANDOM[:30]])
 def test_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
 @pytest.mark.full
 @on_kernels
-@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES, *PHM_RANDOM[20:], *ALL_PHM, *RANDOM_ROUTED[24:], *ALL_ROUTED, *RANDOM_LORA[24:], *ALL_LORA])
+@specs([*RANDOM[30:100], *RANDOM[140:], *ALL_SHAPES, *PHM_RANDOM[20:], *ALL_PHM, *RANDOM_ROUTED[24:], *ALL_ROUTED, *RANDOM_LORA[24:], *ALL_LORA, *NORM_RANDOM[30:], *ALL_NORM])
 def test_more_within_rule(spec: Spec, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
@@ -242,7 +282,7 @@ class TestCall:
         checks.assert_single_gradients(spec, name, device)
 
     def test_without_gradients(self, spec: Spec, name: str, device: str) -> None:
-        checks.assert_no_grad_path(spec, name, device)
+        checks.assert_no_grad_path(replace(spec, returns="y") if isinstance(spec, Norm) else spec, name, device)
 
     def test_arguments_are_untouched(self, spec: Spec, name: str, device: str) -> None:
         checks.assert_untouched(spec, name, device)
@@ -254,7 +294,7 @@ class TestCall:
         checks.assert_deterministic(spec, name, device)
 
 
-@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0], PHM_SHAPES[5], ROUTED[-1], LORA[-5]])
+@specs([SPLITS[0], SPLITS[2], GATED[4], LONG[0], PHM_SHAPES[5], ROUTED[-1], LORA[-5], SPLITS[-1], SPLITS[-2]])
 def test_schedules_change_no_bit(spec: Spec, emulated: None) -> None:
     """Warps and blocks in any order: sums are added in an order of their own."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
@@ -294,7 +334,12 @@ def test_activations_far_from_zero(activation: str, dtypes: tuple[torch.dtype, t
 
 
 @on_kernels
-@specs([over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM, Routed, Lora)])
+@specs(
+    [
+        *(over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM, Routed, Lora)),
+        *(over(d, Norm, lead=(3,), width=w, residual=r, dropout=0.3) for d, w, r in ((BF16, 64, "same"), (FP16, 1030, "same"), (MIXED, 65, "wide"))),
+    ]
+)
 def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
     """Rows 2^30 elements apart: the offset of the third does not fit in 32 bits. The 4 GiB are reserved, not touched."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
@@ -302,7 +347,7 @@ def test_rows_beyond_2_31_elements(spec: Spec, name: str, device: str) -> None:
     torch.use_deterministic_algorithms(False)  # or the whole buffer would be filled with NaN
 
     def apart(t: torch.Tensor) -> torch.Tensor:
-        return torch.empty(2 * 2**30 + 16 + t.shape[1], dtype=spec.dtype, device=device).as_strided(t.shape, (2**30 + 8, 1)).copy_(t)
+        return torch.empty(2 * 2**30 + 16 + t.shape[1], dtype=t.dtype, device=device).as_strided(t.shape, (2**30 + 8, 1)).copy_(t)
 
     checks.assert_same_bits(expected, checks.fused(spec, name, {n: apart(t) if n in spec.activations else t for n, t in tensors.items()}, apart(dy)))
 
@@ -343,6 +388,46 @@ def test_forward_and_backward_drop_what_the_definition_says(rows: int, width: in
         count = min(rows, width)
         assert torch.equal(d_down[:count], factor[:count])
     assert keep(seed, 6, 12, at / 2**32)[5, 9] and not keep(seed, 6, 12, (at + 1) / 2**32)[5, 9]
+
+
+@on_kernels
+@pytest.mark.parametrize(("rows", "width", "dtype"), [(65, 32, torch.bfloat16), (9, 1027, torch.half), (7, 1100, torch.float32)], ids=["whole", "ragged", "fp32"])
+def test_the_norm_s_mask_is_the_definition_s(rows: int, width: int, dtype: torch.dtype, name: str, device: str) -> None:
+    """Element for element, forward and backward, also where a probability is the very number of an element; what is dropped may be infinite."""
+    seed = torch.tensor([-7], device=device)
+    number = int(philox((9 // 4, 5, 0, 0), (-7 & 0xFFFFFFFF, 0xFFFFFFFF))[9 % 4])
+    for p in (0.5, number / 2**32, (number + 1) / 2**32):
+        kept = keep(seed, rows, width, p)
+        x, one = torch.ones(rows, width, dtype=dtype, device=device, requires_grad=True), torch.ones((), dtype=dtype, device=device)
+        with checks.runs_on("dropout_add_norm", name, counts=(2, 1)):
+            y, of_ones = (functional.dropout_add_norm(t, norm=None, dropout=p, seed=seed) for t in (torch.where(kept, x, torch.inf), x))
+            (d_x,) = torch.autograd.grad(of_ones, x, torch.where(kept, one, torch.inf))
+        factor = torch.where(kept, torch.tensor(1 / (1 - p), dtype=torch.float32, device=device), 0.0).to(dtype)
+        assert torch.equal(y, factor) and torch.equal(d_x, factor)
+
+
+NORM_TESTS: list[tuple[Callable[..., None], dict[str, Any]]] = [
+    *(
+        (test_dropout_add_norm.test_parameters_are_not_rounded, {"spec": over(MIXED, Norm, lead=(70,), width=w, residual=r, norm=n)})
+        for w, r, n in ((48, "same", "layer"), (50, "wide", "rms"), (1042, "same", "rms"))
+    ),
+    *((test_dropout_add_norm.test_the_statistics_are_of_the_rounded_sum, {"dtype": dtype}) for dtype in (torch.float32, torch.bfloat16)),
+    *((test_dropout_add_norm.test_what_would_be_x_is_x, {"norm": norm}) for norm in ("layer", "rms", None)),
+    *((test_dropout_add_norm.test_the_same_gradient_is_written_once, {"dtype": torch.bfloat16, "residual": residual}) for residual in ("same", "wide")),
+    *((test_dropout_add_norm.test_the_sum_alone_is_differentiated, {"dropout": dropout}) for dropout in (0.0, 0.3)),
+    *((test_dropout_add_norm.test_a_mean_far_from_zero_and_numbers_far_from_one, {"scale": scale}) for scale in (1e-15, 1e15)),
+    (test_dropout_add_norm.test_constant_rows_are_finite, {}),
+    (test_dropout_add_norm.test_what_is_dropped_is_never_multiplied, {}),
+    (test_dropout_add_norm.test_it_is_torchs_layer_norm_and_t5s, {}),
+    (test_dropout_add_norm.test_a_checkpointed_call_draws_its_mask_again, {"reentrant": False}),
+    (test_dropout_add_norm.test_autocast_leaves_dtypes, {"compiled": True}),
+]
+
+
+@on_kernels
+@pytest.mark.parametrize(("test", "arguments"), NORM_TESTS, ids=[f"{test.__name__.removeprefix('test_')}-{'-'.join(map(str, of.values()))}" for test, of in NORM_TESTS])
+def test_what_holds_of_a_norm_on_every_backend(test: Callable[..., None], arguments: dict[str, Any], name: str, device: str) -> None:
+    test(**arguments, name=name, device=device)
 
 
 @on_kernels
@@ -502,6 +587,25 @@ def test_a_phm_it_cannot_take(changes: Mapping[str, Any], reason: str, name: str
     spec = replace(over(BF16, PHM), **{**changes, **({"param_dtype": changes["dtype"]} if "dtype" in changes else {})})
     with backend.use(name), pytest.raises(backend.BackendError, match=f"'{name}' was demanded but cannot run phm_bottleneck.*{reason}"):
         spec.call(functional, spec.draw(0, device))
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [(over(BF16, Norm, width=8193, lead=(2,)), "norms of a width from 1 to 8192"), (Norm(dtype=torch.float64), "bfloat16, float16 and float32, not torch.float64")],
+    ids=["width", "fp64"],
+)
+def test_a_norm_it_cannot_take(spec: Norm, reason: str, name: str, device: str) -> None:
+    with backend.use(name), pytest.raises(backend.BackendError, match=f"'{name}' was demanded but cannot run dropout_add_norm.*{reason}"):
+        spec.call(functional, spec.draw(0, device))
+
+
+def test_the_raw_norm_op_refuses_it_too(machine: emulator.Machine) -> None:
+    x, ops = torch.zeros(2, 8193, dtype=torch.half), torch.ops.fastadapt_cuda_emulated
+    with pytest.raises(RuntimeError, match=r"a width from 1 to 8192 \(width 8193\)"):
+        ops.dropout_add_norm(x, None, None, None, None, 1, 1e-5, 0.0, True)
+    with pytest.raises(RuntimeError, match="weight and bias must have the sum's type or float32"):
+        ops.dropout_add_norm(x[:, :8], x[:, :8].float(), x[0, :8], None, None, 1, 1e-5, 0.0, True)
 
 
 def test_the_raw_phm_op_refuses_it_too(machine: emulator.Machine) -> None:

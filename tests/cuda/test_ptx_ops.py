@@ -10,7 +10,7 @@ import torch
 
 from tests.cuda import nvcc, ptx, ptx_device
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, specs
 
 FP16, FP16_MIXED = DTYPES[3:]
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
@@ -37,6 +37,10 @@ def lora(dtypes: tuple[torch.dtype, torch.dtype], **options: object) -> Lora:
     return Lora(**{"dtype": dtypes[0], "param_dtype": dtypes[1], "lead": (70,), "width": 72, "out": 136, "rank": 16, "scale": 0.5, **options})
 
 
+def norm(dtype: torch.dtype, **options: object) -> Norm:
+    return Norm(**{"dtype": dtype, "lead": (9,), "width": 72, "dropout": 0.3, "returns": "both", **options})
+
+
 # One kernel per template and dtype, with two bottlenecks or dropout and without.
 CASES: list[Spec] = [
     plain(MIXED, rank=96),
@@ -56,6 +60,7 @@ CASES: list[Spec] = [
     lora(BF16, width=136, out=72),
     lora(FP16_MIXED, dropout=0.5, width=136, out=64, rank=7),
     lora(FP16),
+    *(norm(d, width=w, norm=n, biases=b) for d in (torch.bfloat16, torch.half, torch.float32) for w, n, b in ((72, "layer", "both"), (67, "rms", "none"))),
 ]
 # Every instance, every option of the ops.
 ALL_CASES: list[Spec] = [
@@ -72,6 +77,14 @@ ALL_CASES: list[Spec] = [
     *(phm(d, division=n, factor_rank=k, width=16 * n) for d, n, k in ((MIXED, 8, 2), (FP16, 16, 1), (BF16, 4, 8))),
     phm(BF16, width=768, rank=96, lead=(65,)),
     phm(BF16, lead=(8210,)),
+    *(
+        norm(d, width=w, norm=n, residual=r, biases=b, lead=(9 if w < 4096 else 2,))
+        for d, r in ((torch.bfloat16, "same"), (torch.bfloat16, "wide"), (torch.half, "same"), (torch.half, "wide"), (torch.float32, "same"))
+        for b, n, widths in (("both", "layer", (768, 65, 1032, 1027, 4104, 4101)), ("none", "rms", (64, 69, 2056, 1029, 8192, 4099)))
+        for w in widths
+    ),
+    norm(torch.bfloat16, norm=None, biases="none"),
+    norm(torch.bfloat16, width=64, lead=(1040,), param_dtype=torch.float32),
 ]
 
 

@@ -16,7 +16,7 @@ from fastadapt.backend import Call
 from fastadapt.ops import _cost
 from tests.cuda import emulator
 from tests.ops import checks
-from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec
+from tests.ops.specs import BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
 KERNELS = (
@@ -33,6 +33,7 @@ KERNELS = (
 )
 KERNELS += tuple(f"routed_{name}_kernel" for name in ("prologue", "forward", "rows", "slab", "reduce"))
 KERNELS += tuple(f"lora_{name}_kernel" for name in ("forward", "slab", "reduce"))
+KERNELS += tuple(f"norm_{name}_kernel" for name in ("forward", "rows", "reduce"))
 
 
 class Line(NamedTuple):
@@ -108,6 +109,9 @@ def launches(spec: Spec, needs: frozenset[str]) -> Iterator[Launch]:
         return
     if isinstance(spec, Lora):
         yield from lora_launches(spec, needs)
+        return
+    if isinstance(spec, Norm):
+        yield from norm_launches(spec, needs)
         return
     gated = spec if isinstance(spec, Gated) else None
     shapes = spec.shapes()
@@ -353,6 +357,35 @@ def lora_launches(spec: Lora, needs: frozenset[str]) -> Iterator[Launch]:
         yield launch("lora_reduce_kernel", {"p": up, "s": b_up, "q": down, "d_w_down": down, "d_w_up": up, "d_b_up": b_up})
 
 
+# ---- Dropout, sum and norm
+
+
+def norm_launches(spec: Norm, needs: frozenset[str]) -> Iterator[Launch]:
+    given, rows, width = set(spec.shapes()), torch.Size(spec.lead).numel(), spec.width
+    lanes, splits, normed, drops = _cost.cuda_norm_lanes(width), _cost.cuda_norm_splits(rows, width), spec.norm is not None, spec.dropout > 0
+    base = {"N": rows, "D": width, "A": spec.dtype.itemsize, "V": spec.out_dtype.itemsize, "P": (spec.param_dtype or spec.out_dtype).itemsize, "lanes": lanes}
+
+    def launch(kernel: str, named: dict[str, Any], **values: int) -> Launch:
+        return Launch(f"norm_{kernel}_kernel", frozenset(name for name, there in named.items() if there), {**base, **values})
+
+    save = bool(needs) or spec.returns != "y"
+    named = {name: name in given for name in ("residual", "weight", "bias")} | {"drops": drops, "y": normed, "v": not normed or (save and ("residual" in given or drops))}
+    yield launch("forward", {**named, "mean": save and spec.norm == "layer", "rstd": save and normed})
+
+    dy, same = normed and spec.returns != "sum", not drops and spec.out_dtype == spec.dtype
+    dx = "x" in needs and not (same and (not dy or "residual" in needs))
+    dresidual, d_weight, d_bias = (dy and name in needs for name in ("residual", "weight", "bias"))
+    if not (dx or dresidual or d_weight or d_bias):
+        return
+    of_row, sums = dx or dresidual, {"splits": splits, "blocks": splits, "threads": max(256, lanes)} if d_weight or d_bias else {"blocks": rows, "threads": lanes}
+    saved = dy and (of_row or d_weight)
+    named = {"dy": dy, "dv": of_row and not (dy and spec.returns == "y"), "saved": saved, "mean": saved and spec.norm == "layer", "rstd": saved}
+    named |= {"weight": dy and of_row and "weight" in given, "drops": drops, "dx": dx, "dresidual": dresidual, "d_weight": d_weight, "d_bias": d_bias}
+    yield launch("rows", named, **sums)
+    if d_weight or d_bias:
+        yield launch("reduce", {"d_weight": d_weight, "d_bias": d_bias}, **sums)
+
+
 # ---- The calls
 
 
@@ -408,17 +441,28 @@ LORA = [
     over(FP16, Lora, lead=(1,), width=64, out=40, rank=96),
     over(FP16_MIXED, Lora, lead=(130,), width=64, out=264, rank=130, biases="up"),
 ]
-FEW = [PLAIN[1], PLAIN[4], COMPACTER[1], COMPACTER[2], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96)), *ROUTED[:2], *LORA[:2]]
+# Rows of part of a block's, of several and of several a split; widths of whole vectors and ragged, of a narrow and of a wide block.
+NORMS = [
+    over(BF16, Norm, lead=(70,), width=72, dropout=0.3, returns="both"),
+    over(MIXED, Norm, lead=(9, 3), width=1030, residual="wide", norm="rms", dropout=0.1, biases="weight"),
+    over(FP16, Norm, lead=(1030,), width=17, residual=None, biases="both"),
+    Norm(lead=(300,), width=1100, norm="rms", returns="both"),
+    over(FP16_MIXED, Norm, lead=(37,), width=64, residual=None, biases="none", dropout=0.5),
+    over(BF16, Norm, lead=(37,), width=64, norm=None, biases="none", dropout=0.5),
+    Norm(lead=(37,), width=64, norm=None, biases="none"),
+    over(MIXED, Norm, lead=(20,), width=64, residual="wide", biases="none", returns="sum"),
+]
+FEW = [PLAIN[1], PLAIN[4], COMPACTER[1], COMPACTER[2], *(replace(spec, lead=(3, 23)) for spec in GATED if spec.rank in (7, 96)), *ROUTED[:2], *LORA[:2], *NORMS[:4]]
 
 
 def cases() -> list[Any]:
     """Every call with all gradients, and some of them with none, one, or all but one."""
-    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED, *COMPACTER, *ROUTED, *LORA]]
+    out = [(spec, frozenset(spec.shapes())) for spec in [*PLAIN, *GATED, *COMPACTER, *ROUTED, *LORA, *NORMS]]
     for spec in FEW:
         out += [
             (spec, frozenset()),
             *((spec, frozenset({name})) for name in spec.shapes()),
-            *((spec, frozenset(spec.shapes()) - {name}) for name in ("w_up", "w_down", "right_up", "left_up") if name in spec.shapes()),
+            *((spec, frozenset(spec.shapes()) - {name}) for name in ("w_up", "w_down", "right_up", "left_up", "weight") if name in spec.shapes()),
         ]
     return [pytest.param(spec, needs, id=f"{spec.op}-{spec}-{','.join(sorted(needs)) if len(needs) < 2 else len(needs)}") for spec, needs in out]
 
@@ -460,3 +504,12 @@ def test_the_compiled_limits_of_compacter_are_those_of_the_model(emulated: None)
         assert _cost.cuda_limits(call) == ([why] if why else []), call
         taken[not why] += 1
     assert min(taken.values()) > 50
+
+
+def test_the_compiled_limits_of_norms_are_those_of_the_model(emulated: None) -> None:
+    types = {torch.float32: 0, torch.bfloat16: 1, torch.half: 2}
+    for dtype, number in types.items():
+        for width in (0, 1, 1024, 1025, 8192, 8193):
+            why = torch.ops.fastadapt_cuda_emulated.norm_why_not(number, number, number, width)
+            assert _cost.cuda_limits(Call("dropout_add_norm", "cuda", dtype, dtype, 1, width, 0)) == ([why] if why else [])
+            assert bool(why) == (width in (0, 8193))

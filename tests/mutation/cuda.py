@@ -1,8 +1,9 @@
-"""Mutants of the CUDA kernels and their launch sequences: `python -m tests.mutation.cuda` writes tests/data/cuda_mutants.json; with `phm`, of Compacter's, cuda_phm_mutants.json.
+"""Mutants of the CUDA kernels and their launch sequences: `python -m tests.mutation.cuda` writes tests/data/cuda_mutants.json; with `phm`, of Compacter's, cuda_phm_mutants.json;
+with `norm`, of dropout, sum and norm, cuda_norm_mutants.json.
 
 They run on the emulator, in bf16 over bf16 and fp32 parameters and in fp16, for a few ranks (csrc/cuda/launch.h), with races watched in shared and global memory, copies that
 arrive at the last legal moment, every launch held to the ranges of its arguments and to the bytes of its kernel's table, and every local array to its bounds. Constants of
-csrc/include/cuda_plan.h and phm_bottleneck_cuda.h are sizes that all of it is built from: they are not mutated.
+csrc/include/cuda_plan.h, phm_bottleneck_cuda.h and dropout_add_norm_cuda.h are sizes that all of it is built from: they are not mutated.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 
 from fastadapt import backend, functional
 from fastadapt.ops import _cuda
+from fastadapt.ops.philox import keep, philox
 from tests.cuda import emulator, test_traffic
 from tests.mutation import calls, cpp, forks, schemata
 from tests.ops import checks
-from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Routed, Spec
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec
 
 FP16, FP16_MIXED = DTYPES[3:]
 SHARED = ("csrc/common/activations.cuh", "csrc/common/tiles.cuh")
@@ -28,12 +30,14 @@ PHILOX = "csrc/common/philox.cuh"
 OPS = ("bottleneck", "gated_bottleneck", "lora", "routed_bottleneck")
 FILES = (*SHARED, PHILOX, *(f"csrc/cuda/{op}.cuh" for op in OPS), *(f"csrc/cuda/{op}.cu" for op in OPS), "csrc/cuda/sequence.h")
 PHM_FILES = ("csrc/cuda/phm_bottleneck.cuh", "csrc/cuda/phm_bottleneck.cu")
+NORM_FILES = ("csrc/cuda/dropout_add_norm.cuh", "csrc/cuda/dropout_add_norm.cu")
 ONLY = {PHILOX: "lora", **{f"csrc/cuda/{op}{suffix}": op for op in OPS[1:] for suffix in (".cuh", ".cu")}}
 """Files that one op alone runs."""
 SOURCES = {
     "_cuda_ops": "csrc/cuda_ops.cpp",
-    **{op: f"csrc/cuda/{op}.cu" for op in (*OPS, "phm_bottleneck")},
-    **{f"{op}_{t}": f"csrc/cuda/inst/{op}_{t}.cu" for op in (*OPS, "phm_bottleneck") for t in ("bf16", "fp16")},
+    **{op: f"csrc/cuda/{op}.cu" for op in (*OPS, "phm_bottleneck", "dropout_add_norm")},
+    **{f"{op}_{t}": f"csrc/cuda/inst/{op}_{t}.cu" for op in (*OPS, "phm_bottleneck", "dropout_add_norm") for t in ("bf16", "fp16")},
+    "dropout_add_norm_fp32": "csrc/cuda/inst/dropout_add_norm_fp32.cu",
     "guard": "tests/mutation/guard.cpp",
 }
 
@@ -148,6 +152,27 @@ PHM_EXPLAINED: dict[tuple[str, str], str] = {
     ("condition", "false -> true in return with_type(call.activation_type"): "the forward gets as much shared memory as the backward, and uses the beginning of it",
     ("bound", "width > kMost -> width >= kMost"): "so wide a part does not fit shared memory either",
     ("bound", "rank > kMost -> rank >= kMost"): "so wide a part does not fit shared memory either",
+}
+
+NO_UNIT = "of a unit without columns, which adds zeros and is not stored"
+ONLY_TYPES = "stands for its type"
+NORM_EXPLAINED: dict[tuple[str, str], str] = {
+    ("condition", "sizeof(V) == 4 || p.float_parameters -> static_cast<bool>(p.float_parameters)"): "of sums in fp32 the parameters are too: a branch more",
+    ("deleted", "return; -> ; in if (!p.dropout.seed) return;"): "without dropout every number is kept, and multiplied by 1: slower, the same results",
+    ("loop", "i < Tr::kUnits -> i <= Tr::kUnits"): NO_UNIT,
+    ("bound", "row.left(i) <= 0 -> row.left(i) < 0"): NO_UNIT,
+    ("deleted", "break; -> ; in if (row.left(i) <= 0) break;"): NO_UNIT,
+    ("condition", "Tr::kWhole || j < row.left(i) -> static_cast<bool>(j < row.left(i))"): "of a whole unit each number has a column",
+    ("loop", "r < Tr::kRows -> r <= Tr::kRows"): "no thread has a row of that number",
+    ("sign", "r + 1 -> r - 1 in if (r + 1 < Tr::kRows) ptx::sync_block();"): "a barrier more at the end",
+    ("bound", "r + 1 < Tr::kRows -> r + 1 <= Tr::kRows in if (r + 1 < Tr::kRows) ptx::sync_block();"): "a barrier more at the end",
+    ("bound", "first + p.rows_per_block < p.rows -> first + p.rows_per_block <= p.rows"): "where the two are equal, either is the smaller one",
+    ("loop", "at < end -> at <= end"): "rows behind the block's have no columns",
+    ("constant", "0.f -> 0.5f in const float mean = normed"): "rstd of what is zero, or not read",
+    ("constant", "0.f -> 0.5f in return first + column < p.width ?"): "sums of columns that do not exist are not stored",
+    ("deleted", "return; -> ; in if (count == 0) return;"): "without such gradients there are no partials: what follows is not read, and of no bytes",
+    ("constant", "0.f -> 0.5f in if (call.x_type == kFloat) return f(0.f, 0.f);"): ONLY_TYPES,
+    ("constant", "0.f -> 0.5f in return with_type(call.x_type"): ONLY_TYPES,
 }
 
 
@@ -289,6 +314,52 @@ PHM_SHAPES = [
     *(((1, 0, width, rank, 4, 1), taken) for width, rank, taken in LARGE),
     *(((*types, 8, 8, 4, 1), taken) for types, taken in (((0, 0), False), ((1, 2), False), ((2, 1), False), ((2, 2), True))),
 ]
+# Rows of part of a block's, of several and of several a split; whole vectors and ragged rows, a narrow and a wide block, every type of x, sum and parameters.
+NORM_SPECS: list[Spec] = [
+    over(MIXED, Norm, lead=(37,), width=72, residual="wide", dropout=0.3, returns="both"),
+    over(BF16, Norm, lead=(9,), width=1100, norm="rms", dropout=0.1, returns="both", eps=0.1),
+    over(FP16_MIXED, Norm, lead=(21,), width=77, returns="both", eps=0.1),
+    over(FP32, Norm, lead=(21,), width=530, dropout=0.5, norm="rms", biases="weight"),
+    over(FP16, Norm, lead=(9,), width=2050, dropout=0.3, returns="both"),
+    over(FP32, Norm, lead=(9,), width=4100, residual=None, biases="both"),
+    over(MIXED, Norm, lead=(9,), width=1031, residual="wide", dropout=0.3, norm="rms", biases="none"),
+    over(BF16, Norm, lead=(33,), width=64, norm=None, biases="none", dropout=0.5),
+    over(FP16_MIXED, Norm, lead=(33,), width=65, norm=None, biases="none", residual="wide"),
+    over(FP32, Norm, lead=(5,), width=3, residual="same", returns="both"),
+    over(FP32, Norm, lead=(40,), width=12, returns="both"),  # of so few numbers the mean is far from zero
+    over(FP16_MIXED, Norm, lead=(9,), width=80, norm="rms", returns="both"),
+    over(BF16, Norm, lead=(1,), width=1024, dropout=0.1, returns="both"),
+    over(FP16_MIXED, Norm, lead=(2,), width=8192, residual="wide", returns="both"),
+    over(BF16, Norm, lead=(1029,), width=40, returns="both", dropout=0.1),
+    over(FP32, Norm, lead=(515,), width=1028, norm="rms"),
+]
+NORM_CALLS: list[Spec] = [
+    over(MIXED, Norm, lead=(3, 7), width=40, residual="wide", dropout=0.3),
+    over(FP32, Norm, lead=(13,), width=1029, norm="rms"),
+    over(FP16, Norm, lead=(13,), width=31, residual=None, norm="rms"),
+]
+NORM_BOTH: list[Spec] = [over(BF16, Norm, lead=(11,), width=40, dropout=0.3, returns="both")]
+NORM_TRAFFIC: list[tuple[Spec, tuple[str, ...] | None]] = [
+    (spec, needs)
+    for spec in (
+        over(BF16, Norm, lead=(70,), width=72, dropout=0.3, returns="both"),
+        over(MIXED, Norm, lead=(9,), width=1030, residual="wide", norm="rms", dropout=0.1),
+        over(FP32, Norm, lead=(21,), width=64, returns="both"),
+    )
+    for needs in (EVERYTHING, NOTHING, ("x",), ("residual",), ("weight",), ("bias",), ("x", "bias"), ("residual", "weight"))
+]
+NORM_TRAFFIC += [
+    (over(FP16_MIXED, Norm, lead=(1030,), width=17, residual=None), EVERYTHING),
+    (over(BF16, Norm, lead=(37,), width=64, norm=None, biases="none", dropout=0.5), EVERYTHING),
+    (over(MIXED, Norm, lead=(20,), width=64, residual="wide", biases="none", returns="sum"), EVERYTHING),
+    (over(FP32, Norm, lead=(20,), width=64, residual="same", biases="none", norm="rms"), NOTHING),
+]
+# Types of x, of the sum and of the parameters, width.
+NORM_SHAPES = [
+    *(((1, 1, 0, width), taken) for width, taken in ((0, False), (1, True), (8192, True), (8193, False))),
+    *(((*types, 8), True) for types in ((0, 0, 0), (1, 1, 1), (2, 2, 2), (1, 0, 0), (2, 0, 0), (2, 2, 0))),
+    *(((*types, 8), False) for types in ((0, 1, 1), (1, 2, 2), (2, 1, 0), (1, 0, 1), (0, 0, 2), (1, 1, 2), (3, 3, 3), (3, 0, 0), (1, 1, -1))),
+]
 SCHEDULES = (("in_order", 0), ("priority", 1), ("random", 2))
 
 
@@ -407,6 +478,21 @@ def phm_relu_at_zero() -> str:
         return f"relu at 0: {type(error).__name__}: {forks.last_line(error)}"
 
 
+def norm_masks() -> str:
+    """Forward and backward drop what the definition says: also a number that is the threshold, which is kept, and nothing of a row that is not finite but what is dropped."""
+    seed = torch.tensor([-7])
+    number = int(philox((9 // 4, 5, 0, 0), (-7 & 0xFFFFFFFF, 0xFFFFFFFF))[9 % 4])
+    for width, p in ((24, number / 2**32), (24, (number + 1) / 2**32), (23, number / 2**32)):
+        x, kept = torch.ones(7, width, dtype=torch.bfloat16, requires_grad=True), keep(seed, 7, width, p)
+        with backend.use("emulated-cuda"):
+            y, ones = (functional.dropout_add_norm(t, norm=None, dropout=p, seed=seed) for t in (torch.where(kept, x, torch.inf), x))
+        (d_x,) = torch.autograd.grad(ones, x, torch.where(kept, 1.0, torch.inf).to(x.dtype))
+        factor = torch.where(kept, 1 / (1 - p), 0.0).to(x.dtype)
+        if not (torch.equal(y, factor) and torch.equal(d_x, factor)):
+            return "the mask"
+    return ""
+
+
 def first_traffic(cases: Sequence[tuple[Spec, tuple[str, ...] | None]]) -> str:
     """The first call whose bytes are not those of the kernels' tables."""
     for spec, needs in cases:
@@ -436,10 +522,24 @@ TRIAL = Trial(
     partial(refusals, "why_not", SHAPES),
 )
 PHM_TRIAL = Trial(PHM_SPECS, lambda own: own[:3], PHM_CALLS, PHM_TRAFFIC, (("", phm_relu_at_zero),), partial(refusals, "phm_why_not", PHM_SHAPES))
-OTHERS = tuple(f"{name}.o" for name in SOURCES if not name.startswith("phm"))
+NORM_MORE = (
+    ("", norm_masks),
+    ("", partial(calls.statistics_of_the_exact_sum, "emulated-cuda")),
+    ("", partial(calls.first_failing, checks.assert_single_gradients, NORM_BOTH, "emulated-cuda")),
+)
+NORM_TRIAL = Trial(NORM_SPECS, lambda own: own[:3], NORM_CALLS, NORM_TRAFFIC, NORM_MORE, partial(refusals, "norm_why_not", NORM_SHAPES))
 FAMILY = schemata.Family("cuda", FILES, commands, ("guard.o",), link, partial(prepare, TRIAL), EXPLAINED, RULES)
-PHM_FAMILY = schemata.Family("cuda_phm", PHM_FILES, commands, OTHERS, link, partial(prepare, PHM_TRIAL), PHM_EXPLAINED, RULES)
+
+
+def alone(name: str, files: tuple[str, ...], op: str, trial: Trial, explained: dict[tuple[str, str], str]) -> schemata.Family:
+    """Of one op, without whose own sources the others' objects are as they are."""
+    return schemata.Family(name, files, commands, tuple(f"{source}.o" for source in SOURCES if not source.startswith(op)), link, partial(prepare, trial), explained, RULES)
+
+
+ALONE = {
+    "phm": alone("cuda_phm", PHM_FILES, "phm_bottleneck", PHM_TRIAL, PHM_EXPLAINED),
+    "norm": alone("cuda_norm", NORM_FILES, "dropout_add_norm", NORM_TRIAL, NORM_EXPLAINED),
+}
 
 if __name__ == "__main__":
-    phm = sys.argv[1:2] == ["phm"]
-    sys.exit(schemata.main(PHM_FAMILY if phm and sys.argv.pop(1) else FAMILY))
+    sys.exit(schemata.main(ALONE[sys.argv.pop(1)] if sys.argv[1:2] and sys.argv[1] in ALONE else FAMILY))

@@ -72,5 +72,22 @@ def triton(call: Call) -> Model:
     return Model([forward, *masks], [backward, *masks, sums])
 
 
-PLAN = Plan("fastadapt.ops.dropout_add_norm", {"reference": reference, "triton": triton}, ())
+def cuda(call: Call) -> Model:
+    """csrc/cuda/dropout_add_norm.cuh: each tensor read or written once, weight and bias in L1; the partials of their gradients stay in L2."""
+    b, t, d, parameters = _Bytes(call), call.rows, call.width, {"none": 0, "layer": 2, "rms": 1}[call.option("norm", "layer")]
+    lanes, splits = _cost.cuda_norm_lanes(d), _cost.cuda_norm_splits(t, d)
+    blocks, statistics = cdiv(t, 512 // lanes), b.row * parameters  # eight narrow blocks take the place of another kernel's
+    drops = bool(call.option("dropout", False))
+    masks = [Kernel("masks", MASK * t * d, unit="fma", launches=0)] if drops else []
+    forward = Kernel("forward", 0.0, b.x + (3 if parameters else 2) * b.v + statistics, blocks=blocks, steps=2)
+    own_x = b.x if drops or call.option("wide", False) else 0.0  # else x has the residual's gradient
+    if not parameters:
+        return Model([forward, *masks], [Kernel("rows", 0.0, b.v + own_x, blocks=blocks, steps=1), *masks] if own_x else [])
+    turns, partials = cdiv(cdiv(t, splits), max(1, 256 // lanes)), 4.0 * splits * d * parameters
+    rows = Kernel("rows", 0.0, 3 * b.v + own_x + statistics, l2=partials, blocks=splits, steps=2 * turns)
+    reduce = Kernel("reduce", 0.0, float(call.param_dtype.itemsize) * d * parameters, l2=partials, steps=cdiv(splits, 8))
+    return Model([forward, *masks], [rows, *masks, reduce])
+
+
+PLAN = Plan("fastadapt.ops.dropout_add_norm", {"reference": reference, "triton": triton, "cuda": cuda}, ())
 """Which backends can run dropout, sum and norm."""

@@ -1,0 +1,5 @@
+#include "dropout_add_norm.cuh"
+
+FASTADAPT_INSTANTIATE(bf16, bf16)
+FASTADAPT_INSTANTIATE(bf16, float)
+FASTADAPT_INSTANTIATE_REDUCE(bf16)
