@@ -32,13 +32,12 @@ import torch
 
 import fastadapt
 from benchmarks import measure
-from fastadapt import functional
 from fastadapt.ops import _cost
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "data" / "gpu_check.json"
 ROWS = (1024, 4096, 16384)
-OPS = tuple(op for op in functional.__all__ if find_spec(f"fastadapt.ops.{op}.cuda"))
+OPS = tuple(op for op in sorted(fastadapt.backend._plans) if find_spec(f"fastadapt.ops.{op}.cuda"))
 """The ops that have kernels for GPUs."""
 # Options of the calls that are compared: the papers'.
 OPTIONS: dict[str, dict[str, Any]] = {

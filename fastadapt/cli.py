@@ -130,10 +130,10 @@ def _option(text: str) -> tuple[str, object]:
 
 
 def _op(text: str) -> str:
-    from fastadapt import functional
+    from fastadapt import backend
 
-    if text not in functional.__all__:
-        raise argparse.ArgumentTypeError(f"unknown op {text!r}: must be one of {', '.join(functional.__all__)}")
+    if text not in (known := sorted(backend._plans)):
+        raise argparse.ArgumentTypeError(f"unknown op {text!r}: must be one of {', '.join(known)}")
     return text
 
 
