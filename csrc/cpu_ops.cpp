@@ -1,7 +1,9 @@
 // Raw CPU ops: allocates, fills the params structs, runs the kernels' ranges in parallel. The only CPU-side file that sees the torch library API.
 // Arguments were checked in Python; rows have unit stride, weights are contiguous.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -35,6 +37,23 @@ Type type_of(at::ScalarType dtype) {
 }
 Type type_of(const Tensor& t) { return type_of(t.scalar_type()); }
 
+// Whether GEMMs take bf16 operands. oneDNN may be switched off at any time, or held below the processor's level (ONEDNN_MAX_CPU_ISA), where its bf16 GEMM throws.
+bool native(Type activations) {
+  if (activations != kBFloat16 || !at::globalContext().userEnabledMkldnn()) return false;
+  static const bool able = __builtin_cpu_supports("avx512bf16") && [] {
+    const at::BFloat16 a[8 * 2]{}, b[2 * 8]{};
+    float c[8 * 8];
+    try {
+      at::native::cpublas::brgemm(8, 8, 2, 2, 8, 8, false, a, b, c, true);
+      at::native::cpublas::brgemm_release();
+    } catch (const std::exception&) {
+      return false;
+    }
+    return true;
+  }();
+  return able;
+}
+
 const void* data(const Tensor& t) { return t.const_data_ptr(); }
 const void* data(const optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
@@ -60,7 +79,7 @@ int64_t panels_of(int64_t columns) { return padded(columns) / kPanel; }
 BottleneckParams common(const Tensor& x, const Tensor& w_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& gate, const optional<Tensor>& scale_tensor,
                         double scale, int64_t activation, bool add_input) {
   BottleneckParams p{};
-  p.activation_type = type_of(x), p.parameter_type = type_of(w_down);
+  p.activation_type = type_of(x), p.parameter_type = type_of(w_down), p.native = native(p.activation_type);
   p.rows = x.size(0), p.width = x.size(1), p.out = w_up.size(0), p.rank = w_down.size(0);
   p.x = data(x), p.x_stride = x.stride(0);
   p.w_down = data(w_down), p.w_up = data(w_up), p.b_up = data(b_up), p.gate = data(gate), p.scale_tensor = data(scale_tensor);
@@ -80,7 +99,7 @@ void run_forward(BottleneckParams& p) {
 Tensor run_backward(BottleneckParams& p, bool parameters) {
   Tensor storage;
   carve(p, storage);
-  p.chunks = ceil_div(p.rows, chunk_rows(p.rows));
+  p.chunks = ceil_div(p.rows, chunk_rows(p.rows)), p.direct = p.chunks == 1 && p.parameter_type == kFloat;
   Tensor partials = floats(p.chunks * PartialLayout(padded(p.width), padded(p.out), p.rank, padded(p.rank)).total), dscale = floats(panels_of(p.out));
   p.partials = partials.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
   cpu::bottleneck_prepare(p);
@@ -287,7 +306,7 @@ struct GatedWorkspace {
   Tensor floats_;
   // Carves packs (twice for backward: its own operands, and those that recompute), vectors and per-row numbers from one allocation.
   GatedWorkspace(GatedParams& p, bool backward) {
-    const int64_t width = padded(p.width), rank = padded(p.rank), gate_rank = padded(p.gate_rank), packs = GatedPacks::size(width, rank, gate_rank), vectors = GatedVectors::size(width, rank, gate_rank);
+    const int64_t width = padded(p.width), rank = padded(p.rank), gate_rank = padded(p.gate_rank), packs = GatedPacks<float>::size(width, rank, gate_rank), vectors = GatedVectors::size(width, rank, gate_rank);
     floats_ = floats((backward ? 2 : 1) * packs + vectors + p.samples + 2 * p.rows);
     p.packed = floats_.mutable_data_ptr<float>(), p.vectors = p.packed + (backward ? 2 : 1) * packs;
     p.sample_gates = p.vectors + vectors, p.row_gradients = p.sample_gates + p.samples;
@@ -299,7 +318,7 @@ GatedParams gated_common(const Tensor& h, const optional<Tensor>& x, const Tenso
                          const optional<Tensor>& g, const optional<Tensor>& g_bias, const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale,
                          double scale, int64_t activation, int64_t kind, bool add, int64_t samples) {
   GatedParams p{};
-  p.activation_type = type_of(h), p.parameter_type = type_of(w_down);
+  p.activation_type = type_of(h), p.parameter_type = type_of(w_down), p.native = native(p.activation_type);
   p.kind = static_cast<Granularity>(kind);
   p.rows = h.size(0), p.width = h.size(1), p.rank = w_down.size(0), p.gate_rank = p.kind == kLarge ? g->size(0) : 0, p.samples = samples;
   p.h = data(h), p.h_stride = h.stride(0), p.x = data(x), p.x_stride = x ? x->stride(0) : 0;

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fastadapt.ops import _cpu
 from tests.ops import checks
-from tests.ops.specs import PHM, Bottleneck, Norm, Spec
+from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, specs
 
 PROGRAM = """
 import json, sys, threading, warnings
@@ -47,8 +48,57 @@ print(json.dumps({"capability": torch.backends.cpu.get_cpu_capability(), "worst"
 """
 
 
-def run(level: str, mkldnn: str = "mkldnn", op: str = "bottleneck") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", PROGRAM, mkldnn, op], capture_output=True, text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": level})
+def run(level: str, mkldnn: str = "mkldnn", op: str = "bottleneck", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", PROGRAM, mkldnn, op], capture_output=True, text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": level, **environment})
+
+
+# bf16 is multiplied in bf16 where the processor can, else in fp32: the second way is that of every processor while oneDNN is off.
+WITHOUT_BF16_GEMMS: list[Spec] = [
+    *(kind(lead=(70,), width=72, rank=20, dtype=a, param_dtype=p) for kind in (Bottleneck, Routed, Lora) for a, p in (BF16, MIXED)),
+    Bottleneck(lead=(130,), width=33, rank=7, dtype=MIXED[0], param_dtype=MIXED[1], residual="other", scale="tensor", gate=True),
+    Lora(lead=(130,), width=40, out=72, rank=33, dtype=MIXED[0], param_dtype=MIXED[1], biases="up", dropout=0.3),
+    *(
+        Gated(lead=(2, 35), width=72, rank=20, gate_rank=7, dtype=MIXED[0], param_dtype=MIXED[1], granularity=g, combine=c, save_gate=s)
+        for g in GRANULARITIES
+        for c, s in (("multiply", False), ("add", True))
+    ),
+]
+
+
+@pytest.fixture
+def no_onednn() -> Iterator[None]:
+    torch.backends.mkldnn.enabled = False
+    yield
+    torch.backends.mkldnn.enabled = True
+
+
+@specs(WITHOUT_BF16_GEMMS)
+def test_right_without_bf16_gemms(spec: Spec, no_onednn: None) -> None:
+    checks.assert_within_rule(spec, "cpu", "cpu")
+    if spec.param_dtype != spec.dtype:
+        checks.assert_rounds_parameters(spec, "cpu", "cpu")
+
+
+@pytest.mark.parametrize("level", ["AVX2", "AVX512_CORE"])
+def test_right_where_onednn_is_held_below_the_processor(level: str) -> None:
+    """There its GEMM of bf16 throws, or takes longer."""
+    done = run("avx2", ONEDNN_MAX_CPU_ISA=level)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["worst"] <= 1.0
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no AVX512-BF16")
+def test_bf16_has_gemms_of_its_own() -> None:
+    """Their factors are rounded, so the gradients of the weights differ: the tests above are of two things."""
+    spec = Bottleneck(lead=(512,), width=768, rank=32, dtype=BF16[0], param_dtype=BF16[1])
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    own = checks.fused(spec, "cpu", tensors, dy)
+    torch.backends.mkldnn.enabled = False
+    try:
+        other = checks.fused(spec, "cpu", tensors, dy)
+    finally:
+        torch.backends.mkldnn.enabled = True
+    assert not any(torch.equal(own[name], other[name]) for name in ("d w_down", "d w_up"))
 
 
 @pytest.mark.parametrize(("op", "mkldnn"), [("bottleneck", "mkldnn"), ("bottleneck", "no mkldnn"), ("phm_bottleneck", "no mkldnn"), ("dropout_add_norm", "no mkldnn")])

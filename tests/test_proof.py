@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from fastadapt import backend
 from tests import proof
 from tests.mutation import table
 

@@ -26,6 +26,13 @@ void mask_tile(const BottleneckParams& p, int64_t row, int64_t m, float* room) {
   if (p.seed) draw_mask(static_cast<uint64_t>(*p.seed), p.threshold, row, m, p.width, reinterpret_cast<int8_t*>(room));
 }
 
+// Without a gate the scale multiplies a and da, which are thin, and what is packed are the weights themselves.
+float thin_scale(const BottleneckParams& p, const Sizes& s) { return p.gate ? 1.f : p.vectors[s.rank]; }
+const float* weight_scale(const BottleneckParams& p, const Sizes& s) { return p.gate ? p.vectors + s.rank : nullptr; }
+
+// Whether a is so multiplied in backward too: P is then dWu.
+bool scales_p(const BottleneckParams& p) { return !p.gate && !p.need_scale; }
+
 // vectors: bd [R], s g [D], s g bu [D]
 template <class A, class P>
 void prepare_vectors(const BottleneckParams& p) {
@@ -39,69 +46,64 @@ void prepare_vectors(const BottleneckParams& p) {
   vectors(s.out, [&](int64_t i) { (Vec::loadu(gs + i) * Vec(scale)).store(gs + i), (Vec::loadu(bias + i) * Vec::loadu(gs + i)).store(bias + i); });
 }
 
-template <class A, class P>
+template <class A, class P, class G>
 void pack_forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const int64_t down = s.rank / kPanel;
-  pack_transposed<P, A>(p.w_down, p.rank, p.width, nullptr, p.packed_down, std::min(begin, down), std::min(end, down));
-  pack_transposed<P, A>(p.w_up, p.out, p.rank, p.vectors + s.rank, p.packed_up, std::max<int64_t>(begin - down, 0), std::max<int64_t>(end - down, 0));
+  pack_transposed<P, A>(p.w_down, p.rank, p.width, nullptr, reinterpret_cast<G*>(p.packed_down), std::min(begin, down), std::min(end, down));
+  pack_transposed<P, A>(p.w_up, p.out, p.rank, weight_scale(p, s), reinterpret_cast<G*>(p.packed_up), std::max<int64_t>(begin - down, 0), std::max<int64_t>(end - down, 0));
 }
 
-template <class A, class P>
+template <class A, class P, class G>
 void pack_backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const int64_t up = s.rank / kPanel;
-  pack<P, A>(p.w_up, p.out, p.rank, p.vectors + s.rank, p.packed_up, std::min(begin, up), std::min(end, up));
-  if (p.dx) pack<P, A>(p.w_down, p.rank, p.width, nullptr, p.packed_down, std::max<int64_t>(begin - up, 0), std::max<int64_t>(end - up, 0));
+  pack<P, A>(p.w_up, p.out, p.rank, weight_scale(p, s), reinterpret_cast<G*>(p.packed_up), std::min(begin, up), std::min(end, up));
+  if (p.dx) pack<P, A>(p.w_down, p.rank, p.width, nullptr, reinterpret_cast<G*>(p.packed_down), std::max<int64_t>(begin - up, 0), std::max<int64_t>(end - up, 0));
 }
 
-template <class A, class P>
+template <class A, class P, class G>
 void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const RowIndex at{p.order};
-  float* x_tile = scratch(kTileRows * (s.width + s.rank + kBlockColumns) + kBlockColumns + mask_floats(p));
-  float *z_tile = x_tile + kTileRows * s.width, *u_tile = z_tile + kTileRows * s.rank, *line = u_tile + kTileRows * kBlockColumns, *room = line + kBlockColumns;
+  float* z_tile = scratch(kTileRows * (s.width + 2 * s.rank + kBlockColumns) + mask_floats(p));
+  float *u_tile = z_tile + kTileRows * s.rank, *room = u_tile + kTileRows * kBlockColumns;
+  G *x_tile = reinterpret_cast<G*>(room + mask_floats(p)), *a_tile = x_tile + kTileRows * s.width;
   const int8_t* mask = reinterpret_cast<const int8_t*>(room);
-  const float *bd = p.vectors, *bias = bd + s.rank + s.out;
+  const float *bd = p.vectors, *bias = bd + s.rank + s.out, scale = thin_scale(p, s);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
-    Rows x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
+    Rows<G> x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
     mask_tile(p, row, m, room);
     if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
-    matmul(height, p.width, p.rank, x.data, x.stride, p.packed_down, z_tile, s.rank, 0, p.rank);
+    matmul(height, p.width, p.rank, x.data, x.stride, reinterpret_cast<const G*>(p.packed_down), z_tile, s.rank, 0, p.rank);
     if (p.seed) scale_by(p.kept, z_tile, m * s.rank);
     activate_rows<A>(z_tile, m, p.rank, s.rank, bd, p.activation, static_cast<A*>(p.z), at, row);
+    if (scale != 1.f) scale_by(scale, z_tile, m * s.rank);
+    const G* a = operand(z_tile, height * s.rank, a_tile);
     for (int64_t c = 0; c < p.out; c += kBlockColumns) {
-      const int64_t n = std::min(kBlockColumns, p.out - c), whole = round_up(n, 8);
-      matmul(height, p.rank, p.out, z_tile, s.rank, p.packed_up, u_tile, kBlockColumns, c, c + n);
-      for (int64_t i = 0; i < m; ++i) {
-        float* u = u_tile + i * kBlockColumns;
-        vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(bias + c + j)).store(u + j); });
-        if (p.add_input) {
-          const float* in = x.data + i * x.stride + c;
-          vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(in + j)).store(u + j); });
-        }
-        if (p.residual) {
-          widen(static_cast<const A*>(p.residual) + at(row + i) * p.residual_stride + c, line, n, whole);
-          vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(line + j)).store(u + j); });
-        }
-        narrow(u, static_cast<A*>(p.y) + at(row + i) * p.out + c, n);
-      }
+      const int64_t n = std::min(kBlockColumns, p.out - c);
+      matmul(height, p.rank, p.out, a, s.rank, reinterpret_cast<const G*>(p.packed_up), u_tile, kBlockColumns, c, c + n);
+      for (int64_t i = 0; i < m; ++i)
+        finish(u_tile + i * kBlockColumns, bias + c, p.add_input ? static_cast<const A*>(p.x) + at(row + i) * p.x_stride + c : nullptr,
+               p.residual ? static_cast<const A*>(p.residual) + at(row + i) * p.residual_stride + c : nullptr, static_cast<A*>(p.y) + at(row + i) * p.out + c, n);
     }
   }
+  release<G>();
 }
 
-template <class A, class P>
+template <class A, class P, class G>
 void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const PartialLayout layout = s.partial(p);
   const RowIndex at{p.order};
   const bool need_dz = p.dx || p.dw_down || p.db_down, need_p = p.dw_up || p.dgate || p.need_scale;
-  const int64_t x_floats = kTileRows * s.width, dy_floats = kTileRows * s.out, panel_floats = std::max(x_floats, dy_floats), rank_floats = kTileRows * s.rank;
-  float* dy_tile = scratch(dy_floats + x_floats + panel_floats + 3 * rank_floats + kTileRows * kBlockColumns + mask_floats(p));
-  float *x_tile = dy_tile + dy_floats, *panels = x_tile + x_floats, *dz = panels + panel_floats, *a = dz + rank_floats, *work = a + rank_floats, *u_tile = work + rank_floats,
-        *room = u_tile + kTileRows * kBlockColumns;
+  const int64_t x_floats = kTileRows * s.width, dy_floats = kTileRows * s.out, rank_floats = kTileRows * s.rank;
+  float* dz = scratch(dy_floats + x_floats + std::max(x_floats, dy_floats) + 5 * rank_floats + kTileRows * kBlockColumns + mask_floats(p));
+  float *a = dz + rank_floats, *work = a + rank_floats, *u_tile = work + rank_floats, *room = u_tile + kTileRows * kBlockColumns;
+  G *dz_tile = reinterpret_cast<G*>(room + mask_floats(p)), *turned = dz_tile + rank_floats, *dy_tile = turned + rank_floats, *x_tile = dy_tile + dy_floats, *panels = x_tile + x_floats;
   const int8_t* mask = reinterpret_cast<const int8_t*>(room);
+  const float scale = thin_scale(p, s) * (p.seed ? p.kept : 1.f);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
     float *dwd = p.partials + chunk * layout.total, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
@@ -109,31 +111,34 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
     for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
       const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
       const bool add = row != chunk_begin;
-      const Rows dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.out, dy_tile, s.out);
-      if (need_dz) mask_tile(p, row, m, room), matmul(height, p.out, p.rank, dy.data, dy.stride, p.packed_up, dz, s.rank, 0, p.rank);
-      if (need_dz && p.seed) scale_by(p.kept, dz, m * s.rank);
+      const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.out, dy_tile, s.out);
+      if (need_dz) mask_tile(p, row, m, room), matmul(height, p.out, p.rank, dy.data, dy.stride, reinterpret_cast<const G*>(p.packed_up), dz, s.rank, 0, p.rank);
+      if (need_dz && scale != 1.f) scale_by(scale, dz, m * s.rank);
       backprop_rows<A>(static_cast<const A*>(p.z), need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd, at, row);
-      if (p.dx)
+      if (p.dx) {
+        const G* left = operand(dz, height * s.rank, dz_tile);
         for (int64_t c = 0; c < p.width; c += kBlockColumns) {
-          const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
-          matmul(height, p.rank, p.width, dz, s.rank, p.packed_down, u_tile, kBlockColumns, c, c + n);
+          const int64_t n = std::min(kBlockColumns, p.width - c);
+          matmul(height, p.rank, p.width, left, s.rank, reinterpret_cast<const G*>(p.packed_down), u_tile, kBlockColumns, c, c + n);
           for (int64_t i = 0; i < m; ++i) {
             float* u = u_tile + i * kBlockColumns;
-            if (p.add_input) vectors(whole, [&](int64_t j) { (Vec::loadu(u + j) + Vec::loadu(dy.data + i * dy.stride + c + j)).store(u + j); });
             if (p.seed) drop(u, mask + i * mask_stride(p.width) + c, u, n);
-            narrow(u, static_cast<A*>(p.dx) + at(row + i) * p.width + c, n);
+            finish<A>(u, nullptr, p.add_input ? static_cast<const A*>(p.dy) + at(row + i) * p.dy_stride + c : nullptr, nullptr, static_cast<A*>(p.dx) + at(row + i) * p.width + c, n);
           }
         }
-      if (need_p || p.db_up) to_panels(dy, m, height, p.out, panels, sums);
-      if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.out, add, pt, work);
+      }
+      if (need_p && scales_p(p)) scale_by(thin_scale(p, s), a, m * s.rank);
+      if (need_p || p.db_up) to_panels(dy, m, height, p.out, panels, p.db_up || p.dgate || p.need_scale ? sums : nullptr);
+      if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.out, add, in_partial(pt, p.rank), work, turned);
       if (p.dw_down) {
-        Rows x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
+        Rows<G> x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
         if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
         to_panels(x, m, height, p.width, panels, nullptr);
-        accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, dwd, work);
+        accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, p.direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, turned);
       }
     }
   }
+  release<G>();
 }
 
 template <class A, class P>
@@ -147,15 +152,16 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
   for (int64_t q = begin; q < end; ++q) {
     const int64_t j0 = q * kPanel, n = std::min(kPanel, p.out - j0);
     const bool bracket_needed = p.dgate || p.need_scale;
-    reduce_pair<P>(p.partials, layout, layout.total, p.chunks, q, p.width, p.out, p.rank, p.vectors + s.rank, p.dw_down, p.dw_up, p.db_up, bracket_needed, bracket_needed, panel, sums);
+    const PairSums of = reduce_pair<P>(p.partials, layout, layout.total, p.chunks, q, p.width, p.out, p.rank, p.vectors + s.rank, scales_p(p), p.direct ? nullptr : p.dw_down, p.dw_up,
+                                      p.db_up, bracket_needed, bracket_needed, panel, sums);
     if (!bracket_needed) continue;
     vector_or<P, A>(p.b_up ? static_cast<const P*>(p.b_up) + j0 : nullptr, bu, n, kPanel, 0.f);
     vector_or<P, A>(p.gate ? static_cast<const P*>(p.gate) + j0 : nullptr, gate, n, kPanel, 1.f);
     double total = 0;
     for (int64_t j = 0; j < n; ++j) {
       widen_parameter<P, A>(static_cast<const P*>(p.w_up) + (j0 + j) * p.rank, wu, p.rank);
-      double bracket = static_cast<double>(bu[j]) * sums[j];
-      for (int64_t r = 0; r < p.rank; ++r) bracket += static_cast<double>(wu[r]) * panel[r * kPanel + j];
+      double bracket = static_cast<double>(bu[j]) * of.s[j];
+      for (int64_t r = 0; r < p.rank; ++r) bracket += static_cast<double>(wu[r]) * of.p[r * kPanel + j];
       if (p.dgate) static_cast<P*>(p.dgate)[j0 + j] = static_cast<P>(static_cast<float>(scale * bracket));
       total += gate[j] * bracket;
     }
@@ -167,10 +173,10 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void bottleneck_prepare(const BottleneckParams& p) { FASTADAPT_DISPATCH(p, prepare_vectors, p) }
-void bottleneck_pack_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_forward, p, begin, end) }
-void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_backward, p, begin, end) }
-void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, forward, p, begin, end) }
-void bottleneck_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, backward, p, begin, end) }
+void bottleneck_pack_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_forward, p, begin, end) }
+void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_backward, p, begin, end) }
+void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward, p, begin, end) }
+void bottleneck_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward, p, begin, end) }
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
 
 }  // namespace fastadapt::cpu

@@ -80,16 +80,19 @@ inline void draw_mask(uint64_t seed, uint32_t threshold, int64_t row, int64_t m,
 }
 
 // dst = mask (.) src, n numbers.
-inline void drop(const float* src, const int8_t* mask, float* dst, int64_t n) {
+template <class G>
+inline void drop(const G* src, const int8_t* mask, G* dst, int64_t n) {
+  using Bits = std::conditional_t<sizeof(G) == 4, int32_t, int16_t>;
   for (int64_t i = 0; i < n; ++i) {
-    int32_t bits;
+    Bits bits;
     std::memcpy(&bits, src + i, sizeof(bits));
     bits &= mask[i];  // a byte of ones is -1
     std::memcpy(dst + i, &bits, sizeof(bits));
   }
 }
 
-inline Rows drop(Rows src, const int8_t* mask, int64_t m, int64_t width, float* buffer, int64_t padded_width) {
+template <class G>
+inline Rows<G> drop(Rows<G> src, const int8_t* mask, int64_t m, int64_t width, G* buffer, int64_t padded_width) {
   for (int64_t i = 0; i < m; ++i) drop(src.data + i * src.stride, mask + i * mask_stride(width), buffer + i * padded_width, width);
   return {buffer, padded_width};
 }

@@ -17,7 +17,16 @@ struct Sizes {
   int64_t width, rank, gate_rank;  // padded to whole panels
   explicit Sizes(const GatedParams& p) : width(padded(p.width)), rank(padded(p.rank)), gate_rank(padded(p.gate_rank)) {}
   GatedVectors vectors(const GatedParams& p) const { return {p.vectors, width, rank, gate_rank}; }
-  GatedPacks packs(const GatedParams& p) const { return {p.packed, width, rank, gate_rank}; }
+  template <class G>
+  GatedPacks<G> packs(const GatedParams& p) const {
+    return {reinterpret_cast<G*>(p.packed), width, rank, gate_rank};
+  }
+  // Operands that recompute H' and the gate in backward, behind the others: up, gate up.
+  template <class G>
+  std::pair<G*, G*> recompute_packs(const GatedParams& p) const {
+    G* up = reinterpret_cast<G*>(p.packed + GatedPacks<G>::size(width, rank, gate_rank));
+    return {up, up + width * rank};
+  }
   GatedPartial partial(const GatedParams& p) const { return {width, p.rank, rank, p.gate_rank, gate_rank}; }
 };
 
@@ -55,12 +64,15 @@ void split(int64_t begin, int64_t end, const int64_t (&panels)[4], F&&... f) {
   ((f(std::clamp<int64_t>(begin - at, 0, panels[i]), std::clamp<int64_t>(end - at, 0, panels[i])), at += panels[i++]), ...);
 }
 
-template <class A, class P>
+template <class A, class P, class G>
 void pack_forward(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
-  const GatedPacks to = s.packs(p);
+  const GatedPacks<G> to = s.packs<G>(p);
   float* scales = scratch(s.width);
-  std::fill(scales, scales + s.width, p.adapter_scale);
+  if (p.adapter_scale == 1.f)
+    scales = nullptr;
+  else
+    std::fill(scales, scales + s.width, p.adapter_scale);
   const int64_t panels[4] = {s.rank / kPanel, s.width / kPanel, s.gate_rank / kPanel, p.gate_rank ? s.width / kPanel : 0};
   split(
       begin, end, panels, [&](int64_t b, int64_t e) { pack_transposed<P, A>(p.w_down, p.rank, p.width, nullptr, to.down, b, e); },
@@ -69,12 +81,15 @@ void pack_forward(const GatedParams& p, int64_t begin, int64_t end) {
       [&](int64_t b, int64_t e) { pack_transposed<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, to.gate_up, b, e); });
 }
 
-template <class A, class P>
+template <class A, class P, class G>
 void pack_backward(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
-  const GatedPacks to = s.packs(p);
+  const GatedPacks<G> to = s.packs<G>(p);
   float* scales = scratch(s.width);
-  std::fill(scales, scales + s.width, p.adapter_scale);
+  if (p.adapter_scale == 1.f)
+    scales = nullptr;
+  else
+    std::fill(scales, scales + s.width, p.adapter_scale);
   const int64_t panels[4] = {s.width / kPanel, s.rank / kPanel, p.gate_rank ? s.width / kPanel : 0, s.gate_rank / kPanel};
   split(
       begin, end, panels, [&](int64_t b, int64_t e) { pack<P, A>(p.w_down, p.rank, p.width, nullptr, to.down, b, e); },
@@ -83,34 +98,36 @@ void pack_backward(const GatedParams& p, int64_t begin, int64_t end) {
       [&](int64_t b, int64_t e) { pack<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, to.gate_up, b, e); });
 }
 
-// Operands that recompute H' and the gate in backward, behind the others: up, gate up.
-template <class A, class P>
+template <class A, class P, class G>
 void pack_recompute(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
-  float *up = p.packed + GatedPacks::size(s.width, s.rank, s.gate_rank), *scales = scratch(s.width);
+  const auto [up, gate_up] = s.recompute_packs<G>(p);
+  float* scales = scratch(s.width);
   std::fill(scales, scales + s.width, p.adapter_scale);
   if (!p.total) pack_transposed<P, A>(p.w_up, p.width, p.rank, scales, up, begin, end);
-  if (p.kind == kLarge && !p.gate) pack_transposed<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, up + s.width * s.rank, begin, end);
+  if (p.kind == kLarge && !p.gate) pack_transposed<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, gate_up, begin, end);
 }
 
 // a . b; four accumulators, since the logit's error is the gate's.
-inline float dot(const float* a, const float* b, int64_t n) {
+template <class E>
+inline float dot(const E* a, const float* b, int64_t n) {
   constexpr int64_t v = Vec::size();
   Vec sums[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
   int64_t i = 0;
   for (; i + 4 * v <= n; i += 4 * v)
-    for (int64_t k = 0; k < 4; ++k) sums[k] = at::vec::fmadd(Vec::loadu(a + i + k * v), Vec::loadu(b + i + k * v), sums[k]);
+    for (int64_t k = 0; k < 4; ++k) sums[k] = at::vec::fmadd(load(a + i + k * v), Vec::loadu(b + i + k * v), sums[k]);
   float lanes[v];
   ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(lanes);
   double total = 0;
   for (float lane : lanes) total += lane;
-  for (; i < n; ++i) total += static_cast<double>(a[i]) * b[i];
+  for (; i < n; ++i) total += static_cast<double>(static_cast<float>(a[i])) * b[i];
   return static_cast<float>(total);
 }
 
 // total[j] := c h[j] + u[j] + bias[j] for n columns (u in place).
-inline void finish_total(float* u, const float* h, const float* bias, float c, int64_t n) {
-  vectors(n, [&](int64_t j) { at::vec::fmadd(Vec(c), Vec::loadu(h + j), Vec::loadu(u + j) + Vec::loadu(bias + j)).store(u + j); });
+template <class E>
+inline void finish_total(float* u, const E* h, const float* bias, float c, int64_t n) {
+  vectors(n, [&](int64_t j) { at::vec::fmadd(Vec(c), load(h + j), Vec::loadu(u + j) + Vec::loadu(bias + j)).store(u + j); });
 }
 
 inline void combine(const float* total, Vec gate, bool add, float scale, float* y) {
@@ -118,48 +135,53 @@ inline void combine(const float* total, Vec gate, bool add, float scale, float* 
   (Vec(scale) * (add ? t + gate : t * gate)).store(y);
 }
 
+// Whether the gradients of the down-projections go from the only chunk to their place, not to its partial.
+bool is_direct(const GatedParams& p) { return p.parameter_type == kFloat && p.rows <= chunk_rows(p.rows); }
+
 // One tile's columns of gate and total are finished in buffers of 128 columns; buffers beyond n columns hold no numbers and are not stored.
-template <class A, class P>
+template <class A, class P, class G>
 void forward(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const GatedVectors v = s.vectors(p);
-  const GatedPacks w = s.packs(p);
+  const GatedPacks<G> w = s.packs<G>(p);
   const bool row_gate = p.kind == kMiddleX || p.kind == kSmall;
   // small without saved H': y holds it until gated_apply.
   A* total_out = static_cast<A*>(p.total ? p.total : p.kind == kSmall ? p.y : nullptr);
   const int64_t ld = row_gate ? s.width : kBlockColumns;
-  float* h_tile = scratch(kTileRows * (2 * s.width + s.rank + s.gate_rank + kBlockColumns + ld) + kBlockColumns);
-  float *x_tile = h_tile + kTileRows * s.width, *z_tile = x_tile + kTileRows * s.width, *zg_tile = z_tile + kTileRows * s.rank, *g_tile = zg_tile + kTileRows * s.gate_rank,
-        *u_tile = g_tile + kTileRows * kBlockColumns, *line = u_tile + kTileRows * ld;
+  float* z_tile = scratch(kTileRows * (2 * s.width + 2 * s.rank + 2 * s.gate_rank + kBlockColumns + ld) + kBlockColumns);
+  float *zg_tile = z_tile + kTileRows * s.rank, *g_tile = zg_tile + kTileRows * s.gate_rank, *u_tile = g_tile + kTileRows * kBlockColumns, *line = u_tile + kTileRows * ld;
+  G *a_tile = reinterpret_cast<G*>(line + kBlockColumns), *ag_tile = a_tile + kTileRows * s.rank, *h_tile = ag_tile + kTileRows * s.gate_rank, *x_tile = h_tile + kTileRows * s.width;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
-    const Rows h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
-    Rows x{};
+    const Rows<G> h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
+    Rows<G> x{};
     if (p.kind != kMiddleY) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
     matmul(height, p.width, p.rank, h.data, h.stride, w.down, z_tile, s.rank, 0, p.rank);
     activate_rows<A>(z_tile, m, p.rank, s.rank, v.b_down, p.activation, p.z ? static_cast<A*>(p.z) + row * p.rank : nullptr);
+    const G *a = operand(z_tile, height * s.rank, a_tile), *ag = nullptr;
     if (p.kind == kLarge) {
       matmul(height, p.width, p.gate_rank, x.data, x.stride, w.gate_down, zg_tile, s.gate_rank, 0, p.gate_rank);
       activate_rows<A>(zg_tile, m, p.gate_rank, s.gate_rank, v.gate_bias, p.activation, p.zg ? static_cast<A*>(p.zg) + row * p.gate_rank : nullptr);
+      ag = operand(zg_tile, height * s.gate_rank, ag_tile);
     }
     for (int64_t c = 0; c < p.width; c += kBlockColumns) {
       const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
       float* u_block = u_tile + (row_gate ? c : 0);
-      matmul(height, p.rank, p.width, z_tile, s.rank, w.up, u_block, ld, c, c + n);
-      if (p.kind == kLarge) matmul(height, p.gate_rank, p.width, zg_tile, s.gate_rank, w.gate_up, g_tile, kBlockColumns, c, c + n);
+      matmul(height, p.rank, p.width, a, s.rank, w.up, u_block, ld, c, c + n);
+      if (p.kind == kLarge) matmul(height, p.gate_rank, p.width, ag, s.gate_rank, w.gate_up, g_tile, kBlockColumns, c, c + n);
       for (int64_t i = 0; i < m; ++i) {
         float *u = u_block + i * ld, *g = g_tile + i * kBlockColumns;
         finish_total(u, h.data + i * h.stride + c, v.b_up + c, p.input_scale, whole);
         if (total_out) narrow(u, total_out + (row + i) * p.width + c, n);
         if (row_gate) continue;
-        const float* logits = x.data ? x.data + i * x.stride + c : nullptr;
+        const G* logits = x.data ? x.data + i * x.stride + c : nullptr;
         vectors(whole, [&](int64_t j) {
           Vec gate;
           if (p.kind == kLarge) {
             gate = sigmoid(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
             gate.store(g + j);
           } else {
-            gate = p.kind == kLogits ? sigmoid(Vec::loadu(logits + j)) : Vec::loadu(v.w_h + c + j);
+            gate = p.kind == kLogits ? sigmoid(load(logits + j)) : Vec::loadu(v.w_h + c + j);
           }
           combine(u + j, gate, p.add, p.scale, line + j);
         });
@@ -178,6 +200,7 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
       narrow(u, static_cast<A*>(p.y) + (row + i) * p.width, p.width);
     }
   }
+  release<G>();
 }
 
 inline float logistic(float v) { return 1.f / (1.f + std::exp(-v)); }
@@ -212,33 +235,36 @@ void apply(const GatedParams& p, int64_t begin, int64_t end) {
 }
 
 // H' of a tile's columns [c, c + n) in buffer (leading dimension ld): saved, or from a = phi(z).
-template <class A>
-void load_total(const GatedParams& p, const Sizes& s, int64_t row, int64_t m, int64_t height, Rows h, const float* a, int64_t c, int64_t n, float* buffer, int64_t ld) {
+template <class A, class G>
+void load_total(const GatedParams& p, const Sizes& s, int64_t row, int64_t m, int64_t height, Rows<G> h, const G* a, int64_t c, int64_t n, float* buffer, int64_t ld) {
   if (p.total) {
     for (int64_t i = 0; i < m; ++i) widen(static_cast<const A*>(p.total) + (row + i) * p.width + c, buffer + i * ld, n, round_up(n, kPanel));
     return;
   }
-  matmul(height, p.rank, p.width, a, s.rank, p.packed + GatedPacks::size(s.width, s.rank, s.gate_rank), buffer, ld, c, c + n);
+  matmul(height, p.rank, p.width, a, s.rank, static_cast<const G*>(s.recompute_packs<G>(p).first), buffer, ld, c, c + n);
   for (int64_t i = 0; i < m; ++i) finish_total(buffer + i * ld, h.data + i * h.stride + c, s.vectors(p).b_up + c, p.input_scale, round_up(n, 8));
 }
 
 // small: the gradient of each row's share of its sample's gate, sum over columns of E H' (or E).
-template <class A, class P>
+template <class A, class P, class G>
 void row_gradients(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
-  float* h_tile = scratch(kTileRows * (s.width + s.rank + kBlockColumns) + kBlockColumns);
-  float *a = h_tile + kTileRows * s.width, *total = a + kTileRows * s.rank, *line = total + kTileRows * kBlockColumns;
+  float* a = scratch(kTileRows * (s.width + 2 * s.rank + kBlockColumns) + kBlockColumns);
+  float *total = a + kTileRows * s.rank, *line = total + kTileRows * kBlockColumns;
+  G *a_tile = reinterpret_cast<G*>(line + kBlockColumns), *h_tile = a_tile + kTileRows * s.rank;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
-    Rows h{};
+    Rows<G> h{};
+    const G* left = nullptr;
     if (!p.total && !p.add) {
       h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
       backprop_rows<A>(static_cast<const A*>(p.z) + row * p.rank, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr);
+      left = operand(a, height * s.rank, a_tile);
     }
     std::fill(p.row_gradients + row, p.row_gradients + row + m, 0.f);
     for (int64_t c = 0; c < p.width; c += kBlockColumns) {
       const int64_t n = std::min(kBlockColumns, p.width - c);
-      if (!p.add) load_total<A>(p, s, row, m, height, h, a, c, n, total, kBlockColumns);
+      if (!p.add) load_total<A>(p, s, row, m, height, h, left, c, n, total, kBlockColumns);
       for (int64_t i = 0; i < m; ++i) {
         widen(static_cast<const A*>(p.dy) + (row + i) * p.dy_stride + c, line, n);
         double sum = 0;
@@ -247,6 +273,7 @@ void row_gradients(const GatedParams& p, int64_t begin, int64_t end) {
       }
     }
   }
+  release<G>();
 }
 
 // row_gradients[t] := d loss / d logit of row t.
@@ -260,24 +287,26 @@ void sample_gradients(const GatedParams& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class A, class P>
+template <class A, class P, class G>
 void backward(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const GatedVectors v = s.vectors(p);
-  const GatedPacks w = s.packs(p);
+  const GatedPacks<G> w = s.packs<G>(p);
   const GatedPartial layout = s.partial(p);
-  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge;
+  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge, direct = is_direct(p);
   const bool need_dz = p.dh || p.dw_down || p.db_down, need_total_gradient = need_dz || p.dw_up || p.db_up;
   const bool need_dzg = large && (p.dx || p.dgate_weight || p.dgate_bias), need_gate = p.dx || p.dgate_weight || p.dgate_bias || p.dgate_up_weight || p.dgate_up_bias;
   // H' is a factor of the gate's gradient (multiply) and of that of the row gates' weights; middleX's gate gradient is a part of dH' itself, small's comes from row_gradients.
   const bool need_total = p.kind == kMiddleX ? !p.add || p.dgate_weight : p.kind == kSmall ? p.dgate_weight != nullptr : need_gate && !p.add;
   const bool need_h = p.dw_down || (need_total && !p.total), need_x = p.kind == kLogits || (p.kind != kMiddleY && p.dgate_weight);
   const int64_t tile_floats = kTileRows * s.width, block_floats = kTileRows * kBlockColumns;
-  const int64_t largest_rank = std::max(s.rank, s.gate_rank);
-  float* dy_tile = scratch(6 * tile_floats + 5 * kTileRows * largest_rank + 2 * block_floats);
-  float *h_tile = dy_tile + tile_floats, *x_tile = h_tile + tile_floats, *dt_tile = x_tile + tile_floats, *dl_tile = dt_tile + tile_floats, *panels = dl_tile + tile_floats,
-        *a = panels + tile_floats, *dz = a + kTileRows * largest_rank, *ag = dz + kTileRows * largest_rank, *dzg = ag + kTileRows * largest_rank, *work = dzg + kTileRows * largest_rank,
-        *block = work + kTileRows * largest_rank, *g_block = block + block_floats;
+  const int64_t rank_floats = kTileRows * std::max(s.rank, s.gate_rank);
+  float* dt_tile = scratch(6 * tile_floats + 7 * rank_floats + 2 * block_floats);
+  float *dl_tile = dt_tile + tile_floats, *a = dl_tile + tile_floats, *dz = a + rank_floats, *ag = dz + rank_floats, *dzg = ag + rank_floats, *work = dzg + rank_floats,
+        *block = work + rank_floats, *g_block = block + block_floats;
+  G *thin = reinterpret_cast<G*>(g_block + block_floats), *thin_g = thin + rank_floats, *dy_tile = thin_g + rank_floats, *h_tile = dy_tile + tile_floats, *x_tile = h_tile + tile_floats,
+    *panels = x_tile + tile_floats;
+  const auto [pack_up, pack_gate_up] = s.recompute_packs<G>(p);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
     float* partial = p.partials + chunk * layout.total;
@@ -289,13 +318,15 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
     for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
       const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
       const bool add = row != chunk_begin;
-      const Rows dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
-      Rows h{}, x{};
+      const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
+      Rows<G> h{}, x{};
       if (need_h) h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
       if (need_x) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
       const A *z = static_cast<const A*>(p.z) + row * p.rank, *zg = large ? static_cast<const A*>(p.zg) + row * p.gate_rank : nullptr;
-      if (need_total && !p.total) backprop_rows<A>(z, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr);
-      if (large && !p.gate) backprop_rows<A>(zg, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr);
+      const G *again = nullptr, *gate_again = nullptr;
+      if (need_total && !p.total) backprop_rows<A>(z, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr), again = operand(a, height * s.rank, thin);
+      if (large && !p.gate)
+        backprop_rows<A>(zg, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr), gate_again = operand(ag, height * s.gate_rank, thin_g);
 
       // dt := dH' without the row gates' share, dl := gradient of the gate's pre-activation (large, logits) or H' itself (row gates).
       const int64_t ld = s.width;
@@ -303,21 +334,22 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
         const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
         float* total = row_gate ? dl_tile + c : block;
         const int64_t total_ld = row_gate ? ld : kBlockColumns;
-        if (need_total) load_total<A>(p, s, row, m, height, h, a, c, n, total, total_ld);
-        if (large && !p.gate) matmul(height, p.gate_rank, p.width, ag, s.gate_rank, p.packed + GatedPacks::size(s.width, s.rank, s.gate_rank) + s.width * s.rank, g_block, kBlockColumns, c, c + n);
+        if (need_total) load_total<A>(p, s, row, m, height, h, again, c, n, total, total_ld);
+        if (large && !p.gate) matmul(height, p.gate_rank, p.width, gate_again, s.gate_rank, static_cast<const G*>(pack_gate_up), g_block, kBlockColumns, c, c + n);
         if (row_gate) continue;
         for (int64_t i = 0; i < m; ++i) {
-          const float *e = dy.data + i * dy.stride + c, *t = total + i * total_ld, *logits = x.data ? x.data + i * x.stride + c : nullptr;
+          const G *e = dy.data + i * dy.stride + c, *logits = x.data ? x.data + i * x.stride + c : nullptr;
+          const float* t = total + i * total_ld;
           float *g = g_block + i * kBlockColumns, *dt = dt_tile + i * ld + c, *dl = dl_tile + i * ld + c;
           if (large && p.gate) widen(static_cast<const A*>(p.gate) + (row + i) * p.width + c, g, n, whole);
           vectors(whole, [&](int64_t j) {
-            const Vec grad = Vec(p.scale) * Vec::loadu(e + j), gate_gradient = p.add || !need_total ? grad : grad * Vec::loadu(t + j);
+            const Vec grad = Vec(p.scale) * load(e + j), gate_gradient = p.add || !need_total ? grad : grad * Vec::loadu(t + j);
             Vec gate;
             if (p.kind == kMiddleY) {
               gate = Vec::loadu(v.w_h + c + j);
               (Vec::loadu(dw_x + c + j) + gate_gradient).store(dw_x + c + j);
             } else {
-              gate = p.kind == kLogits ? sigmoid(Vec::loadu(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+              gate = p.kind == kLogits ? sigmoid(load(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
               (gate_gradient * gate * (Vec(1.f) - gate)).store(dl + j);
             }
             (p.add ? grad : grad * gate).store(dt + j);
@@ -327,7 +359,8 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
       double bias_gradient = 0;
       if (row_gate)
         for (int64_t i = 0; i < m; ++i) {
-          const float *e = dy.data + i * dy.stride, *t = dl_tile + i * ld, *in = x.data ? x.data + i * x.stride : nullptr;
+          const G *e = dy.data + i * dy.stride, *in = x.data ? x.data + i * x.stride : nullptr;
+          const float* t = dl_tile + i * ld;
           float* dt = dt_tile + i * ld;
           float gate, dl;
           if (p.kind == kSmall) {
@@ -335,15 +368,15 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
           } else {
             gate = logistic(p.logits[row + i]);
             double sum = 0;
-            for (int64_t j = 0; j < p.width; ++j) sum += p.add ? e[j] : e[j] * t[j];
+            for (int64_t j = 0; j < p.width; ++j) sum += static_cast<float>(e[j]) * (p.add ? 1.f : t[j]);
             dl = static_cast<float>(p.scale * sum) * logistic_derivative(p.logits[row + i]);
           }
           bias_gradient += dl;
           const Vec factor(p.add ? p.scale : p.scale * gate), d(dl);
           vectors(round_up(p.width, 8), [&](int64_t j) {
-            (factor * Vec::loadu(e + j) + d * Vec::loadu(v.w_h + j)).store(dt + j);
+            (factor * load(e + j) + d * Vec::loadu(v.w_h + j)).store(dt + j);
             if (!p.dgate_weight) return;
-            at::vec::fmadd(d, Vec::loadu(in + j), Vec::loadu(dw_x + j)).store(dw_x + j);
+            at::vec::fmadd(d, load(in + j), Vec::loadu(dw_x + j)).store(dw_x + j);
             at::vec::fmadd(d, Vec::loadu(t + j), Vec::loadu(dw_h + j)).store(dw_h + j);
           });
           if (p.dx) {
@@ -356,44 +389,51 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < m; ++i) narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
       for (float* tile : {dt_tile, dl_tile}) std::fill(tile + m * ld, tile + height * ld, 0.f);
 
-      const Rows dt{dt_tile, ld}, dl{dl_tile, ld};
+      G* wide = dy_tile;  // dy is not needed any more
       if (need_total_gradient) {
+        const Rows<G> dt{operand(dt_tile, height * ld, wide), ld};
         if (need_dz) matmul(height, p.width, p.rank, dt.data, ld, w.up, dz, s.rank, 0, p.rank);
         backprop_rows<A>(z, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
-        if (p.dh)
+        if (p.dh) {
+          const G* left = operand(dz, height * s.rank, thin);
           for (int64_t c = 0; c < p.width; c += kBlockColumns) {
             const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
-            matmul(height, p.rank, p.width, dz, s.rank, w.down, block, kBlockColumns, c, c + n);
+            matmul(height, p.rank, p.width, left, s.rank, w.down, block, kBlockColumns, c, c + n);
             for (int64_t i = 0; i < m; ++i) {
               float* u = block + i * kBlockColumns;
               vectors(whole, [&](int64_t j) { at::vec::fmadd(Vec(p.input_scale), Vec::loadu(dt_tile + i * ld + c + j), Vec::loadu(u + j)).store(u + j); });
               narrow(u, static_cast<A*>(p.dh) + (row + i) * p.width + c, n);
             }
           }
-        if (p.dw_up || p.db_up) to_panels(dt, m, height, p.width, panels, sums);
-        if (p.dw_up) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, pt, work);
+        }
+        if (p.dw_up || p.db_up) to_panels(dt, m, height, p.width, panels, p.db_up ? sums : nullptr);
+        if (p.dw_up) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, in_partial(pt, p.rank), work, thin);
         if (p.dw_down) {
           to_panels(h, m, height, p.width, panels, nullptr);
-          accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, dwd, work);
+          accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, thin);
         }
       }
       if (!large || !need_gate) continue;
+      const Rows<G> dl{operand(dl_tile, height * ld, wide), ld};
       if (need_dzg) matmul(height, p.width, p.gate_rank, dl.data, ld, w.gate_up, dzg, s.gate_rank, 0, p.gate_rank);
       backprop_rows<A>(zg, need_dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
-      if (p.dx)
+      if (p.dx) {
+        const G* left = operand(dzg, height * s.gate_rank, thin_g);
         for (int64_t c = 0; c < p.width; c += kBlockColumns) {
           const int64_t n = std::min(kBlockColumns, p.width - c);
-          matmul(height, p.gate_rank, p.width, dzg, s.gate_rank, w.gate_down, block, kBlockColumns, c, c + n);
+          matmul(height, p.gate_rank, p.width, left, s.gate_rank, w.gate_down, block, kBlockColumns, c, c + n);
           for (int64_t i = 0; i < m; ++i) narrow(block + i * kBlockColumns, static_cast<A*>(p.dx) + (row + i) * p.width + c, n);
         }
-      if (p.dgate_up_weight || p.dgate_up_bias) to_panels(dl, m, height, p.width, panels, sums_g);
-      if (p.dgate_up_weight) accumulate_outer(ag, s.gate_rank, panels, height, p.gate_rank, p.width, add, ptg, work);
+      }
+      if (p.dgate_up_weight || p.dgate_up_bias) to_panels(dl, m, height, p.width, panels, p.dgate_up_bias ? sums_g : nullptr);
+      if (p.dgate_up_weight) accumulate_outer(ag, s.gate_rank, panels, height, p.gate_rank, p.width, add, in_partial(ptg, p.gate_rank), work, thin);
       if (p.dgate_weight) {
         to_panels(x, m, height, p.width, panels, nullptr);
-        accumulate_outer(dzg, s.gate_rank, panels, height, p.gate_rank, p.width, add, dwg, work);
+        accumulate_outer(dzg, s.gate_rank, panels, height, p.gate_rank, p.width, add, direct ? in_gradient(p.dgate_weight, p.width) : in_partial(dwg, p.gate_rank), work, thin);
       }
     }
   }
+  release<G>();
 }
 
 template <class A, class P>
@@ -401,15 +441,16 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const GatedPartial layout = s.partial(p);
   const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), stride = layout.total;
+  const bool direct = is_direct(p);
   float* panel = scratch(std::max(s.rank, s.gate_rank) * kPanel + 2 * s.width + s.rank + s.gate_rank + kPanel);
   float *scales = panel + std::max(s.rank, s.gate_rank) * kPanel, *work = scales + s.width, *sums = work + s.width + s.rank + s.gate_rank;
   const float* gate = p.partials + layout.gate_at;
   for (int64_t q = begin; q < end; ++q) {
     std::fill(scales, scales + s.width, p.adapter_scale);
-    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, p.width, p.width, p.rank, scales, p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
+    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, p.width, p.width, p.rank, scales, p.adapter_scale == 1.f, direct ? nullptr : p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
     if (p.kind != kLarge) continue;
     std::fill(scales, scales + s.width, 1.f);
-    reduce_pair<P>(gate, layout.gate, stride, chunks, q, p.width, p.width, p.gate_rank, scales, p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
+    reduce_pair<P>(gate, layout.gate, stride, chunks, q, p.width, p.width, p.gate_rank, scales, true, direct ? nullptr : p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
   }
   if (begin != 0) return;
   reduce_vector<P>(p.partials + layout.adapter.db_down, stride, chunks, p.rank, p.db_down, work);
@@ -417,25 +458,28 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, stride, chunks, 1, p.dgate_bias, work);
   if (p.kind == kLarge || !p.dgate_weight) return;
   P* dw = static_cast<P*>(p.dgate_weight);
-  sum_chunks(p.partials + layout.w_x, stride, chunks, s.width, work);
-  if (p.kind != kMiddleY) sum_chunks(p.partials + layout.w_h, stride, chunks, s.width, scales);
-  if (p.kind == kMiddleX) vectors(s.width, [&](int64_t j) { (Vec::loadu(work + j) + Vec::loadu(scales + j)).store(work + j); });
-  narrow(work, dw, p.width);
-  if (p.kind == kSmall) narrow(scales, dw + p.width, p.width);
+  const float* dw_x = sum_chunks(p.partials + layout.w_x, stride, chunks, s.width, work);
+  const float* dw_h = p.kind == kMiddleY ? nullptr : sum_chunks(p.partials + layout.w_h, stride, chunks, s.width, scales);
+  if (p.kind == kMiddleX) {
+    vectors(s.width, [&](int64_t j) { (Vec::loadu(dw_x + j) + Vec::loadu(dw_h + j)).store(work + j); });
+    dw_x = work;
+  }
+  narrow(dw_x, dw, p.width);
+  if (p.kind == kSmall) narrow(dw_h, dw + p.width, p.width);
 }
 
 }  // namespace
 
 void gated_prepare(const GatedParams& p) { FASTADAPT_DISPATCH(p, prepare, p) }
-void gated_pack_forward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_forward, p, begin, end) }
-void gated_pack_backward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_backward, p, begin, end) }
-void gated_pack_recompute(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, pack_recompute, p, begin, end) }
-void gated_forward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, forward, p, begin, end) }
+void gated_pack_forward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_forward, p, begin, end) }
+void gated_pack_backward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_backward, p, begin, end) }
+void gated_pack_recompute(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_recompute, p, begin, end) }
+void gated_forward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward, p, begin, end) }
 void gated_sample_gates(const GatedParams& p, int64_t begin, int64_t end) { sample_gates(p, begin, end); }
 void gated_apply(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, apply, p, begin, end) }
-void gated_row_gradients(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, row_gradients, p, begin, end) }
+void gated_row_gradients(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, row_gradients, p, begin, end) }
 void gated_sample_gradients(const GatedParams& p, int64_t begin, int64_t end) { sample_gradients(p, begin, end); }
-void gated_backward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, backward, p, begin, end) }
+void gated_backward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward, p, begin, end) }
 void gated_reduce(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
 
 }  // namespace fastadapt::cpu

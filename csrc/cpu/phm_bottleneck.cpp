@@ -47,18 +47,6 @@ void lane_sums(const float* v, int64_t count, float* out) {
   }
 }
 
-inline Vec load(const float* from) { return Vec::loadu(from); }
-inline Vec load(const BFloat16* from) {
-  Vec v;
-  at::vec::load_fp32_from_bf16(from, v);
-  return v;
-}
-inline Vec load(const Half* from) {
-  Vec v;
-  at::vec::load_fp32_from_fp16(from, v);
-  return v;
-}
-
 // ---- Wide: kBlock rows of `parts` parts, vectors along a row. w: [pairs][ld]; thin numbers: [part][pair][lane], from the block's first lane.
 // The next block is prefetched while one is read or written: so many streams of one part each are too short for the hardware to do it (measured: 3.6 -> 2.3 ms of an fp32 backward
 // of 4096 x 768 in L3, 10 % more where x and dy come from memory).
@@ -158,29 +146,6 @@ void column_sums(const E* x, int64_t stride, int64_t width, float* sums) {
     for (int64_t r = 1; r < kBlock; ++r) sum = sum + load(x + r * stride + j);
     (Vec::loadu(sums + j) + sum).store(sums + j);
   });
-}
-
-// out = sum [+ bias] [+ in] [+ other], of one row
-template <class A>
-void finish(const float* sum, const float* bias, const A* in, const A* other, A* out, int64_t width) {
-  constexpr int64_t step = at::vec::Vectorized<A>::size(), count = step / kLanes;
-  const auto add = [](const auto* src, Vec(&v)[count]) {
-    for (int64_t j = 0; j < count; ++j) v[j] = v[j] + load(src + j * kLanes);
-  };
-  int64_t i = 0;
-  for (; i + step <= width; i += step) {
-    Vec v[count];
-    __builtin_prefetch(out + kBlock * width + i, 1);
-    for (int64_t j = 0; j < count; ++j) v[j] = Vec::loadu(sum + i + j * kLanes);
-    if (bias) add(bias + i, v);
-    if (in) add(in + i, v);
-    if (other) add(other + i, v);
-    if constexpr (std::is_same_v<A, float>)
-      v[0].store(out + i);
-    else
-      at::vec::convert_from_float<A>(v[0], v[1]).store(out + i);
-  }
-  for (; i < width; ++i) out[i] = static_cast<A>(sum[i] + (bias ? bias[i] : 0.f) + (in ? static_cast<float>(in[i]) : 0.f) + (other ? static_cast<float>(other[i]) : 0.f));
 }
 
 // ---- Thin: one row a lane. v: [part][number][lane].
@@ -315,7 +280,7 @@ void forward(const PhmParams& p, int64_t begin, int64_t end) {
       expand(mixed + r, w.up.right, w.up.out, p.up.out, s, sums);
       for (int64_t i = r; i < std::min(m, r + kBlock); ++i)
         finish<A>(sums + (i - r) * s.line, w.b_up, p.add_input ? static_cast<const A*>(p.x) + (row + i) * p.x_stride : nullptr,
-                  p.residual ? static_cast<const A*>(p.residual) + (row + i) * p.residual_stride : nullptr, static_cast<A*>(p.y) + (row + i) * p.width, p.width);
+                  p.residual ? static_cast<const A*>(p.residual) + (row + i) * p.residual_stride : nullptr, static_cast<A*>(p.y) + (row + i) * p.width, p.width, kBlock * p.width);
     }
   }
 }
@@ -374,7 +339,7 @@ void backward(const PhmParams& p, int64_t begin, int64_t end) {
         expand(d_inner + r, w.down.left, w.down.in, p.down.in, s, sums);
         for (int64_t i = r; i < std::min(m, r + kBlock); ++i)
           finish<A>(sums + (i - r) * s.line, nullptr, p.add_input ? static_cast<const A*>(p.dy) + (row + i) * p.dy_stride : nullptr, nullptr,
-                    static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
+                    static_cast<A*>(p.dx) + (row + i) * p.width, p.width, kBlock * p.width);
       }
       if (p.down.drule) mix_outer(inner, d_mixed, p.factor_rank, s, drule_down);
       if (p.down.dright) mix(w.down.rule, false, p.factor_rank, inner, s, mixed), thin_outer(dz, mixed, dright_down, w.down.out, p.down.out, s);
@@ -391,15 +356,15 @@ void reduce(const PhmParams& p) {
   float* total = scratch(size);
   const auto vector = [&](const float* partial, int64_t count, float scale, void* out) {
     if (!out) return;
-    sum_chunks(partial, size, chunks, round_up(count, kVector), total);
-    vectors(round_up(count, kVector), [&](int64_t i) { (Vec::loadu(total + i) * Vec(scale)).store(total + i); });
+    const float* sum = sum_chunks(partial, size, chunks, round_up(count, kVector), total);
+    vectors(round_up(count, kVector), [&](int64_t i) { (Vec::loadu(sum + i) * Vec(scale)).store(total + i); });
     narrow(total, static_cast<P*>(out), count);
   };
   const auto factor = [&](const float* partial, int64_t k, int64_t part, int64_t ld, float scale, void* out) {
     if (!out) return;
-    sum_chunks(partial, size, chunks, pairs * ld, total);
+    const float* sum = sum_chunks(partial, size, chunks, pairs * ld, total);
     for (int64_t pair = 0; pair < pairs; ++pair)
-      for (int64_t j = 0; j < part; ++j) static_cast<P*>(out)[(pair / k * part + j) * k + pair % k] = static_cast<P>(scale * total[pair * ld + j]);
+      for (int64_t j = 0; j < part; ++j) static_cast<P*>(out)[(pair / k * part + j) * k + pair % k] = static_cast<P>(scale * sum[pair * ld + j]);
   };
   vector(first.down.rule, n * n * n, 1.f, p.down.drule), vector(first.up.rule, n * n * n, 1.f, p.up.drule);
   factor(first.down.left, p.factor_rank, p.down.in, first.down.in, 1.f, p.down.dleft), factor(first.up.left, p.factor_rank, p.up.in, first.up.in, 1.f, p.up.dleft);

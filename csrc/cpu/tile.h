@@ -14,8 +14,8 @@
 #include "../include/bottleneck.h"
 #include "../include/plan.h"
 
-#if !defined(CPUBLAS_BRGEMM_F32F32F32)
-#error "this torch has no fp32 brgemm"
+#if !defined(CPUBLAS_BRGEMM_F32F32F32) || !defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#error "this torch has no fp32 or bf16 brgemm"
 #endif
 
 namespace fastadapt::cpu {
@@ -53,10 +53,17 @@ inline void vectors(int64_t n, F&& f) {
   for (int64_t i = 0; i < n; i += Vec::size()) f(i);
 }
 
+// n numbers, mostly a panel's 32: a call of memcpy takes longer.
+inline void copy(const float* src, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + Vec::size() <= n; i += Vec::size()) Vec::loadu(src + i).store(dst + i);
+  for (; i < n; ++i) dst[i] = src[i];
+}
+
 template <class T>
 inline void widen(const T* src, float* dst, int64_t n) {
   if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(dst, src, n * sizeof(float));
+    copy(src, dst, n);
   } else {
     constexpr int64_t step = at::vec::Vectorized<T>::size();
     int64_t i = 0;
@@ -75,16 +82,75 @@ inline void widen(const T* src, float* dst, int64_t n, int64_t to) {
   std::fill(dst + n, dst + to, 0.f);
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+static const bool kRoundsToBFloat16 = __builtin_cpu_supports("avx512bf16");
+#endif
+
+// Two vectors rounded to half precision. The processor's instruction for bf16, where it is there, replaces 16 operations; it takes numbers below 2^-126 as zero.
+template <class T>
+inline at::vec::Vectorized<T> narrow(Vec low, Vec high) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (kRoundsToBFloat16) {
+      __m512i both;
+      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(static_cast<__m512>(high)), "v"(static_cast<__m512>(low)));
+      return both;
+    }
+#endif
+  return at::vec::convert_from_float<T>(low, high);
+}
+
 template <class T>
 inline void narrow(const float* src, T* dst, int64_t n) {
   if constexpr (std::is_same_v<T, float>) {
-    if (src != dst) std::memcpy(dst, src, n * sizeof(float));
+    copy(src, dst, n);
   } else {
     constexpr int64_t step = at::vec::Vectorized<T>::size();
     int64_t i = 0;
-    for (; i + step <= n; i += step) at::vec::convert_from_float<T>(Vec::loadu(src + i), Vec::loadu(src + i + Vec::size())).store(dst + i);
+    for (; i + step <= n; i += step) narrow<T>(Vec::loadu(src + i), Vec::loadu(src + i + Vec::size())).store(dst + i);
     for (; i < n; ++i) dst[i] = static_cast<T>(src[i]);
   }
+}
+
+// One vector of fp32 from any activation dtype.
+inline Vec load(const float* from) { return Vec::loadu(from); }
+inline Vec load(const BFloat16* from) {
+  Vec v;
+  at::vec::load_fp32_from_bf16(from, v);
+  return v;
+}
+inline Vec load(const Half* from) {
+  Vec v;
+  at::vec::load_fp32_from_fp16(from, v);
+  return v;
+}
+
+// out = sum [+ bias] [+ in] [+ other], a row of n numbers; prefetches what is written `ahead` numbers later.
+template <class A>
+inline void finish(const float* sum, const float* bias, const A* in, const A* other, A* out, int64_t n, int64_t ahead = 0) {
+  constexpr int64_t step = at::vec::Vectorized<A>::size(), count = step / Vec::size();
+  const auto add = [](const auto* src, Vec(&v)[count]) {
+    for (int64_t j = 0; j < count; ++j) v[j] = v[j] + load(src + j * Vec::size());
+  };
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    Vec v[count];
+    if (ahead) __builtin_prefetch(out + ahead + i, 1);
+    for (int64_t j = 0; j < count; ++j) v[j] = Vec::loadu(sum + i + j * Vec::size());
+    if (bias) add(bias + i, v);
+    if (in) add(in + i, v);
+    if (other) add(other + i, v);
+    if constexpr (std::is_same_v<A, float>)
+      v[0].store(out + i);
+    else
+      narrow<A>(v[0], v[1]).store(out + i);
+  }
+  for (; i < n; ++i) out[i] = static_cast<A>(sum[i] + (bias ? bias[i] : 0.f) + (in ? static_cast<float>(in[i]) : 0.f) + (other ? static_cast<float>(other[i]) : 0.f));
+}
+
+// v := factor v, n numbers, a multiple of 8.
+inline void scale_by(float factor, float* v, int64_t n) {
+  vectors(n, [&](int64_t i) { (Vec::loadu(v + i) * Vec(factor)).store(v + i); });
 }
 
 // A parameter as the kernels see it: rounded to the activation dtype A (house rule: kernels round parameters to A on load).
@@ -142,69 +208,136 @@ inline Vec derivative(Vec z, Activation f) {
   }
 }
 
-// dst (cols x rows, leading dimension ld_dst) = src' for a block of fp32; rows and cols are multiples of 8 or the buffers are padded.
+// A whole block of vectors. Inlined with its constants it stays in registers.
+[[gnu::flatten]] inline void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  at::vec::transpose_mxn<float>(src, ld_src, dst, ld_dst, static_cast<int>(Vec::size()), static_cast<int>(Vec::size()));
+}
+
+// dst (cols x rows, leading dimension ld_dst) = src' for a block of 32-bit words; rows and cols are multiples of 8 or the buffers are padded.
 inline void transpose(const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
   constexpr int64_t v = Vec::size();
   for (int64_t i = 0; i < rows; i += v)
     for (int64_t j = 0; j < cols; j += v)
-      at::vec::transpose_mxn<float>(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, static_cast<int>(std::min(v, rows - i)), static_cast<int>(std::min(v, cols - j)));
+      if (i + v <= rows && j + v <= cols)
+        transpose_block(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst);
+      else
+        at::vec::transpose_mxn<float>(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, static_cast<int>(std::min(v, rows - i)), static_cast<int>(std::min(v, cols - j)));
 }
 
-// ---- Packed GEMM operands: a K x N operand as [N / 32 panels][K][32], padded with zeros.
+// ---- GEMM operands, of numbers G: fp32, or bf16 where activations are bf16 and the processor multiplies it (twice as fast on AVX512-BF16, and x and dy need no conversion).
+// A K x N operand is packed as [N / 32 panels][K][32], of bf16 as [N / 32][K / 2][32][2], padded with zeros.
+
+template <class G>
+constexpr int64_t kPair = sizeof(float) / sizeof(G);  // numbers of consecutive rows that make a 32-bit word
+template <class G>
+constexpr int64_t depth_of(int64_t k) {
+  return round_up(k, kPair<G>);
+}
+
+// n <= 64 numbers of a parameter, rounded to A, times scale; zeros up to `to`, a multiple of 8.
+template <class P, class A, class G>
+inline void load_parameter(const P* src, int64_t n, int64_t to, float scale, G* dst) {
+  if constexpr (std::is_same_v<G, float>) {
+    widen_parameter<P, A>(src, dst, n);
+    if (scale != 1.f) scale_by(scale, dst, to);
+  } else if (scale != 1.f) {
+    float line[2 * kPanel];
+    widen_parameter<P, A>(src, line, n), scale_by(scale, line, to), narrow(line, dst, n);
+  } else if constexpr (std::is_same_v<P, G>) {
+    std::memcpy(dst, src, n * sizeof(G));
+  } else {
+    narrow(src, dst, n);
+  }
+  std::fill(dst + n, dst + to, G(0.f));
+}
+
+// Rows 2 i and 2 i + 1 of a panel as row i of words.
+inline void interleave(const BFloat16* first, const BFloat16* second, BFloat16* out) {
+  typedef uint32_t Words __attribute__((vector_size(sizeof(Vec))));
+  for (int64_t j = 0; j < kPanel; j += 2 * Vec::size()) {
+    Words a, b;
+    std::memcpy(&a, first + j, sizeof(a)), std::memcpy(&b, second + j, sizeof(b));
+    const Words even = (a & 0xffff) | (b << 16), odd = (a >> 16) | (b & 0xffff0000);
+    const auto [low, high] = at::vec::interleave2<float>(Vec::loadu(&even), Vec::loadu(&odd));
+    low.store(out + 2 * j), high.store(out + 2 * j + 2 * Vec::size());
+  }
+}
 
 // Operand W itself, row-major K x N; row k times scale[k] (scale may be null). Panels [begin, end).
-template <class P, class A>
-inline void pack(const void* w, int64_t k, int64_t n, const float* scale, float* out, int64_t begin, int64_t end) {
+template <class P, class A, class G>
+inline void pack(const void* w, int64_t k, int64_t n, const float* scale, G* out, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
     const int64_t n0 = p * kPanel, cols = std::min(kPanel, n - n0);
-    float* panel = out + n0 * k;
-    for (int64_t i = 0; i < k; ++i, panel += kPanel) {
-      widen_parameter<P, A>(static_cast<const P*>(w) + i * n + n0, panel, cols);
-      std::fill(panel + cols, panel + kPanel, 0.f);
-      if (scale) vectors(kPanel, [&](int64_t j) { (Vec::loadu(panel + j) * Vec(scale[i])).store(panel + j); });
+    const P* src = static_cast<const P*>(w) + n0;
+    G* panel = out + n0 * depth_of<G>(k);
+    for (int64_t i = 0; i < k; i += kPair<G>, panel += kPair<G> * kPanel) {
+      if constexpr (std::is_same_v<G, float>) {
+        load_parameter<P, A>(src + i * n, cols, kPanel, scale ? scale[i] : 1.f, panel);
+      } else {
+        BFloat16 lines[2 * kPanel]{};
+        for (int64_t j = 0; j < std::min<int64_t>(2, k - i); ++j) load_parameter<P, A>(src + (i + j) * n, cols, kPanel, scale ? scale[i + j] : 1.f, lines + j * kPanel);
+        interleave(lines, lines + kPanel, panel);
+      }
     }
   }
 }
 
-// Operand W', W row-major N x K; column n times scale[n] (may be null).
-template <class P, class A>
-inline void pack_transposed(const void* w, int64_t n, int64_t k, const float* scale, float* out, int64_t begin, int64_t end) {
-  alignas(64) float block[kPanel * kPanel];
+// Operand W', W row-major N x K; column n times scale[n] (may be null). A word of W is a word of the operand.
+template <class P, class A, class G>
+inline void pack_transposed(const void* w, int64_t n, int64_t k, const float* scale, G* out, int64_t begin, int64_t end) {
+  constexpr int64_t step = kPanel * kPair<G>;
+  alignas(64) G block[kPanel * step];
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t n0 = p * kPanel, cols = std::min(kPanel, n - n0);
+    const int64_t n0 = p * kPanel, cols = std::min(kPanel, n - n0), whole = round_up(cols, 8);
     const P* src = static_cast<const P*>(w) + n0 * k;
-    for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
-      const int64_t depth = std::min(kPanel, k - k0);
-      float* to = out + n0 * k + k0 * kPanel;
-      if constexpr (std::is_same_v<P, float> && std::is_same_v<A, float>)
-        if (cols == kPanel && depth == kPanel) {
-          transpose(src + k0, k, to, kPanel, kPanel, kPanel);
-          continue;
+    G* panel = out + n0 * depth_of<G>(k);
+    if constexpr (std::is_same_v<P, float> && std::is_same_v<A, float>) {
+      for (int64_t k0 = 0; k0 < k; k0 += kPanel) transpose(src + k0, k, panel + k0 * kPanel, kPanel, cols, std::min(kPanel, k - k0));
+      if (scale || cols < whole)
+        for (int64_t i = 0; i < k; ++i, panel += kPanel) {
+          std::fill(panel + cols, panel + whole, 0.f);
+          if (scale) vectors(whole, [&](int64_t j) { (Vec::loadu(panel + j) * Vec::loadu(scale + n0 + j)).store(panel + j); });
         }
-      if (cols < kPanel) std::memset(block, 0, sizeof(block));
-      for (int64_t j = 0; j < cols; ++j) widen_parameter<P, A>(src + j * k + k0, block + j * kPanel, depth);
-      if (depth == kPanel)
-        transpose(block, kPanel, to, kPanel, kPanel, kPanel);
-      else
-        for (int64_t i = 0; i < depth; ++i)
-          for (int64_t j = 0; j < kPanel; ++j) to[i * kPanel + j] = block[j * kPanel + i];
+      continue;
     }
-    if (scale)
-      for (int64_t i = 0; i < k; ++i)
-        vectors(kPanel, [&](int64_t j) { (Vec::loadu(out + n0 * k + i * kPanel + j) * Vec::loadu(scale + n0 + j)).store(out + n0 * k + i * kPanel + j); });
+    if (cols < whole) std::memset(block, 0, sizeof(block));
+    for (int64_t k0 = 0; k0 < k; k0 += step) {
+      const int64_t depth = std::min(step, k - k0);
+      for (int64_t j = 0; j < cols; ++j) load_parameter<P, A>(src + j * k + k0, depth, round_up(depth, 8), scale ? scale[n0 + j] : 1.f, block + j * step);
+      transpose(reinterpret_cast<const float*>(block), kPanel, reinterpret_cast<float*>(panel + k0 * kPanel), kPanel, whole, ceil_div(depth, kPair<G>));
+    }
   }
 }
 
 // C[:, n0:n1] (m x N, row-major from column n0) = A (m x K) . operand[:, n0:n1]. Long sums are cut: a panel of 192 x 32 floats stays in L1, and sums of sums round less.
-inline void matmul(int64_t m, int64_t k, int64_t n, const float* a, int64_t lda, const float* packed, float* c, int64_t ldc, int64_t n0, int64_t n1) {
+template <class G>
+inline void matmul(int64_t m, int64_t k, int64_t n, const G* a, int64_t lda, const G* packed, float* c, int64_t ldc, int64_t n0, int64_t n1) {
+  constexpr int64_t depth = kDepth * kPair<G>;
+  const int64_t whole = depth_of<G>(k);
   for (int64_t j = n0; j < n1; j += kPanel)
-    for (int64_t i = 0; i < k; i += kDepth)
-      at::native::cpublas::brgemm(m, std::min(kPanel, round_up(n - j, 8)), std::min(kDepth, k - i), lda, kPanel, ldc, i > 0, a + i, packed + j * k + i * kPanel, c + (j - n0), false);
+    for (int64_t i = 0; i < k; i += depth)
+      at::native::cpublas::brgemm(m, std::min(kPanel, round_up(n - j, 8)), std::min(depth, whole - i), lda, kPanel, ldc, i > 0, a + i, packed + j * whole + i * kPanel, c + (j - n0),
+                                  kPair<G> > 1);
 }
 
-// Rows of an input as fp32: in place where they already are, else converted, ragged tiles padded with zero rows.
+// Behind the last GEMM of a range: gives back the matrix unit, which a processor that has one holds configured.
+template <class G>
+inline void release() {
+  if constexpr (std::is_same_v<G, BFloat16>) at::native::cpublas::brgemm_release();
+}
+
+// Numbers of a tile as an operand: where they are, or converted to `buffer`.
+template <class G>
+inline const G* operand(const float* src, int64_t n, G* buffer) {
+  if constexpr (std::is_same_v<G, float>) return src;
+  narrow(src, buffer, n);
+  return buffer;
+}
+
+// Rows of an input as operand: in place where they already are, else converted, ragged tiles padded with zero rows.
+template <class G>
 struct Rows {
-  const float* data;
+  const G* data;
   int64_t stride;
 };
 
@@ -215,24 +348,28 @@ struct RowIndex {
   bool consecutive(int64_t i, int64_t m) const { return !order || order[i + m - 1] - order[i] == m - 1; }  // a task's rows are in ascending order
 };
 
-template <class A>
-inline Rows load_rows(const void* base, int64_t stride, RowIndex at, int64_t row, int64_t m, int64_t height, int64_t width, float* buffer, int64_t padded_width) {
+template <class A, class G>
+inline Rows<G> load_rows(const void* base, int64_t stride, RowIndex at, int64_t row, int64_t m, int64_t height, int64_t width, G* buffer, int64_t padded_width) {
   const A* src = static_cast<const A*>(base);
-  if constexpr (std::is_same_v<A, float>)
-    if (m == height && width % Vec::size() == 0 && at.consecutive(row, m)) return {src + at(row) * stride, stride};
-  for (int64_t i = 0; i < m; ++i) widen(src + at(row + i) * stride, buffer + i * padded_width, width, padded_width);
-  std::fill(buffer + m * padded_width, buffer + height * padded_width, 0.f);
+  constexpr int64_t whole = kPair<G> > 1 ? kPanel : Vec::size();  // what is read of a row at a time: bf16 by panels
+  if constexpr (std::is_same_v<A, G>)
+    if (m == height && width % whole == 0 && at.consecutive(row, m)) return {src + at(row) * stride, stride};
+  for (int64_t i = 0; i < m; ++i) {
+    const A* from = src + at(row + i) * stride;
+    G* to = buffer + i * padded_width;
+    if constexpr (std::is_same_v<A, G>)
+      std::memcpy(to, from, width * sizeof(G));
+    else
+      widen(from, to, width);
+    std::fill(to + width, to + padded_width, G(0.f));
+  }
+  std::fill(buffer + m * padded_width, buffer + height * padded_width, G(0.f));
   return {buffer, padded_width};
 }
 
-template <class A>
-inline Rows load_rows(const void* base, int64_t stride, int64_t row, int64_t m, int64_t height, int64_t width, float* buffer, int64_t padded_width) {
+template <class A, class G>
+inline Rows<G> load_rows(const void* base, int64_t stride, int64_t row, int64_t m, int64_t height, int64_t width, G* buffer, int64_t padded_width) {
   return load_rows<A>(base, stride, RowIndex{nullptr}, row, m, height, width, buffer, padded_width);
-}
-
-// v := factor v, n numbers, a multiple of 8.
-inline void scale_by(float factor, float* v, int64_t n) {
-  vectors(n, [&](int64_t i) { (Vec::loadu(v + i) * Vec(factor)).store(v + i); });
 }
 
 // z := rounded(z + bias), stored unpadded if asked for; then z := phi(z). Row i goes to row at(first + i) of `out`.
@@ -274,77 +411,120 @@ inline void backprop_rows(const A* z, float* da, float* a, int64_t m, int64_t he
   if (da) std::fill(da + m * ld, da + height * ld, 0.f);
 }
 
-// Rows (height x width) as the K x N operand of a weight gradient: [panels][height][32]; sums (may be null) += column sums.
-inline void to_panels(Rows src, int64_t m, int64_t height, int64_t width, float* out, float* sums) {
+// Rows (height x width) as the K x N operand of a weight gradient; sums (may be null) += column sums.
+template <class G>
+inline void to_panels(Rows<G> src, int64_t m, int64_t height, int64_t width, G* out, float* sums) {
   for (int64_t j0 = 0; j0 < width; j0 += kPanel) {
     const int64_t n = std::min(kPanel, round_up(width - j0, 8));
-    float* panel = out + j0 * height;
-    vectors(n, [&](int64_t j) {
-      Vec sum(0.f);
-      for (int64_t i = 0; i < m; ++i) {
-        const Vec v = Vec::loadu(src.data + i * src.stride + j0 + j);
-        v.store(panel + i * kPanel + j);
-        sum = sum + v;
+    G* panel = out + j0 * height;
+    if constexpr (std::is_same_v<G, float>) {
+      vectors(n, [&](int64_t j) {
+        Vec sum(0.f);
+        for (int64_t i = 0; i < m; ++i) {
+          const Vec v = Vec::loadu(src.data + i * src.stride + j0 + j);
+          v.store(panel + i * kPanel + j);
+          sum = sum + v;
+        }
+        for (int64_t i = m; i < height; ++i) Vec(0.f).store(panel + i * kPanel + j);
+        if (sums) (Vec::loadu(sums + j0 + j) + sum).store(sums + j0 + j);
+      });
+    } else {
+      for (int64_t i = 0; i < height; i += 2) {
+        const G* row = src.data + i * src.stride + j0;
+        interleave(row, row + src.stride, panel + i * kPanel);
       }
-      for (int64_t i = m; i < height; ++i) Vec(0.f).store(panel + i * kPanel + j);
-      if (sums) (Vec::loadu(sums + j0 + j) + sum).store(sums + j0 + j);
-    });
+      if (sums)
+        vectors(n, [&](int64_t j) {
+          Vec sum(0.f);
+          for (int64_t i = 0; i < m; ++i) sum = sum + load(src.data + i * src.stride + j0 + j);
+          (Vec::loadu(sums + j0 + j) + sum).store(sums + j0 + j);
+        });
+    }
   }
 }
 
-// partial [panels][R][32] (+)= left' . right, left (height x ld) with R columns, right in panels of `height` rows. `work` holds left transposed.
-inline void accumulate_outer(const float* left, int64_t ld, const float* right, int64_t height, int64_t rank, int64_t width, bool add, float* partial, float* work) {
+// Where a product of R rows goes: a chunk's partial, [panels][R][32], or, of the only chunk, the fp32 gradient itself, row-major.
+struct Product {
+  float* to;
+  int64_t ld, panel;  // floats from a row to the next, and from a panel to the next
+  bool whole;         // room for panels of 8 columns
+};
+inline Product in_partial(float* partial, int64_t rank) { return {partial, kPanel, rank * kPanel, true}; }
+inline Product in_gradient(void* gradient, int64_t width) { return {static_cast<float*>(gradient), width, kPanel, false}; }
+
+// product (+)= left' . right, left (height x ld) with R columns, right in panels of `height` rows. `work` and `turned` hold left transposed.
+template <class G>
+inline void accumulate_outer(const float* left, int64_t ld, const G* right, int64_t height, int64_t rank, int64_t width, bool add, Product product, float* work, G* turned) {
   transpose(left, ld, work, height, height, round_up(rank, 8));
+  const G* a = operand(work, height * rank, turned);
   for (int64_t j = 0; j < width; j += kPanel)
-    at::native::cpublas::brgemm(rank, std::min(kPanel, round_up(width - j, 8)), height, height, kPanel, kPanel, add, work, right + j * height, partial + j * rank, false);
+    at::native::cpublas::brgemm(rank, std::min(kPanel, product.whole ? round_up(width - j, 8) : width - j), height, height, kPanel, product.ld, add, a, right + j * height,
+                                product.to + j / kPanel * product.panel, kPair<G> > 1);
 }
 
-// Sum of one panel (n numbers) over the chunks, in order.
-inline void sum_chunks(const float* partial, int64_t chunk_stride, int64_t chunks, int64_t n, float* out) {
-  std::memcpy(out, partial, n * sizeof(float));
-  for (int64_t c = 1; c < chunks; ++c) {
+// Sum of n numbers over the chunks, in order: in `out`, or where the only chunk has them.
+inline const float* sum_chunks(const float* partial, int64_t chunk_stride, int64_t chunks, int64_t n, float* out) {
+  if (chunks == 1) return partial;
+  const float* sum = partial;
+  for (int64_t c = 1; c < chunks; ++c, sum = out) {
     partial += chunk_stride;
-    vectors(n, [&](int64_t i) { (Vec::loadu(out + i) + Vec::loadu(partial + i)).store(out + i); });
+    vectors(n, [&](int64_t i) { (Vec::loadu(sum + i) + Vec::loadu(partial + i)).store(out + i); });
   }
+  return out;
 }
 
-// The gradients of a down/up pair in panel q of the columns of x and of dy: dW_down and, with P = dy' a and S the column sums of dy, dW_up = scale P and db_up = scale S.
-// Leaves P in `panel` and S in `sums` where asked for.
+// P and S of one panel, where they were asked for.
+struct PairSums {
+  const float *p, *s;
+};
+
+// The gradients of a down/up pair in panel q of the columns of x and of dy: dW_down and, with P = dy' a and S the column sums of dy, dW_up = scale P (P itself, if `scaled` already) and
+// db_up = scale S.
 template <class P>
-inline void reduce_pair(const float* partials, PartialLayout layout, int64_t chunk_stride, int64_t chunks, int64_t q, int64_t width, int64_t out, int64_t rank, const float* scale,
-                         void* dw_down, void* dw_up, void* db_up, bool need_p, bool need_s, float* panel, float* sums) {
+inline PairSums reduce_pair(const float* partials, PartialLayout layout, int64_t chunk_stride, int64_t chunks, int64_t q, int64_t width, int64_t out, int64_t rank, const float* scale, bool scaled,
+                            void* dw_down, void* dw_up, void* db_up, bool need_p, bool need_s, float* panel, float* sums) {
   const int64_t j0 = q * kPanel, n = std::min(kPanel, out - j0);
   if (dw_down && j0 < width) {
-    sum_chunks(partials + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
-    for (int64_t r = 0; r < rank; ++r) narrow(panel + r * kPanel, static_cast<P*>(dw_down) + r * width + j0, std::min(kPanel, width - j0));
+    const float* dw = sum_chunks(partials + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
+    for (int64_t r = 0; r < rank; ++r) narrow(dw + r * kPanel, static_cast<P*>(dw_down) + r * width + j0, std::min(kPanel, width - j0));
   }
-  if (n <= 0) return;
-  if (db_up || need_s) sum_chunks(partials + layout.sums + j0, chunk_stride, chunks, kPanel, sums);
+  PairSums of{};
+  if (n <= 0) return of;
+  if (db_up || need_s) of.s = sum_chunks(partials + layout.sums + j0, chunk_stride, chunks, kPanel, sums);
   if (db_up)
-    for (int64_t j = 0; j < n; ++j) static_cast<P*>(db_up)[j0 + j] = static_cast<P>(scale[j0 + j] * sums[j]);
-  if (!(dw_up || need_p)) return;
-  sum_chunks(partials + layout.p + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
-  if (!dw_up) return;
+    for (int64_t j = 0; j < n; ++j) static_cast<P*>(db_up)[j0 + j] = static_cast<P>(scale[j0 + j] * of.s[j]);
+  if (!(dw_up || need_p)) return of;
+  of.p = sum_chunks(partials + layout.p + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
+  if (!dw_up) return of;
+  if constexpr (std::is_same_v<P, float>)
+    if (scaled) {
+      transpose(of.p, kPanel, static_cast<P*>(dw_up) + j0 * rank, rank, rank, n);
+      return of;
+    }
   alignas(64) float block[kPanel * kPanel];
   for (int64_t r0 = 0; r0 < rank; r0 += kPanel) {
     const int64_t depth = std::min(kPanel, rank - r0);
-    for (int64_t r = 0; r < depth; ++r)
-      for (int64_t j = 0; j < n; ++j) block[j * kPanel + r] = panel[(r0 + r) * kPanel + j] * scale[j0 + j];
-    for (int64_t j = 0; j < n; ++j) narrow(block + j * kPanel, static_cast<P*>(dw_up) + (j0 + j) * rank + r0, depth);
+    transpose(of.p + r0 * kPanel, kPanel, block, kPanel, depth, kPanel);
+    for (int64_t j = 0; j < n; ++j) scale_by(scaled ? 1.f : scale[j0 + j], block + j * kPanel, round_up(depth, 8)), narrow(block + j * kPanel, static_cast<P*>(dw_up) + (j0 + j) * rank + r0, depth);
   }
+  return of;
 }
 
 // A gradient that is one sum over chunks of n numbers.
 template <class P>
 inline void reduce_vector(const float* partial, int64_t chunk_stride, int64_t chunks, int64_t n, void* out, float* work) {
   if (!out) return;
-  sum_chunks(partial, chunk_stride, chunks, round_up(n, 8), work);
-  narrow(work, static_cast<P*>(out), n);
+  narrow(sum_chunks(partial, chunk_stride, chunks, round_up(n, 8), work), static_cast<P*>(out), n);
 }
 
+// FUNCTION<A, P>, and FUNCTION<A, P, G> of a call with GEMMs.
 #ifdef FASTADAPT_MUTATION
 #define FASTADAPT_DISPATCH(PARAMS, FUNCTION, ...) \
   return (PARAMS).activation_type == kFloat ? FUNCTION<float, float>(__VA_ARGS__) : FUNCTION<BFloat16, float>(__VA_ARGS__);
+#define FASTADAPT_DISPATCH_GEMM(PARAMS, FUNCTION, ...)                                                                            \
+  return (PARAMS).activation_type == kFloat ? FUNCTION<float, float, float>(__VA_ARGS__)                                            \
+         : (PARAMS).native                  ? FUNCTION<BFloat16, float, BFloat16>(__VA_ARGS__)                                      \
+                                            : FUNCTION<BFloat16, float, float>(__VA_ARGS__);
 #else
 #define FASTADAPT_DISPATCH(PARAMS, FUNCTION, ...)                                                                         \
   switch ((PARAMS).activation_type) {                                                                                      \
@@ -352,6 +532,14 @@ inline void reduce_vector(const float* partial, int64_t chunk_stride, int64_t ch
     case kBFloat16:                                                                                                        \
       return (PARAMS).parameter_type == kFloat ? FUNCTION<BFloat16, float>(__VA_ARGS__) : FUNCTION<BFloat16, BFloat16>(__VA_ARGS__); \
     default: return (PARAMS).parameter_type == kFloat ? FUNCTION<Half, float>(__VA_ARGS__) : FUNCTION<Half, Half>(__VA_ARGS__);      \
+  }
+#define FASTADAPT_DISPATCH_GEMM(PARAMS, FUNCTION, ...)                                                                                                                \
+  switch ((PARAMS).activation_type) {                                                                                                                                   \
+    case kFloat: return FUNCTION<float, float, float>(__VA_ARGS__);                                                                                                     \
+    case kBFloat16:                                                                                                                                                     \
+      if ((PARAMS).native) return (PARAMS).parameter_type == kFloat ? FUNCTION<BFloat16, float, BFloat16>(__VA_ARGS__) : FUNCTION<BFloat16, BFloat16, BFloat16>(__VA_ARGS__); \
+      return (PARAMS).parameter_type == kFloat ? FUNCTION<BFloat16, float, float>(__VA_ARGS__) : FUNCTION<BFloat16, BFloat16, float>(__VA_ARGS__);                     \
+    default: return (PARAMS).parameter_type == kFloat ? FUNCTION<Half, float, float>(__VA_ARGS__) : FUNCTION<Half, Half, float>(__VA_ARGS__);                          \
   }
 #endif
 

@@ -9,9 +9,11 @@ enum Activation : int { kIdentity, kRelu, kGelu, kGeluNew, kSilu };
 
 struct BottleneckParams {
   Type activation_type, parameter_type;
+  bool native;  // GEMMs of bf16 operands: the activations are bf16, and the processor multiplies it
   int64_t rows, width, out, rank;  // x has `width` columns, y, dy and residual `out`
   const int64_t* order;  // routed: the rows of one task, in ascending order; else null
   int64_t chunks;        // of rows, each with a partial
+  bool direct;           // the only chunk's dWd goes to dw_down, not to the partial
   const void *x, *residual, *dy;
   int64_t x_stride, residual_stride, dy_stride;
   const void *w_down, *b_down, *w_up, *b_up, *gate, *scale_tensor;

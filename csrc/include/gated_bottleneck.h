@@ -8,6 +8,7 @@ enum Granularity : int { kLarge, kLogits, kMiddleX, kMiddleY, kSmall };
 
 struct GatedParams {
   Type activation_type, parameter_type;
+  bool native;
   int64_t rows, width, rank, gate_rank, samples;
   const void *h, *x, *dy;
   int64_t h_stride, x_stride, dy_stride;
@@ -31,9 +32,10 @@ struct GatedVectors {
 };
 
 // Packed weights of one call: forward [down | up | gate down | gate up], backward the four operands of the gradients through them.
+template <class G>
 struct GatedPacks {
-  float *down, *up, *gate_down, *gate_up;
-  constexpr GatedPacks(float* base, int64_t width, int64_t rank, int64_t gate_rank)
+  G *down, *up, *gate_down, *gate_up;
+  constexpr GatedPacks(G* base, int64_t width, int64_t rank, int64_t gate_rank)
       : down(base), up(down + width * rank), gate_down(up + width * rank), gate_up(gate_down + width * gate_rank) {}
   static constexpr int64_t size(int64_t width, int64_t rank, int64_t gate_rank) { return 2 * width * (rank + gate_rank); }
 };

@@ -26,7 +26,7 @@ constexpr int64_t chunk_rows(int64_t rows) {
   return bounded > few ? bounded : few;
 }
 
-// Each distinct row count is a JIT compilation of brgemm per thread (0.1-0.2 ms), so a ragged tile is padded with zero rows to one of four heights.
-constexpr int64_t tile_height(int64_t rows) { return rows > 32 ? kTileRows : rows > 16 ? 32 : rows > 8 ? 16 : 8; }
+// Each distinct row count is a JIT compilation of brgemm per thread (0.1-0.2 ms), so a ragged tile is padded with zero rows to one of five heights.
+constexpr int64_t tile_height(int64_t rows) { return rows > 32 ? kTileRows : rows > 16 ? 32 : rows > 8 ? 16 : rows > 4 ? 8 : 4; }
 
 }  // namespace fastadapt::plan

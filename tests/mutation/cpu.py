@@ -2,6 +2,7 @@
 and `norm` those of dropout_add_norm, cpu_norm_mutants.json.
 
 They are compiled for AVX2, for fp32 and for bf16 over fp32 parameters, and run in memory that is full of NaN and ends at an unreadable page (guard.cpp).
+bf16 runs on its own GEMMs, for which the processor must have AVX512-BF16, and again, with oneDNN switched off, on those of fp32.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ WHOLE = "computes whole panels or blocks, whose further columns nobody reads: sl
 SAME = "the other path of the two gives the same numbers, slower"
 COPIES = "a tile of a task's rows that lie one after the other is then copied too: the same numbers, slower; no check watches reads behind the list of rows"
 SHARE = "two pieces of scratch then share memory, but are not in use at the same time"
+ONE = "multiplies by 1, or asks for a scale that no call has: the same numbers"
+FLOAT = "the mutants have fp32 parameters alone; the tests of the ops, with parameters of half precision too, see it"
+MATRIX = "only a processor with a matrix unit (AMX) holds anything"
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
     ("loop", "q < end -> q <= end in for (int64_t q = begin; q < end; ++q)"): "a panel too many has no columns and is left at once; the next range's first one is computed twice",
@@ -49,10 +53,43 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("condition", "static_cast<bool>(!order) in bool consecutive("): COPIES,
     ("loop", "i + step < n in"): TAIL,
     ("loop", "i + 4 * v < n in"): TAIL,
+    ("loop", "i + Vec::size() < n in"): TAIL,
+    ("deleted", "load_fp32_from_fp16"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the ops see it",
+    **{(kind, "__builtin_prefetch("): "prefetching, from any address, changes the speed alone" for kind in ("condition", "offset", "sign", "deleted")},
+    ("bound", "in if (i + v <= rows && j + v <= cols)"): SAME,
+    ("constant", "1.f -> 1.1f in } else if (scale != 1.f) {"): ONE,
+    ("constant", "1.f -> 1.1f in if (scale != 1.f) scale_by("): ONE,
+    ("constant", "1.f -> 1.1f in if (need_dz && scale != 1.f)"): ONE,
+    ("constant", "1.f -> 1.1f in if (p.adapter_scale == 1.f)"): ONE,
+    ("constant", "1.f -> 1.1f in reduce_pair<P>(p.partials, layout.adapter"): ONE,
+    ("condition", "static_cast<bool>(need_dz) in if (need_dz && scale != 1.f)"): ONE,
+    ("condition", "static_cast<bool>(scale != 1.f) in if (need_dz && scale != 1.f)"): MORE,
+    ("condition", "static_cast<bool>(scales_p(p)) in if (need_p && scales_p(p))"): MORE,
+    ("deleted", "in std::memcpy(dst, src, n * sizeof(G));"): FLOAT,
+    ("offset", "in std::memcpy(dst, src, n * sizeof(G));"): FLOAT,
+    ("constant", "1.f -> 1.1f in for (int64_t j = 0; j < n; ++j) scale_by(scaled ?"): FLOAT,
+    ("condition", "p.parameter_type != kFloat in bool is_direct("): SAME,
+    ("condition", "in bool is_direct("): FLOAT,
+    ("bound", "in bool is_direct("): SAME,
+    ("constant", "std::fill(dst + n, dst + to, G(0.f))"): ZERO,
+    ("constant", "std::fill(to + width, to + padded_width, G(0.f))"): ZERO,
+    ("constant", "std::fill(panel + cols, panel + whole, 0.f)"): PAD,
+    ("deleted", "std::fill(panel + cols, panel + whole, 0.f)"): PAD,
+    ("condition", "static_cast<bool>(scale) in if (scale || cols < whole)"): PAD,
+    ("bound", "in if (scale || cols < whole)"): MORE,
+    ("bound", "in if (cols < whole) std::memset("): MORE,
+    ("condition", "true -> false in inline Product in_partial("): "columns beyond the width then keep what was there, which nobody reads",
+    ("bound", "n < 0 in if (n <= 0) return of;"): LAST,
+    ("deleted", "at::native::cpublas::brgemm_release();"): MATRIX,
+    ("deleted", "release<G>();"): MATRIX,
+    ("deleted", "std::fill(dst + n, dst + to, G(0.f))"): "what the stack then has there meets zeros on the other side: only a NaN would show",
+    ("condition", "in if constexpr (std::is_same_v<G, BFloat16>) at::native"): MATRIX,
+    ("condition", "static_cast<bool>(dw_down) in if (dw_down && j0 < width)"): MORE,
+    ("condition", "(!(std::is_same_v<P, float>)) in if constexpr (std::is_same_v<P, float>)"): SAME,
+    ("loop", "tile <= end in for (int64_t tile = begin"): "also computes a tile of another range, the same numbers, or one of no rows, which stores nothing",
+    ("offset", "kTileRows * s.width -> kTileRows in G *x_tile"): SHARE,
     ("constant", "std::fill(dst + n, dst + to, 0.f)"): PAD,
     ("deleted", "std::fill(dst + n, dst + to, 0.f)"): PAD,
-    ("constant", "std::fill(panel + cols, panel + kPanel, 0.f)"): PAD,
-    ("deleted", "std::fill(panel + cols, panel + kPanel, 0.f)"): PAD,
     ("constant", "std::fill(buffer + m * padded_width"): PAD,
     ("deleted", "std::fill(buffer + m * padded_width"): PAD,
     ("constant", "std::fill(a + m * ld"): ZERO,
@@ -82,8 +119,6 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("condition", "if constexpr (std::is_same_v<P, float> && std::is_same_v<A, float>)"): SAME,
     ("condition", "if constexpr (!std::is_same_v<A, float>) narrow(row + j0"): "without the rounding of the pre-activation the result is nearer to the exact one",
     ("deleted", "continue;"): MORE,
-    ("bound", "if (cols < kPanel)"): MORE,
-    ("condition", "if (depth == kPanel)"): SAME,
     ("sign", "round_up(n - j, 8)"): WHOLE,
     ("offset", "round_up(width - j0, 8)"): WHOLE,
     ("offset", "round_up(width - j, 8)"): WHOLE,
@@ -93,7 +128,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("deleted", "break;"): "the next case fills vectors that this granularity does not read",
     ("loop", "i <= n in for (int64_t i = 0; i < n; i += kPanel)"): LAST,
     ("sign", "n + i in for (int64_t i = 0; i < n; i += kPanel)"): "rounds numbers of the padding too",
-    ("loop", "i <= k in for (int64_t i = 0; i < k; i += kDepth)"): LAST,
+    ("loop", "i <= k in for (int64_t i = 0; i < k; i += depth)"): LAST,
     ("accumulation", "at = panels[i++]"): "the ranges together still cover each operand once, only cut elsewhere",
     ("sign", "std::clamp<int64_t>(begin - at"): "every range then also packs panels of other ranges: the same numbers",
     ("offset", "const int64_t panels[4]"): "the bound of the last operand: the ranges end there by themselves",
@@ -107,12 +142,8 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("condition", "p.add || !need_total"): "need_total is false where the gate is added, and what is not needed is not read",
     ("condition", "p.kind == kLogits && p.dx"): "for the other granularities dx is written again afterwards, or was written with the same numbers",
     ("condition", "!large || !need_gate"): MORE,
-    ("offset", "dz = a + kTileRows * largest_rank"): SHARE,
-    ("offset", "work + kTileRows * largest_rank"): SHARE,
     ("offset", "sums = work + s.width + s.rank + s.gate_rank"): SHARE,
-    ("offset", "*room = line + kBlockColumns"): SHARE,
     ("offset", "kTileRows * mask_stride(p.width) / "): "more room than is used",
-    ("condition", "need_dz && p.seed"): MORE,
     ("offset", "kMultiplier1) * row_high"): "rows from 2^32 on, more than a test's memory has",
     ("loop", "i <= kRegister / 8"): "the compiler drops a write beyond a register",
     ("condition", "p.dw_down, p.dw_up, p.db_up, false, false"): MORE,
@@ -125,13 +156,11 @@ BEYOND = "a turn too many reads a row behind the factors or behind a local array
 ROWS = "also computes rows of other ranges, the same numbers, and tiles of no rows, which store nothing"
 PHM_EXPLAINED: dict[tuple[str, str], str] = {
     **{(kind, "__builtin_prefetch("): "prefetching, from any address, changes the speed alone" for kind in ("offset", "product", "sign", "deleted")},
-    ("deleted", "load_fp32_from_fp16"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the op see it",
     ("bound", "count >= kBlock"): SAME,
     ("loop", "i < kBlock -> i <= kBlock in for (int64_t i = 0; i < kBlock; ++i) widen"): LATER,
     ("loop", "q < kGroup -> q <= kGroup in for (int64_t q = 0; q < kGroup; ++q)"): BEYOND,
     ("loop", "j < part -> j <= part in for (int64_t j = 0; j < part; j += kLanes) {"): LATER,
     ("loop", "j + kBlock * kLanes <= part -> j + kBlock * kLanes < part"): SAME,
-    ("loop", "i + step <= width -> i + step < width"): TAIL,
     ("loop", "g < s.pairs -> g <= s.pairs in for (int64_t g = 0"): LATER,
     **{(kind, "round_to<A>(z"): NEARER for kind in ("offset", "deleted")},
     **{(kind, "in for (int64_t i = 0; i < n; i += kPanel) narrow(v + i, rounded"): NEARER for kind in ("loop", "sign", "offset", "deleted")},
@@ -149,6 +178,8 @@ PHM_EXPLAINED: dict[tuple[str, str], str] = {
     ("loop", "r < m -> r <= m"): MORE,
     ("loop", "row < chunk_end -> row <= chunk_end"): "a tile of no rows: adds zeros",
     ("deleted", "continue; -> ; in if (!need_"): MORE,
+    ("loop", "r <= kBlock in for (int64_t r = 0; r < kBlock; ++r) by["): BEYOND,
+    ("offset", "kBlock * p.width -> kBlock in"): "another distance of prefetching, which changes the speed alone",
 }
 NORM_EXPLAINED: dict[tuple[str, str], str] = {
     ("deleted", "widen(static_cast<const Half*>(src)"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the op see it",
@@ -180,6 +211,8 @@ SPECS: list[Spec] = [
     over(FP32, lead=(65,), width=33, rank=7, residual="other", scale="tensor", gate=True),
     over(MIXED, lead=(9,), width=160, rank=40, residual="other", scale="tensor", gate=True),
     *(over(d, lead=(64,), width=64, rank=32, gate=True) for d in BOTH),
+    over(MIXED, lead=(64,), width=48, rank=16, scale=0.7),
+    over(FP32, lead=(4,), width=48, rank=20, scale=0.7),
     over(FP32, lead=(64,), width=36, rank=36, gate=True, scale=0.7),
     over(FP32, lead=(9,), width=40, rank=20, scale="tensor"),
     *(over(FP32, lead=(65,), width=40, rank=35, activation=a, scale=0.7) for a in ACTIVATIONS),
@@ -317,7 +350,17 @@ def of_calls(specs: list[Spec]) -> list[Callable[[], str]]:
     ]
 
 
+def without_onednn(step: Callable[[], str]) -> str:
+    """bf16 then has the GEMMs of fp32."""
+    torch.backends.mkldnn.enabled = False
+    try:
+        return step()
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
 def prepare() -> schemata.Check:
+    assert torch.cpu._is_avx512_bf16_supported(), "this processor cannot try the mutants of bf16's GEMMs"
     every = prepared(SPECS)
 
     def check(folder: Path, mutant: cpp.Mutant | None) -> str:
@@ -327,6 +370,8 @@ def prepare() -> schemata.Check:
             partial(calls.relu_at_zero, "cpu"),
             partial(calls.gates_far_from_zero, "cpu") if concerns(mutant, "gated_bottleneck") else str,
             *of_calls([spec for spec in CALLS if concerns(mutant, spec.op)]),
+            partial(without_onednn, partial(calls.first_wrong, [p for p in every if concerns(mutant, p.spec.op) and p.spec.dtype != torch.float32], "cpu")),
+            partial(without_onednn, partial(calls.first_failing, checks.assert_rounds_parameters, [s for s in CALLS if concerns(mutant, s.op) and s.dtype == MIXED[0]], "cpu")),
         ]
         return next(filter(None, (step() for step in steps)), "")
 

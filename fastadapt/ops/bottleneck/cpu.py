@@ -13,9 +13,9 @@ __all__ = ["backward", "forward", "reasons"]
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastadapt_cpu.bottleneck(*args)
+    return torch.ops.fastadapt_cpu.bottleneck.default(*args)
 
 
 def backward(*args: Any) -> tuple[Tensor, ...]:
     *tensors_and_options, needs = args
-    return torch.ops.fastadapt_cpu.bottleneck_backward(*tensors_and_options, mask(needs))
+    return torch.ops.fastadapt_cpu.bottleneck_backward.default(*tensors_and_options, mask(needs))
