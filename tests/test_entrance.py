@@ -171,6 +171,8 @@ def test_function_transforms_run_on_the_reference(spec: Spec, transform: str) ->
 @ALL
 def test_opcheck(spec: Spec, name: str, device: str) -> None:
     """torch's own checks of the schema, the fake implementation, the autograd registration and tracing, forward and backward op."""
+    if isinstance(spec, Bottleneck):  # norms are ops beside it
+        spec = replace(spec, norm_before=False, norm_after=False)
     with checks.spied() as calls:
         plain(spec, name, device)
     assert [direction for direction, *_ in calls] == ["forward", "backward"]

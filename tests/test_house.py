@@ -26,7 +26,7 @@ LOWER = {
     "functional": {"backend", "ops"},
     "nn": {"functional"},
     "methods": {"nn"},
-    "hosts": {"nn"},
+    "hosts": {"functional", "nn"},
     "checkpoint": set(),
     "patching": {"backend", "methods", "hosts", "checkpoint"},
 }

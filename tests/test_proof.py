@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fastadapt.backend import _plans
 from tests import proof
 from tests.mutation import table
 
@@ -39,7 +40,7 @@ def test_a_familys_sources_are_what_its_kernels_are_made_of() -> None:
     for backend, folders in (("cpu", ("cpu",)), ("cuda", ("cuda", "common"))):
         together = set().union(*(of[f"{backend}{group}"] for group in proof.GROUPS))
         assert together >= {str(path.relative_to(proof.ROOT)) for folder in folders for path in (proof.ROOT / "csrc" / folder).rglob("*") if path.is_file()}
-    assert {op for ops in proof.GROUPS.values() for op in ops} == set(backend._plans)
+    assert {op for ops in proof.GROUPS.values() for op in ops} == set(_plans)
     for family in proof.FAMILIES:
         if table.path(family).exists():
             assert of[family] >= set(json.loads(table.path(family).read_text())["sources"])

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, dtype: str) -> list[measure.Row]:
     return measure.compare(name, dropping, rival, tensors, 0, dy, work=work(args, dtype), **measure.options_of(args, dtype), judged=(judged_ours, judged_rival))
 
 
-OPTIONS = {"dropout": 0, "rms": 0, "rank": 0}
+OPTIONS = {"dropout": 0, "rms": 0}
 
 if __name__ == "__main__":
-    measure.main(run, dropout=0, rms=0)
+    measure.main(run, **OPTIONS)
