@@ -72,7 +72,8 @@ def run(names: Sequence[str], options: argparse.Namespace) -> int:
         print("fastadapt bench: --device cuda: torch sees no CUDA device", file=sys.stderr)
         return 2
     plots = import_module("benchmarks.plots") if options.plots else None  # without matplotlib this fails before anything is measured
-    settings = argparse.Namespace(**{"rounds": 7 if options.quick else 21, "seconds": 2.0 if options.quick else 20.0, **vars(options)})
+    given = {name: value for name, value in vars(options).items() if name != "seconds" or value is not None}
+    settings = argparse.Namespace(**{"rounds": 7 if options.quick else 21, "seconds": 2.0 if options.quick else 20.0, **given})
     print(f"{machine(options.device)}; torch {torch.__version__}, fastadapt {fastadapt.__version__}, commit {commit()}")
     rows: list[tuple[str, Any]] = []
     for name in names:

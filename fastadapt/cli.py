@@ -190,6 +190,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="short lists and few rounds: all suites in five minutes on two cores")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     bench.add_argument("--op", type=_op, help="of the suite ops, this op alone")
+    for name in ("rows", "width", "rank"):
+        bench.add_argument(f"--{name}", type=int, nargs="+", help=f"of the suite ops, what has this {name} alone")
+    bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), nargs="+", help="of the suite ops, these activations alone")
+    bench.add_argument("--seconds", type=float, help="for the rounds of one comparison (default: 20, with --quick 2)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
     bench.add_argument("--history", action="store_true", help="append the timings to benchmarks/data/history.csv, with versions, commit, device and date")
     bench.add_argument("--plots", type=Path, metavar="DIR", help="draw the rows into PNGs in this folder (needs matplotlib)")

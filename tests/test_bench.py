@@ -136,7 +136,7 @@ def test_every_op_is_in_the_list() -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One tiny call through the whole command: rows with the limit, JSON, history, plots."""
     monkeypatch.setattr(ops, "CASES", [ops.Case("lora", 64, 8, quick=(64,), options={"dropout": 10}), ops.Case("bottleneck", 64, 8)])
-    monkeypatch.setattr(ops, "selected", lambda quick, op, every=ops.selected: (found for found in every(quick, op) if found[2] == "fp32"))
+    monkeypatch.setattr(ops, "selected", lambda quick, op, every=ops.selected, **only: (found for found in every(quick, op) if found[2] == "fp32"))
     monkeypatch.setattr(suites, "HISTORY", tmp_path / "history.csv")
     file, plots = tmp_path / "rows.json", tmp_path / "plots"
     assert cli.main(["bench", "--suite", "ops", "--quick", "--op", "lora", "--json", str(file), "--history", "--plots", str(plots)]) == 0
@@ -303,3 +303,11 @@ def test_roofline(op: str) -> None:
 def test_the_makefile_runs_it() -> None:
     text = (Path(__file__).parents[1] / "Makefile").read_text()
     assert "\t$(BIN)/fastadapt bench " in text and "benchmarks.ops." not in text
+
+
+def test_a_part_of_the_list() -> None:
+    found = list(ops.selected(False, rows=[16, 4096], width=[768], rank=[96], dtype=["bf16"]))
+    assert {(case.op, case.width, case.rank, dtype) for case, _, dtype in found} == {
+        (op, 768, 96, "bf16") for op in ("bottleneck", "gated_bottleneck", "phm_bottleneck", "routed_bottleneck")
+    }
+    assert {rows for _, rows, _ in found} == {16, 4096} and len(found) == 8 < len(list(ops.selected(False, dtype=["bf16"])))

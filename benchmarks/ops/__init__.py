@@ -6,7 +6,7 @@ The calls are in the modules beside this one, which also run by themselves; whic
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -16,6 +16,7 @@ from fastadapt.backend import BackendError
 
 ROWS = (16, 64, 128, 512, 4096)
 ALL = (*ROWS, 32768)
+FILTERS = ("rows", "width", "rank", "dtype")
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,22 @@ CASES = [
 ]
 
 
-def selected(quick: bool, op: str | None = None) -> Iterator[tuple[Case, int, str]]:
-    """Case, number of rows and dtype of every measurement of a list."""
+def selected(quick: bool, op: str | None = None, **only: Sequence[Any] | None) -> Iterator[tuple[Case, int, str]]:
+    """Case, number of rows and dtype of every measurement of a list; ``only`` these ``rows``, ``width``, ``rank`` and ``dtype``."""
     for case in CASES:
         if op in (None, case.op):
             for dtype in ("fp32", "bf16") if quick else case.dtypes:
                 for rows in case.quick if quick else case.rows:
-                    yield case, rows, dtype
+                    of = {"rows": rows, "width": case.width, "rank": case.rank, "dtype": dtype}
+                    if all(values is None or of[name] in values for name, values in only.items()):
+                        yield case, rows, dtype
 
 
 def run(args: argparse.Namespace) -> list[measure.Row]:
     """Times the list, printing as it goes: on a CPU with one thread and with one a core (the quick list with those alone)."""
     found: list[measure.Row] = []
     for _ in measure.threads_of(args):
-        for case, rows, dtype in selected(args.quick, args.op):
+        for case, rows, dtype in selected(args.quick, args.op, **{name: getattr(args, name, None) for name in FILTERS}):
             module = import_module(f"benchmarks.ops.{case.op}")
             for name in ("cpu",) if args.device == "cpu" else ("cuda", "triton"):
                 sizes = {"rows": rows, "width": case.width, "rank": case.rank, "param_dtype": "fp32", **getattr(module, "OPTIONS", {}), **case.options}
