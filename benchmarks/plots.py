@@ -48,7 +48,7 @@ def _curves(rows: Rows, value: str, label: Callable[[dict[str, Any]], str], titl
         _sizes(axis, "rows", [row["rows"] for row in rows if row["op"] == op])
         axis.legend(fontsize=5, ncols=2)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
     return path
 
@@ -66,7 +66,7 @@ def _scaling(rows: Rows, path: Path) -> Path:
             axis.set(ylabel=name, yscale="log")
             _sizes(axis, size, [n for row in rows if row["against"] == size for n in row["sizes"]])
             axis.legend(fontsize=6)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
     return path
 
@@ -102,7 +102,7 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
             axis.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
             axis.set(title=f"{direction}: rival's time / fastadapt's")
             axis.invert_yaxis()
-        figure.savefig(folder / "models.png", dpi=120)
+        figure.savefig(folder / "models.png", dpi=90)
         plt.close(figure)
         paths.append(folder / "models.png")
     if scaling := [row for row in rows if row.get("suite") == "scaling"]:
