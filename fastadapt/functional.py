@@ -410,13 +410,13 @@ def multimodal_bottleneck(
         x: input, (..., D), any strides.
         w_down: down-projection, (R, D), one for all modalities.
         w_up: W_t, the up-projection of one modality, (D, R).
-        w_cross: W_m, the cross-modal up-projection, (D, R), or None: one modality alone.
+        w_cross: W_m, the cross-modal up-projection, (D, R), or None: one modality alone, or ``w_up`` and ``b_up`` are the sums already.
         b_down: bias, (R,), or None.
         b_up: bias of ``w_up``, (D,), or None.
         b_cross: bias of ``w_cross``, (D,), or None.
         activation, residual, norm_before: as in `bottleneck`.
         scale: s, a Python number or a tensor of one element (which then gets a gradient).
-        norm_cross: (weight, bias, eps) of a layer norm of the sum, or None; only with ``w_cross``.
+        norm_cross: (weight, bias, eps) of a layer norm of the sum, or None.
 
     Returns:
         y, of x's shape and dtype A.
@@ -426,9 +426,8 @@ def multimodal_bottleneck(
         fastadapt.backend.BackendError: a demanded backend cannot run the call.
     """
     if w_cross is None:
-        for name, value in (("b_cross", b_cross), ("norm_cross", norm_cross)):
-            if value is not None:
-                raise ValueError(f"{name}: there is no cross-modal up-projection (w_cross=None) that it would belong to")
+        if b_cross is not None:
+            raise ValueError("b_cross: there is no cross-modal up-projection (w_cross=None) that it would belong to")
     else:
         _alike("w_cross", w_cross, "w_up", w_up)
         w_up = w_up + w_cross

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from fastadapt.nn.init import positive
 
 Projection = Callable[..., nn.Module]
 """Makes a projection from (in_features, out_features, device=, dtype=)."""
+
+Made = TypeVar("Made")
 
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal")
 RULE_INITS = ("normal", "uniform")
@@ -25,7 +27,7 @@ class _Product(nn.Module):
     out_features: int
     b: nn.Parameter | None
     _tied_weights_keys = {"": ""}  # as in `PerTask`
-    _kept: tuple[Any, Tensor] | None = None
+    _kept: tuple[Any, Any] | None = None
     scaled: str
     """The parameter that is zero where the projection is: the other factors keep their values, or nothing would get a gradient."""
 
@@ -40,16 +42,7 @@ class _Product(nn.Module):
     @property
     def weight(self) -> Tensor:
         """`matrix` transposed, (out, in). Without gradients, as in ``generate``, it is made again only when a parameter has changed."""
-        given = [p for p in self._parameters.values() if p is not None]
-        # A tensor of inference mode has no version, one of a functorch transform no address.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or any(p.is_inference() for p in given):
-            self._kept = None
-            return self.matrix().t()
-        # The address too: `.to()` gives a parameter new storage under its old version.
-        made = tuple((p._version, p.data_ptr()) for p in given)
-        if self._kept is None or self._kept[0] != made:
-            self._kept = made, self.matrix()
-        return self._kept[1].t()
+        return once(self, [p for p in self._parameters.values() if p is not None], self.matrix).t()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -158,6 +151,19 @@ class PHMLinear(_Product):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, division={self.division}, rank={self.rank}"
+
+
+def once(module: Any, given: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+    """What ``make`` gives of these parameters, kept in ``module._kept`` while there are no gradients until one of them has changed; with gradients it is made each time."""
+    # A tensor of inference mode has no version, one of a functorch transform no address.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or any(p.is_inference() for p in given):
+        module._kept = None
+        return make()
+    # The address too: `.to()` gives a parameter new storage under its old version.
+    state = tuple((p._version, p.data_ptr()) for p in given)
+    if module._kept is None or module._kept[0] != state:
+        module._kept = state, make()
+    return module._kept[1]  # type: ignore[no-any-return]
 
 
 # Weights are made in their parameters' dtype: autocast would round them to half precision.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_scales
 from fastadapt.nn.init import Init, linear, positive
+from fastadapt.nn.projections import once
 
 MODES = ("text", "visual", "multimodal")
 LAYER_NORMS = ("in", "out", "none")
@@ -29,8 +30,8 @@ class UniAdapter(nn.Module):
     .. math::
         u_{text} = k W_t^\top + b_t, \qquad u_{visual} = k W_v^\top + b_v, \qquad u_{multimodal} = LN_{cross}\bigl((k W_m^\top + b_m) + (k W_t^\top + b_t)\bigr)
 
-    and the output is :math:`s\,u`, behind that LN again with ``layer_norm="out"``, plus a residual. Every mode is one fused `fastadapt.functional.bottleneck`: the two
-    up-projections of "multimodal" are one whose weights are summed, and s is part of LN_cross's weights. With dropout, in training, plain torch.
+    and the output is :math:`s\,u`, behind that LN again with ``layer_norm="out"``, plus a residual. Every mode is one `fastadapt.functional.multimodal_bottleneck`; the weights of
+    "multimodal"'s two up-projections are summed first, once in all where there are no gradients, as in ``generate``. With dropout, in training, plain torch.
 
     Parameters have the published names: ``adapter_layer_norm_before`` (not with "none"), ``adapter_layer_norm_cross_modal``, ``down_proj`` (R, D), ``up_proj`` W_t,
     ``multi_up_proj`` W_m and ``visual_up_proj`` W_v (D, R), ``scale`` (1,) if it is learnable.
@@ -47,6 +48,8 @@ class UniAdapter(nn.Module):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    _kept: tuple[Any, Any] | None = None
 
     def __init__(
         self,
@@ -110,13 +113,18 @@ class UniAdapter(nn.Module):
             return self._with_dropout(x, residual, mode)
         after, cross = self._norm("out"), self.adapter_layer_norm_cross_modal
         down, up, multi = self.down_proj, self.visual_up_proj if mode == "visual" else self.up_proj, self.multi_up_proj
-        weights: tuple[Any, ...] = (down.weight, up.weight, None, down.bias, up.bias, None)
-        options: dict[str, Any] = {}
+        w_up: Tensor = up.weight
+        b_up: Tensor | None = up.bias
+        norm = None
         if mode == "multimodal":
-            weights = (down.weight, up.weight, multi.weight, down.bias, up.bias, multi.bias)
-            options["norm_cross"] = cross.weight, cross.bias, cross.eps
-        y = functional.multimodal_bottleneck(x, *weights, residual=residual if after is None else None, scale=self.scale, norm_before=self._norm("in"), **options)
+            w_up, b_up = once(self, (up.weight, multi.weight, up.bias, multi.bias), lambda: (up.weight + multi.weight, up.bias + multi.bias))
+            norm = cross.weight, cross.bias, cross.eps
+        options: dict[str, Any] = {"residual": residual if after is None else None, "scale": self.scale, "norm_before": self._norm("in"), "norm_cross": norm}
+        y = functional.multimodal_bottleneck(x, down.weight, w_up, None, down.bias, b_up, **options)
         return y if after is None else _add(functional.layer_norm(y, after), x, residual)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def _norm(self, where: str) -> functional.LayerNorm | None:
         norm = self.adapter_layer_norm_before if self.layer_norm == where else None

@@ -245,3 +245,18 @@ def test_copies_and_says_what_it_is() -> None:
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     assert torch.equal(copy.deepcopy(module)(x), module(x)) and "layer_norm='in', scale=0.1, dropout=0.0" in repr(module)
     assert "scale=learnable, from 1.0" in repr(KeyValueAdapter(8, 8, 4)) and "frames=3, width=8" in repr(TemporalEmbedding(3, 8))
+
+
+def test_without_gradients_the_cross_modal_weights_are_summed_once() -> None:
+    """Until one of them changes; a copy does not carry the sum along."""
+    module, x = UniAdapter(16, 4), torch.randn(3, 16)
+    expected = module(x, mode="multimodal").detach()
+    with torch.no_grad():
+        assert torch.equal(module(x, mode="multimodal"), expected)
+        kept = module._kept
+        assert torch.equal(module(x, mode="multimodal"), expected) and module._kept is kept and copy.deepcopy(module)._kept is None
+        module.multi_up_proj.weight.add_(1.0)
+        changed = module(x, mode="multimodal")
+        assert module._kept is not kept and not torch.equal(changed, expected)
+    torch.testing.assert_close(module(x, mode="multimodal"), changed)
+    assert module._kept is None
