@@ -155,8 +155,9 @@ class PHMLinear(_Product):
 
 def once(module: Any, given: Sequence[Tensor], make: Callable[[], Made]) -> Made:
     """What ``make`` gives of these parameters, kept in ``module._kept`` while there are no gradients until one of them has changed; with gradients it is made each time."""
-    # A tensor of inference mode has no version, one of a functorch transform no address.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or any(p.is_inference() for p in given):
+    # A tensor of inference mode has no version; a fake one, a shard and one of a functorch transform have no address.
+    changing = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if changing or any(type(p) not in (Tensor, nn.Parameter) or p.is_inference() for p in given):
         module._kept = None
         return make()
     # The address too: `.to()` gives a parameter new storage under its old version.

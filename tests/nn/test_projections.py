@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 import fastadapt
@@ -74,6 +75,12 @@ def test_without_gradients_a_weight_is_made_once(make: Callable[[], Any]) -> Non
         del projection.matrix
         assert copy.deepcopy(projection)._kept is None and projection._kept is not None
         assert projection.double().weight.dtype == torch.float64 and held.dtype == torch.float32
+
+
+def test_fake_tensors_have_no_address_to_keep_a_weight_by() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        projection = PHMLinear(12, 8, 4)
+        assert projection.weight.shape == (8, 12) and projection._kept is None
 
 
 def test_weights_are_made_in_their_own_dtype_under_autocast() -> None:
