@@ -4,8 +4,11 @@ A fused layer computes what PEFT's ``forward`` does, one op an active adapter. T
 half-precision base), the op rounds the parameters to the input's and accumulates in float32; and dropout is drawn from a seed (`fastadapt.functional.lora`).
 
 A call runs PEFT's own ``forward`` where adapters are merged or disabled, where an active adapter is a variant (DoRA, aLoRA and others), has parts that are no plain Linear (sharded
-by FSDP, parametrised, with hooks of their own) or a scale that is a tensor, and for inputs of one dimension. A batch with ``adapter_names`` is one op where in = out, and the
-adapters' ranks and kinds agree; otherwise PEFT's own loop over the adapters runs.
+by FSDP, parametrised, with hooks of their own) or a scale that is a tensor, and for inputs of one dimension. A batch with ``adapter_names`` is one op where the adapters' ranks
+and kinds agree; otherwise PEFT's own loop over the adapters runs, or its error where its layer takes no such batch.
+
+A quantised base runs itself. The sum has the dtype of what it gives, whatever PEFT's layer over that quantiser casts (under CUDA's autocast to another half-precision type than the
+base's, some of them give float32).
 """
 
 from __future__ import annotations
@@ -24,20 +27,16 @@ from fastadapt import functional, patching
 from fastadapt.checkpoint import AdapterFileError
 from fastadapt.interop.fusing import Foreign, Fused, Kind, autocast_dtype, plain, quiet
 from fastadapt.nn import LoRA, PerTask
+from fastadapt.nn.per_task import of_widths
 from fastadapt.patching import Handle, _some
 
-# The forwards that `_PEFTLoRA` replaces; a subclass with another one is left alone.
-_FORWARDS = {
-    ("peft.tuners.lora.layer", "Linear.forward"),
-    ("peft.tuners.lora.bnb", "Linear8bitLt.forward"),
-    ("peft.tuners.lora.bnb", "Linear4bit.forward"),
-}
 # What PEFT hands down for variants only, and keeps from the base layer.
 _VARIANTS = ("alora_offsets",)
 
 
 class _PEFTLoRA(Fused):
     parts = ("lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    runs = "base_layer"  # the name of the child whose output the update is added to
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
@@ -53,7 +52,7 @@ class _PEFTLoRA(Fused):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names" and key not in _VARIANTS}
-        y = self._modules["base_layer"](x, *args, **kwargs)
+        y = self._modules[self.runs](x, *args, **kwargs)
         if not adapters:
             return y
         ids = None if names is None else [active.index(name) if name in active else -1 for name in names]
@@ -61,6 +60,30 @@ class _PEFTLoRA(Fused):
             with torch.autocast(y.device.type, enabled=False):
                 return _add(x, y, adapters, ids)
         return _add(x, y, adapters, ids)
+
+
+class _OneInput(_PEFTLoRA):
+    """Over bases whose layers PEFT gives x alone, and no batch that mixes adapters."""
+
+    def forward(self, x: Tensor) -> Tensor:  # the library's signature, so that what it refuses is refused
+        return super().forward(x)
+
+
+class _QuantLinear(_OneInput):
+    runs = "quant_linear_module"  # the same module, under a second name, which PEFT calls it by
+
+
+# The forwards that are replaced, and by what; a subclass with another one is left alone. (TorchaoLoraLinear and IncLoraLinear have Linear's.)
+_FORWARDS: dict[tuple[str, str], type[Fused]] = {
+    ("peft.tuners.lora.layer", "Linear.forward"): _PEFTLoRA,
+    ("peft.tuners.lora.bnb", "Linear8bitLt.forward"): _PEFTLoRA,
+    ("peft.tuners.lora.bnb", "Linear4bit.forward"): _PEFTLoRA,
+    ("peft.tuners.lora.hqq", "HqqLoraLinear.forward"): _PEFTLoRA,
+    ("peft.tuners.lora.aqlm", "AqlmLoraLinear.forward"): _OneInput,
+    ("peft.tuners.lora.gptq", "GPTQLoraLinear.forward"): _QuantLinear,
+    ("peft.tuners.lora.awq", "AwqLoraLinear.forward"): _QuantLinear,
+    ("peft.tuners.lora.eetq", "EetqLoraLinear.forward"): _QuantLinear,
+}
 
 
 class _Adapter(NamedTuple):
@@ -91,7 +114,7 @@ def _adapters(layer: Any, names: Sequence[str]) -> list[_Adapter] | None:
 def _routable(adapters: Sequence[_Adapter]) -> bool:
     """Whether a mixed batch of these is one `fastadapt.functional.routed_bottleneck`."""
     shapes = {(a.w_down.shape, a.w_up.shape, a.b_up is None) for a in adapters}
-    return len(shapes) <= 1 and all(a.w_down.shape[1] == a.w_up.shape[0] and not a.dropout for a in adapters)
+    return len(shapes) <= 1 and not any(a.dropout for a in adapters)
 
 
 def _add(x: Tensor, y: Tensor, adapters: Sequence[_Adapter], ids: Sequence[int] | None) -> Tensor:
@@ -128,7 +151,7 @@ def _routed(x: Tensor, y: Tensor, adapters: Sequence[_Adapter], ids: Sequence[in
     w_down, w_up = bank([a.w_down for a in adapters], False), bank([a.w_up for a in adapters], True)
     b_up = None if adapters[0].b_up is None else bank([a.b_up for a in adapters], True)  # type: ignore[misc]
     places = torch.tensor(ids, device=x.device)
-    return functional.routed_bottleneck(x, places, w_down, w_up, None, b_up, activation="identity", residual=y, scale=common)
+    return of_widths(x, places, w_down, w_up, None, b_up, activation="identity", residual=y, scale=common)
 
 
 def recognise(module: nn.Module) -> Kind | Foreign | None:
@@ -141,7 +164,8 @@ def recognise(module: nn.Module) -> Kind | Foreign | None:
     if "LoraLayer" not in bases:
         return Foreign(tuner, "only LoRA has a fused op")
     forward: Any = cls.forward
-    if (forward.__module__, forward.__qualname__) not in _FORWARDS:
+    mixin = _FORWARDS.get((forward.__module__, forward.__qualname__))
+    if mixin is None:
         return Foreign(tuner, "its forward is not that of a LoRA Linear")
     layer: Any = module
     if not hasattr(layer, "lora_variant"):
@@ -154,7 +178,7 @@ def recognise(module: nn.Module) -> Kind | Foreign | None:
         notes.append(f"{', '.join(layer.merged_adapters)} merged: runs as before until unmerged")
     if layer._disable_adapters:
         notes.append("adapters disabled: runs as before until enabled")
-    return Kind(tuner, "lora", _PEFTLoRA, "; ".join(notes))
+    return Kind(tuner, "lora", mixin, "; ".join(notes))
 
 
 # Files.

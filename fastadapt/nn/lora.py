@@ -71,11 +71,9 @@ class LoRA(nn.Module):
         (a, _), (b, _) = weights(self._modules["lora_A"]), weights(self._modules["lora_B"])  # type: ignore[arg-type]
         return a, b
 
-    def bottleneck_call(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Any]] | None:
-        """As `Bottleneck.bottleneck_call`, of x behind ``dropout`` with that probability; None where the widths differ."""
+    def bottleneck_call(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """As `Bottleneck.bottleneck_call`, of x behind ``dropout`` with that probability; in and out may differ."""
         a, b = self._down_up()
-        if a.shape[1] != b.shape[0]:
-            return None
         none = dict.fromkeys(("b_down", "b_up", "norm_before", "norm_after"))
         return x, {"w_down": a, "w_up": b, "activation": "identity", "residual": y, "scale": self.scale, "heads": 1, "dropout": self.dropout if self.training else 0.0, **none}
 

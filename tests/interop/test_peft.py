@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -78,7 +81,7 @@ def same_ranks(seed: int, **options: Any) -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}], ids=["plain", "lora_bias"])
 def test_a_batch_that_mixes_adapters(options: dict[str, Any]) -> None:
-    """One op where in = out; where it is not, PEFT's loop."""
+    """One op a projection, whatever its widths."""
     names = ["second", "__base__", "default", "third", "second"]
 
     def make(seed: int) -> Any:
@@ -87,7 +90,7 @@ def test_a_batch_that_mixes_adapters(options: dict[str, Any]) -> None:
             parameter.requires_grad_("lora_" in name)
         return model
 
-    same_numbers(make, lambda m, seed: m(ids(seed, batch=5), adapter_names=names), routed_bottleneck=1)
+    same_numbers(make, lambda m, seed: m(ids(seed, batch=5), adapter_names=names), routed_bottleneck=2)
 
 
 def test_a_mixed_batch_of_different_ranks_runs_pefts_loop() -> None:
@@ -98,6 +101,100 @@ def test_a_mixed_batch_of_different_ranks_runs_pefts_loop() -> None:
         assert torch.equal(fused(ids(), adapter_names=["default", "second"] * 2), own(ids(), adapter_names=["default", "second"] * 2))
     with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
         fused(ids(), adapter_names=["default"])
+
+
+# Quantised bases.
+
+
+class Packed(nn.Module):
+    """A stand-in for the layers of quantisers: what they hold is integers, which the layer alone knows how to use, and it takes an input alone."""
+
+    def __init__(self, infeatures: int, outfeatures: int) -> None:
+        super().__init__()
+        self.infeatures, self.outfeatures = infeatures, outfeatures
+        self.qweight = nn.Parameter(torch.randint(-127, 128, (outfeatures, infeatures), dtype=torch.int8), requires_grad=False)
+        self.register_buffer("scales", torch.rand(outfeatures, 1) / 127 / infeatures**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.qweight.to(x.dtype) * self.scales)
+
+
+QUANTISED = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear", "aqlm": "AqlmLoraLinear", "eetq": "EetqLoraLinear", "hqq": "HqqLoraLinear", "inc": "IncLoraLinear"}
+"""PEFT's modules and their layers; those of the last two take batches that mix adapters."""
+
+
+def quantised(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> nn.Sequential:
+    """Two of PEFT's own layers, each with two active adapters, over `Packed`. Some of these classes exist only beside the quantiser's library, of which PEFT imports one class."""
+    module: Any = importlib.import_module(f"peft.tuners.lora.{name}")
+    if not hasattr(module, QUANTISED[name]):
+        for path in ("eetq", "hqq", "hqq.core", "hqq.core.quantize"):
+            library: Any = ModuleType(path)
+            library.EetqLinear = library.HQQLinear = Packed
+            monkeypatch.setitem(sys.modules, path, library)
+        monkeypatch.setattr(peft.import_utils, f"is_{name}_available", lambda: True)
+        spec: Any = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    torch.manual_seed(seed)
+    layers = []
+    for widths in ((IN, IN), (IN, OUT)):
+        config = LoraConfig(init_lora_weights=False)
+        layer = getattr(module, QUANTISED[name])(Packed(*widths), "default", config=config, r=RANK, lora_alpha=7)
+        layer.update_layer("second", RANK, lora_alpha=5, config=config)
+        layer.set_adapter(["default", "second"])
+        layers.append(layer)
+    return nn.Sequential(*layers).eval()
+
+
+quantisers = pytest.mark.parametrize("name", QUANTISED)
+
+
+def inputs(seed: int) -> Tensor:
+    return torch.randn(4, 9, IN, generator=torch.Generator().manual_seed(seed))
+
+
+def call(model: nn.Module, seed: int) -> Tensor:
+    return model(inputs(seed).to(model[0].lora_A["default"].weight.dtype))  # type: ignore[index, operator]
+
+
+@quantisers
+def test_other_quantisers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    same_numbers(lambda seed: quantised(name, seed, monkeypatch), call, lora=2)
+    model = quantised(name, 0, monkeypatch)
+    report = fastadapt.fuse(model)
+    assert [(site.path, site.kind) for site in report.fused] == [(place, f"PEFT's lora.{QUANTISED[name]}") for place in ("0", "1")] and not report.left
+
+
+@quantisers
+def test_the_base_is_the_module_that_peft_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of these layers hold it under two names, and run that of the second."""
+    model = quantised(name, 0, monkeypatch)
+    model[0].base_layer = Packed(IN, IN)
+    fused = copy.deepcopy(model)
+    fastadapt.fuse(fused)
+    with ops_ran(lora=2):
+        assert_agree(call(fused, 0), call(model, 0))
+    for layer in (*model, *fused):
+        layer.enable_adapters(False)
+    with ops_ran():
+        assert torch.equal(call(fused, 0), call(model, 0))
+
+
+@quantisers
+def test_batches_that_mix_adapters_over_quantised_bases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed(model: nn.Module, seed: int) -> Tensor:
+        x = inputs(seed).to(model[0].lora_A["default"].weight.dtype)  # type: ignore[index]
+        for layer in model:  # type: ignore[attr-defined]
+            x = layer(x, adapter_names=["second", "__base__", "default", "second"])
+        return x
+
+    if name in ("hqq", "inc"):
+        return same_numbers(lambda seed: quantised(name, seed, monkeypatch), mixed, routed_bottleneck=2)
+    model = quantised(name, 0, monkeypatch)
+    for change in (lambda _: None, fastadapt.fuse):  # what PEFT refuses is refused
+        change(model)
+        with pytest.raises(TypeError, match=r"forward\(\) got an unexpected keyword argument 'adapter_names'"):
+            mixed(model, 0)
 
 
 def test_dropout_in_training_is_the_ops() -> None:
@@ -116,14 +213,17 @@ def test_dropout_in_training_is_the_ops() -> None:
     assert torch.equal(layer(x), functional.lora(x, layer.base_layer(x), *weights, scale=layer.scaling["default"]))
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
-def test_float32_adapters_over_half_precision(autocast: bool) -> None:
+@pytest.mark.parametrize("kind", ["Linear", "autocast", *QUANTISED])
+def test_float32_adapters_over_half_precision(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT keeps adapters in float32 over a bf16 base. The result has the base's dtype either way."""
+    autocast = kind == "autocast"
     base = torch.float32 if autocast else torch.bfloat16
     context = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if autocast else contextlib.nullcontext
 
     def run(seed: int) -> dict[str, Compared]:
-        own = lora(seed, dtype=base, targets=("square",)).base_model.model.square
+        own = quantised(kind, seed, monkeypatch)[0].to(base) if kind in QUANTISED else lora(seed, dtype=base, targets=("square",)).base_model.model.square
+        if kind in QUANTISED:
+            own.lora_A.float(), own.lora_B.float()
         assert own.lora_A["default"].weight.dtype == torch.float32
         exact, fused = copy.deepcopy(own).double(), nn.ModuleList([copy.deepcopy(own)])
         fastadapt.fuse(fused)

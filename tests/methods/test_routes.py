@@ -28,11 +28,12 @@ ROUTED: dict[str, tuple[str, dict[str, Any]]] = {
     "compacter, rules over tasks": VARIANTS["compacter, rules over tasks"],
     "compacter of rank 1": ("compacter", {"sharing": "multiple", "division": 4, "phm_rank": 1, "shared_rule": True, **R4}),
     "adapters and prompts": ("vl_adapter", {**VARIANTS["adapters and prompts"][1], "prompt_sharing": "multiple"}),
+    "lora on the feed-forward": ("lora", {"rank": 4, "sharing": "multiple", "sites": {"encoder.self_attention.value": r".*\.(fc1|fc2|wi|wo)"}}),
     "single": ("vl_adapter", R4),
     "vl-pet": ("vlpet", PET),
 }
 FUSED = (
-    "multiple", "multiple, plain", "half-shared", "half-shared down", "lora, multiple", "compacter, rules over tasks", "compacter of rank 1",
+    "multiple", "multiple, plain", "half-shared", "half-shared down", "lora, multiple", "lora on the feed-forward", "compacter, rules over tasks", "compacter of rank 1",
     "hyperformer", "hyperformer, one",
 )  # fmt: skip
 variants = pytest.mark.parametrize("variant", ROUTED)

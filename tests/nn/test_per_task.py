@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastadapt.nn import Bottleneck, LoRA, PerTask, ValueParallelAdapter
+from fastadapt.nn import Bottleneck, LoRA, MergedLoRA, PerTask, ValueParallelAdapter
 from fastadapt.ops import philox
 from fastadapt.ops.lora.function import draw_seed
 from tests.ops.checks import runs_on
@@ -67,6 +67,21 @@ def test_beside_a_projection(kind: dict[str, Any]) -> None:
     assert_routed(per_task(lambda: ValueParallelAdapter(12, 6, **kind)), x, y)
 
 
+widths = pytest.mark.parametrize(("wide_in", "wide_out"), [(12, 12), (12, 20), (20, 12)], ids=["square", "widening", "narrowing"])
+
+
+@widths
+@pytest.mark.parametrize("shared", [(), ("lora_A.weight",), ("lora_B.weight",)], ids=["apart", "one A", "one B"])
+def test_lora_of_any_widths(wide_in: int, wide_out: int, shared: tuple[str, ...]) -> None:
+    x, y = (torch.randn(4, 5, width, dtype=torch.float64, requires_grad=True) for width in (wide_in, wide_out))
+    assert_routed(per_task(lambda: LoRA(wide_in, wide_out, 3, alpha=5.0), shared), x, y)
+
+
+def test_lora_of_a_fused_projection() -> None:
+    x, y = (torch.randn(4, 5, width, dtype=torch.float64, requires_grad=True) for width in (12, 36))
+    assert_routed(per_task(lambda: MergedLoRA(12, 36, 3, enabled=(True, False, True))), x, y)
+
+
 def test_rows_of_no_task_get_the_residual_alone() -> None:
     module, x = per_task(lambda: Bottleneck(12, 6, norm_before=True, norm_after=True)), torch.randn(4, 5, 12, dtype=torch.float64)
     module.set_route(torch.tensor([0, -1, 7, 1]))
@@ -74,14 +89,23 @@ def test_rows_of_no_task_get_the_residual_alone() -> None:
     assert torch.equal(y[1:3], x[1:3]) and not (y[0] == x[0]).any() and not (y[3] == x[3]).any()
 
 
-def test_dropout_draws_one_mask_for_the_batch() -> None:
-    module = per_task(lambda: LoRA(12, 12, 3, dropout=0.4))
-    x, y = (torch.randn(4, 5, 12, dtype=torch.float64) for _ in range(2))
+@widths
+def test_rows_of_no_task_get_the_projection_alone(wide_in: int, wide_out: int) -> None:
+    module, x, y = per_task(lambda: LoRA(wide_in, wide_out, 3)), *(torch.randn(4, 5, width, dtype=torch.float64) for width in (wide_in, wide_out))
+    module.set_route(torch.tensor([0, -1, 7, 1]))
+    got = module(x, y)
+    assert got.shape == y.shape and got.is_contiguous() and torch.equal(got[1:3], y[1:3]) and not (got[0] == y[0]).any() and not (got[3] == y[3]).any()
+
+
+@widths
+def test_dropout_draws_one_mask_for_the_batch(wide_in: int, wide_out: int) -> None:
+    module = per_task(lambda: LoRA(wide_in, wide_out, 3, dropout=0.4))
+    x, y = (torch.randn(4, 5, width, dtype=torch.float64) for width in (wide_in, wide_out))
     module.set_route(IDS)
     torch.manual_seed(3)
     got = module(x, y)
     torch.manual_seed(3)
-    dropped = x * philox.keep(draw_seed(x), 20, 12, 0.4).view(x.shape) / 0.6
+    dropped = x * philox.keep(draw_seed(x), 20, wide_in, 0.4).view(x.shape) / 0.6
     expected = torch.cat([module.adapters[TASKS[task]].eval()(dropped[i : i + 1], y[i : i + 1]) for i, task in enumerate(IDS.tolist())])  # type: ignore[operator]
     torch.testing.assert_close(got, expected)
 

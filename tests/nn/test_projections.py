@@ -233,7 +233,6 @@ def test_lora_is_one_op(width: int, out: int, dropout: float) -> None:
         lora(x, y).sum().backward()
     assert lora.call() == {"op": "lora", "width": width, "rank": 4, "param_dtype": torch.float32, "out_width": out, "dropout": dropout > 0}
     backend.explain(rows=35, **lora.call())
-    assert (lora.bottleneck_call(x, y) is None) == (width != out)
 
 
 def test_lora_of_a_fused_projection_is_lora_of_each() -> None:
@@ -252,7 +251,7 @@ def test_lora_of_a_fused_projection_is_lora_of_each() -> None:
     expected.backward(dy), got.backward(dy)
     for name in ("lora_A", "lora_B"):
         assert_matches_recorded(name, getattr(fused, name).weight.grad, torch.cat([getattr(lora, name).weight.grad for lora in (one, other)]))
-    assert fused.call()["rank"] == 8 and fused.call()["out_width"] == 36 and fused.bottleneck_call(x, y) is None
+    assert fused.call()["rank"] == 8 and fused.call()["out_width"] == 36
     assert torch.equal(MergedLoRA(16, 36, 4, enabled=(True, True, True))(x.float(), y.float()), y.float())
 
 
