@@ -10,9 +10,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "cpu/dropout_add_norm.h"
@@ -68,10 +70,42 @@ void parallel(int64_t n, Range&& range) {
 
 Tensor floats(int64_t n) { return at::empty({n}, at::TensorOptions().dtype(at::kFloat)); }
 
+// Backward over chunks of rows, whose partials of `size` floats are added in order: run(chunk, partial) for each, where total(chunk) says which partial it belongs to, and that of a
+// total's first chunk is the total itself. So a thread has one partial beside it: one a chunk would be memory that is touched once, and pages of it took up to a third of the time
+// (measured). A thread whose turn to add has not come waits; chunks are handed out in order, so somebody works on that whose turn it is.
+template <class Total, class Run>
+void over_chunks(int64_t chunks, int64_t totals, int64_t size, Total&& total, Run&& run) {
+  const int64_t workers = std::min<int64_t>(at::get_num_threads(), chunks), own = std::min(workers, chunks - totals);
+  Tensor storage = floats(own * size);
+  float* const partials = storage.mutable_data_ptr<float>();
+  std::atomic<int64_t> next{0}, turn{0}, taken{0};
+  std::atomic<bool> failed{false};
+  parallel(workers, [&](int64_t, int64_t) {
+    float* partial = nullptr;
+    try {
+      for (int64_t chunk; (chunk = next++) < chunks;) {
+        const auto [to, first] = total(chunk);
+        if (!first && !partial) partial = partials + taken++ * size;
+        run(chunk, first ? to : partial);
+        while (turn != chunk) {
+          if (failed) return;
+          std::this_thread::yield();
+        }
+        if (!first) cpu::add_partial(to, partial, size);
+        turn = chunk + 1;
+      }
+    } catch (...) {
+      failed = true;
+      throw;
+    }
+  });
+}
+
 void carve(BottleneckParams& p, Tensor& storage) {
   const int64_t width = padded(p.width), out = padded(p.out), rank = padded(p.rank);
-  storage = floats((width + out) * rank + rank + 2 * out);
-  p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + width * rank, p.vectors = p.packed_up + out * rank;
+  const int64_t each = p.native ? 2 : 1;  // operands in a float's place
+  storage = floats((width + out) * rank / each + rank + 2 * out);
+  p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + width * rank / each, p.vectors = p.packed_up + out * rank / each;
 }
 
 int64_t panels_of(int64_t columns) { return padded(columns) / kPanel; }
@@ -95,16 +129,22 @@ void run_forward(BottleneckParams& p) {
   parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
 }
 
+void run_chunk(BottleneckParams p, int64_t chunk, float* partial) {
+  p.partials = partial;
+  cpu::bottleneck_backward(p, chunk, chunk + 1);
+}
+
 // The scale's gradient, where it needs one, is the sum of what this returns.
 Tensor run_backward(BottleneckParams& p, bool parameters) {
   Tensor storage;
   carve(p, storage);
-  p.chunks = ceil_div(p.rows, chunk_rows(p.rows)), p.direct = p.chunks == 1 && p.parameter_type == kFloat;
-  Tensor partials = floats(p.chunks * PartialLayout(padded(p.width), padded(p.out), p.rank, padded(p.rank)).total), dscale = floats(panels_of(p.out));
-  p.partials = partials.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
+  const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), size = PartialLayout(padded(p.width), padded(p.out), p.rank, padded(p.rank)).total;
+  Tensor total = floats(size), dscale = floats(panels_of(p.out));
+  p.chunks = 1, p.direct = chunks == 1 && p.parameter_type == kFloat;
+  p.partials = total.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
   cpu::bottleneck_prepare(p);
   parallel(panels_of(p.rank) + panels_of(p.width), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_backward(p, b, e); });
-  parallel(p.chunks, [&](int64_t b, int64_t e) { cpu::bottleneck_backward(p, b, e); });
+  over_chunks(chunks, 1, size, [&](int64_t chunk) { return std::pair(p.partials, chunk == 0); }, [&](int64_t chunk, float* partial) { run_chunk(p, chunk, partial); });
   if (parameters) parallel(std::max(panels_of(p.width), panels_of(p.out)), [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(p, b, e); });
   return dscale;
 }
@@ -276,13 +316,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
   if (need(0)) routed.routing.fill_outside(dx, add_input ? &dy : nullptr);
   if (routed.calls.empty()) return {dx, dwd, dbd, dwu, dbu};
   const int64_t width = padded(x.size(1)), rank = w_down.size(1), partial = PartialLayout(width, width, rank, padded(rank)).total;
-  int64_t chunks = 0;
-  for (BottleneckParams& p : routed.calls) p.chunks = ceil_div(p.rows, chunk_rows(p.rows)), chunks += p.chunks;
-  Tensor partials = floats(chunks * partial);
-  float* at = partials.mutable_data_ptr<float>();
+  const int64_t calls = static_cast<int64_t>(routed.calls.size());
+  Tensor totals = floats(calls * partial);
+  float* at = totals.mutable_data_ptr<float>();
+  std::vector<std::pair<int64_t, int64_t>> chunks;  // of all calls: which call's, and which of its own
   for (BottleneckParams& p : routed.calls) {
+    for (int64_t chunk = 0; chunk < ceil_div(p.rows, chunk_rows(p.rows)); ++chunk) chunks.emplace_back(&p - routed.calls.data(), chunk);
     p.dy = data(dy), p.dy_stride = dy.stride(0), p.z = const_cast<void*>(data(z)), p.dx = pointer(need(0), dx);
-    p.partials = at, at += p.chunks * partial;
+    p.chunks = 1, p.partials = at, at += partial;
     cpu::bottleneck_prepare(p);
   }
   // The gradients of one task, or, over the chunks of all tasks, of what they share.
@@ -292,23 +333,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
   };
   for (BottleneckParams& p : routed.calls) p.dw_down = pointer(need(1), dwd), p.db_down = pointer(need(2), dbd), p.dw_up = pointer(need(3), dwu), p.db_up = pointer(need(4), dbu);
   routed.over_all([&](const BottleneckParams& p) { return (padded(p.rank) + width) / kPanel; }, cpu::bottleneck_pack_backward);
-  routed.over_all([](const BottleneckParams& p) { return p.chunks; }, cpu::bottleneck_backward);
+  over_chunks(
+      static_cast<int64_t>(chunks.size()), calls, partial, [&](int64_t i) { return std::pair(routed.calls[chunks[i].first].partials, chunks[i].second == 0); },
+      [&](int64_t i, float* own) { run_chunk(routed.calls[chunks[i].first], chunks[i].second, own); });
   const auto panels = [width](const BottleneckParams&) { return width / kPanel; };
   for (size_t i = 0; i < routed.calls.size(); ++i) set(routed.calls[i], routed.tasks[i], false);
   if (needs > 1 && routed.routing.tasks() > 1) routed.over_all(panels, cpu::bottleneck_reduce);
   BottleneckParams all = routed.calls[0];
-  all.chunks = chunks, set(all, 0, true);
+  all.chunks = calls, set(all, 0, true);
   if (needs > 1) parallel(width / kPanel, [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(all, b, e); });
   return {dx, dwd, dbd, dwu, dbu};
 }
 
 struct GatedWorkspace {
   Tensor floats_;
-  // Carves packs (twice for backward: its own operands, and those that recompute), vectors and per-row numbers from one allocation.
-  GatedWorkspace(GatedParams& p, bool backward) {
-    const int64_t width = padded(p.width), rank = padded(p.rank), gate_rank = padded(p.gate_rank), packs = GatedPacks<float>::size(width, rank, gate_rank), vectors = GatedVectors::size(width, rank, gate_rank);
-    floats_ = floats((backward ? 2 : 1) * packs + vectors + p.samples + 2 * p.rows);
-    p.packed = floats_.mutable_data_ptr<float>(), p.vectors = p.packed + (backward ? 2 : 1) * packs;
+  // Carves packs (for a backward that recomputes twice: its own operands, and those), vectors and per-row numbers from one allocation.
+  GatedWorkspace(GatedParams& p, bool recompute) {
+    const int64_t width = padded(p.width), rank = padded(p.rank), gate_rank = padded(p.gate_rank), vectors = GatedVectors::size(width, rank, gate_rank);
+    const int64_t packs = (recompute ? 2 : 1) * GatedPacks<float>::size(width, rank, gate_rank) / (p.native ? 2 : 1);
+    floats_ = floats(packs + vectors + p.samples + 2 * p.rows);
+    p.packed = floats_.mutable_data_ptr<float>(), p.vectors = p.packed + packs;
     p.sample_gates = p.vectors + vectors, p.row_gradients = p.sample_gates + p.samples;
     if (!p.logits) p.logits = p.row_gradients + p.rows;
   }
@@ -377,19 +421,27 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   p.dy = data(dy), p.dy_stride = dy.stride(0);
   const auto saved = [](const Tensor& t) { return t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr; };
   p.z = saved(z), p.zg = saved(zg), p.total = saved(total), p.gate = saved(gate), p.logits = static_cast<float*>(saved(logits));
-  GatedWorkspace workspace(p, true);
+  const bool recompute = !p.total || (p.kind == kLarge && !p.gate);
+  GatedWorkspace workspace(p, recompute);
   const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows)), tiles = ceil_div(p.rows, kTileRows);
-  Tensor partials = floats(chunks * GatedPartial(padded(p.width), p.rank, padded(p.rank), p.gate_rank, padded(p.gate_rank)).total);
-  p.partials = partials.mutable_data_ptr<float>();
+  const int64_t size = GatedPartial(padded(p.width), p.rank, padded(p.rank), p.gate_rank, padded(p.gate_rank)).total;
+  Tensor total_partial = floats(size);
+  p.partials = total_partial.mutable_data_ptr<float>();
   cpu::gated_prepare(p);
   parallel(panels * (p.kind == kLarge ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_backward(p, b, e); });
-  parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_pack_recompute(p, b, e); });
+  if (recompute) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_pack_recompute(p, b, e); });
   if (p.kind == kSmall) {
     cpu::gated_sample_gates(p, 0, p.samples);
     parallel(tiles, [&](int64_t b, int64_t e) { cpu::gated_row_gradients(p, b, e); });
     cpu::gated_sample_gradients(p, 0, p.samples);
   }
-  parallel(chunks, [&](int64_t b, int64_t e) { cpu::gated_backward(p, b, e); });
+  over_chunks(
+      chunks, 1, size, [&](int64_t chunk) { return std::pair(p.partials, chunk == 0); },
+      [&](int64_t chunk, float* partial) {
+        GatedParams own = p;
+        own.partials = partial;
+        cpu::gated_backward(own, chunk, chunk + 1);
+      });
   if (needs > 3) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_reduce(p, b, e); });
   return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};
 }

@@ -106,7 +106,7 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   const float scale = thin_scale(p, s) * (p.seed ? p.kept : 1.f);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
-    float *dwd = p.partials + chunk * layout.total, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
+    float *dwd = p.partials + (chunk - begin) * layout.total, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
     std::fill(sums, dbd + s.rank, 0.f);
     for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
       const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
@@ -178,5 +178,6 @@ void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t 
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward, p, begin, end) }
 void bottleneck_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward, p, begin, end) }
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
+void add_partial(float* to, const float* from, int64_t n) { vectors(n, [&](int64_t i) { (Vec::loadu(to + i) + Vec::loadu(from + i)).store(to + i); }); }
 
 }  // namespace fastadapt::cpu

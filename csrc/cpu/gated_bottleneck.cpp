@@ -24,7 +24,7 @@ struct Sizes {
   // Operands that recompute H' and the gate in backward, behind the others: up, gate up.
   template <class G>
   std::pair<G*, G*> recompute_packs(const GatedParams& p) const {
-    G* up = reinterpret_cast<G*>(p.packed + GatedPacks<G>::size(width, rank, gate_rank));
+    G* up = reinterpret_cast<G*>(p.packed) + GatedPacks<G>::size(width, rank, gate_rank);
     return {up, up + width * rank};
   }
   GatedPartial partial(const GatedParams& p) const { return {width, p.rank, rank, p.gate_rank, gate_rank}; }
@@ -178,10 +178,10 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
         vectors(whole, [&](int64_t j) {
           Vec gate;
           if (p.kind == kLarge) {
-            gate = sigmoid(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+            gate = sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
             gate.store(g + j);
           } else {
-            gate = p.kind == kLogits ? sigmoid(load(logits + j)) : Vec::loadu(v.w_h + c + j);
+            gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : Vec::loadu(v.w_h + c + j);
           }
           combine(u + j, gate, p.add, p.scale, line + j);
         });
@@ -195,7 +195,7 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
       const float logit = dot(u, v.w_h, p.width) + dot(x.data + i * x.stride, v.w_x, p.width) + v.gate_bias[0];
       p.logits[row + i] = logit;
       if (p.kind == kSmall) continue;
-      const Vec gate = sigmoid(Vec(logit));
+      const Vec gate = sigmoid<A>(Vec(logit));
       vectors(round_up(p.width, 8), [&](int64_t j) { combine(u + j, gate, p.add, p.scale, u + j); });
       narrow(u, static_cast<A*>(p.y) + (row + i) * p.width, p.width);
     }
@@ -309,7 +309,7 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
   const auto [pack_up, pack_gate_up] = s.recompute_packs<G>(p);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
-    float* partial = p.partials + chunk * layout.total;
+    float* partial = p.partials + (chunk - begin) * layout.total;
     float *dwd = partial, *pt = dwd + layout.adapter.p, *sums = dwd + layout.adapter.sums, *dbd = dwd + layout.adapter.db_down;
     float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.p, *sums_g = dwg + layout.gate.sums, *dbg = dwg + layout.gate.db_down;
     float *dw_x = partial + layout.w_x, *dw_h = partial + layout.w_h, *bias = partial + layout.bias;
@@ -349,7 +349,7 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
               gate = Vec::loadu(v.w_h + c + j);
               (Vec::loadu(dw_x + c + j) + gate_gradient).store(dw_x + c + j);
             } else {
-              gate = p.kind == kLogits ? sigmoid(load(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+              gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
               (gate_gradient * gate * (Vec(1.f) - gate)).store(dl + j);
             }
             (p.add ? grad : grad * gate).store(dt + j);
@@ -440,26 +440,24 @@ template <class A, class P>
 void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const GatedPartial layout = s.partial(p);
-  const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), stride = layout.total;
   const bool direct = is_direct(p);
   float* panel = scratch(std::max(s.rank, s.gate_rank) * kPanel + 2 * s.width + s.rank + s.gate_rank + kPanel);
   float *scales = panel + std::max(s.rank, s.gate_rank) * kPanel, *work = scales + s.width, *sums = work + s.width + s.rank + s.gate_rank;
   const float* gate = p.partials + layout.gate_at;
   for (int64_t q = begin; q < end; ++q) {
     std::fill(scales, scales + s.width, p.adapter_scale);
-    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, p.width, p.width, p.rank, scales, p.adapter_scale == 1.f, direct ? nullptr : p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
+    reduce_pair<P>(p.partials, layout.adapter, layout.total, 1, q, p.width, p.width, p.rank, scales, p.adapter_scale == 1.f, direct ? nullptr : p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
     if (p.kind != kLarge) continue;
     std::fill(scales, scales + s.width, 1.f);
-    reduce_pair<P>(gate, layout.gate, stride, chunks, q, p.width, p.width, p.gate_rank, scales, true, direct ? nullptr : p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
+    reduce_pair<P>(gate, layout.gate, layout.total, 1, q, p.width, p.width, p.gate_rank, scales, true, direct ? nullptr : p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
   }
   if (begin != 0) return;
-  reduce_vector<P>(p.partials + layout.adapter.db_down, stride, chunks, p.rank, p.db_down, work);
-  if (p.kind == kLarge) reduce_vector<P>(gate + layout.gate.db_down, stride, chunks, p.gate_rank, p.dgate_bias, work);
-  if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, stride, chunks, 1, p.dgate_bias, work);
+  reduce_vector<P>(p.partials + layout.adapter.db_down, layout.total, 1, p.rank, p.db_down, work);
+  if (p.kind == kLarge) reduce_vector<P>(gate + layout.gate.db_down, layout.total, 1, p.gate_rank, p.dgate_bias, work);
+  if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, layout.total, 1, 1, p.dgate_bias, work);
   if (p.kind == kLarge || !p.dgate_weight) return;
   P* dw = static_cast<P*>(p.dgate_weight);
-  const float* dw_x = sum_chunks(p.partials + layout.w_x, stride, chunks, s.width, work);
-  const float* dw_h = p.kind == kMiddleY ? nullptr : sum_chunks(p.partials + layout.w_h, stride, chunks, s.width, scales);
+  const float *dw_x = p.partials + layout.w_x, *dw_h = p.partials + layout.w_h;
   if (p.kind == kMiddleX) {
     vectors(s.width, [&](int64_t j) { (Vec::loadu(dw_x + j) + Vec::loadu(dw_h + j)).store(work + j); });
     dw_x = work;

@@ -11,6 +11,7 @@ void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t 
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end);
 void bottleneck_backward(const BottleneckParams& p, int64_t begin, int64_t end);
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end);
+void add_partial(float* to, const float* from, int64_t n);  // n: a multiple of 8
 
 void gated_prepare(const GatedParams& p);
 void gated_pack_forward(const GatedParams& p, int64_t begin, int64_t end);

@@ -214,13 +214,6 @@ void mix_outer(const float* inner, const float* d_mixed, int64_t factor_rank, co
       }
 }
 
-// phi(z) and its derivative, of a logistic one with one exponential for both.
-std::pair<Vec, Vec> activate_both(Vec z, Activation f) {
-  if (f != kGeluNew) return {activate(z, f), derivative(z, f)};
-  const Logistic g(Vec(1.5957691216057308f) * z * (Vec(1.f) + Vec(0.044715f) * z * z));
-  return {z * g.s, g.s + z * g.s * g.rest * Vec(1.5957691216057308f) * (Vec(1.f) + Vec(0.134145f) * z * z)};
-}
-
 template <class A>
 void round_to(float* v, int64_t n) {
   if constexpr (!std::is_same_v<A, float>) {
@@ -273,7 +266,7 @@ void forward(const PhmParams& p, int64_t begin, int64_t end) {
       transpose(z, kLanes, turned, s.rank, p.rank, kLanes);
       for (int64_t i = 0; i < m; ++i) narrow(turned + i * s.rank, static_cast<A*>(p.z) + (row + i) * p.rank, p.rank);
     }
-    vectors(p.rank * kLanes, [&](int64_t i) { activate(Vec::loadu(z + i), p.activation).store(z + i); });
+    vectors(p.rank * kLanes, [&](int64_t i) { activate<A>(Vec::loadu(z + i), p.activation).store(z + i); });
     thin_dots(z, w.up.left, w.up.in, p.up.in, s, inner);
     mix(w.up.rule, false, p.factor_rank, inner, s, mixed);
     for (int64_t r = 0; r < m; r += kBlock) {
@@ -306,8 +299,8 @@ void backward(const PhmParams& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < kLanes; ++i) widen(static_cast<const A*>(p.z) + (row + i) * p.rank, turned + i * s.rank, i < m ? p.rank : 0, s.rank);
       transpose(turned, s.rank, a, kLanes, kLanes, p.rank);
       vectors(p.rank * kLanes, [&](int64_t i) {
-        const auto [phi, derivative] = activate_both(Vec::loadu(a + i), p.activation);
-        phi.store(a + i), derivative.store(slope + i);
+        const Activated of = activate_both<A>(Vec::loadu(a + i), p.activation);
+        of.value.store(a + i), of.slope.store(slope + i);
       });
       // The up-projection.
       if (p.up.drule || p.up.dright) thin_dots(a, w.up.left, w.up.in, p.up.in, s, inner);

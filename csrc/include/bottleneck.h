@@ -12,7 +12,7 @@ struct BottleneckParams {
   bool native;  // GEMMs of bf16 operands: the activations are bf16, and the processor multiplies it
   int64_t rows, width, out, rank;  // x has `width` columns, y, dy and residual `out`
   const int64_t* order;  // routed: the rows of one task, in ascending order; else null
-  int64_t chunks;        // of rows, each with a partial
+  int64_t chunks;        // partials that the reduction adds
   bool direct;           // the only chunk's dWd goes to dw_down, not to the partial
   const void *x, *residual, *dy;
   int64_t x_stride, residual_stride, dy_stride;
@@ -30,7 +30,7 @@ struct BottleneckParams {
   bool need_scale;
   // Scratch of one call, filled by prepare_*: packed weights and fp32 vectors padded to whole panels.
   float *packed_down, *packed_up, *vectors;
-  // One partial per chunk of rows, see PartialLayout.
+  // One partial per chunk of rows, see PartialLayout: in backward those of the chunks that it is given.
   float* partials;
   float* dscale_panels;  // one summand per panel of columns
 };

@@ -12,7 +12,7 @@ constexpr int64_t kDepth = 192;
 // Columns of the up-projection that are computed, finished and stored while they are in L1.
 constexpr int64_t kBlockColumns = 128;
 // Weight gradients are summed per chunk of rows, then over chunks in order, so the bits depend on the number of rows alone and not on the threads. A chunk is also the unit of
-// parallel work in backward, and costs one partial as large as the weights: about 8 chunks, of 64 to 512 rows, and never more than 32.
+// parallel work in backward, whose partial, as large as the weights, must be added: about 8 chunks, of 64 to 512 rows, and never more than 32.
 constexpr int64_t kChunks = 8, kMaxChunkRows = 512, kMaxChunks = 32;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
