@@ -455,6 +455,7 @@ class Handle:
         """
         self._check_active()
         self._check_enabled("save")
+        _reshard(self.model)
         tensors = self._tensors(task)
         options = self._options(task)
         if any(t.is_meta for t in tensors.values()):
@@ -500,6 +501,7 @@ class Handle:
         self._load(config, tensors, directory, task)
 
     def _load(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: str | os.PathLike[str], task: str | None = None) -> None:
+        _reshard(self.model)
         target = self._tensors(task)
         where = os.fspath(directory)
         if config.get("method") != self.config.method:
@@ -958,6 +960,17 @@ def _merge(site: _Site, adapter: Any, base: type[nn.Module]) -> None:
 
 def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes long to import
+
+
+def _shards(model: nn.Module) -> list[Any]:
+    """The modules whose parameters FSDP2 shards."""
+    return [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 leaves the outermost module's parameters whole after a forward without a backward; what is written into those is gone with them."""
+    for module in _shards(model):
+        module.reshard()
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ LAYOUTS = ("vl", "compacter", "adapterhub", "peft")
 # Where directories of the libraries keep their tensors.
 _FILES = {"adapterhub": ("pytorch_adapter.bin", "adapter.safetensors"), "peft": ("adapter_model.safetensors",)}
 # Sizes of bart-base and t5-base with the published vocabularies and image features.
-_BART = {"vocab_size": 50465, "d_model": 768, "layers": 6, "ffn": 3072, "positions": 1024, "feat_dim": 2048}
-_T5 = {"vocab_size": 32200, "d_model": 768, "layers": 12, "ffn": 3072, "feat_dim": 2048}
+_BART = {"vocab_size": 50465, "d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "ffn": 3072, "positions": 1024, "feat_dim": 2048}
+_T5 = {"vocab_size": 32200, "d_model": 768, "encoder_layers": 12, "decoder_layers": 12, "ffn": 3072, "feat_dim": 2048}
 _WHERE = {
     "vlbart": {
         "vocab_size": ("model.shared.weight", 0, 0),
@@ -42,15 +42,24 @@ _WHERE = {
 _WHERE["bart"] = {name: place for name, place in _WHERE["vlbart"].items() if name != "feat_dim"}
 _WHERE["t5"] = {name: place for name, place in _WHERE["vlt5"].items() if name != "feat_dim"}
 # A name below which the layers are numbered, whatever else the file holds.
-_BLOCKS = {"bart": r"model\.(?:encoder|decoder)\.layers\.(\d+)\.", "t5": r"(?:encoder|decoder)\.block\.(\d+)\."}
-_LAYERS = {host: _BLOCKS[host.removeprefix("vl")] for host in HOSTS}
-# In directories of adapters, whoever wrote them: a layer's number, and a tensor that is as wide as the model.
-_NUMBER = re.compile(r"\b(?:layers|block|encoder|decoder)\.(\d+)\.")
-_WIDTH = ((re.compile(r"(?:up_sampler|adapter_up)\.b(?:ias)?$"), 0), (re.compile(r"(?:query|value|\b[qkv](?:_proj)?)[./].*lora_A\.weight$"), 1))
+_BLOCKS = {"bart": re.compile(r"^model\.(encoder|decoder)\.layers\.(\d+)\."), "t5": re.compile(r"^(encoder|decoder)\.block\.(\d+)\.")}
+# Of adapters, whoever wrote them: a layer's number, and tensors that are as wide as the model and as others of its parts.
+_NUMBER = re.compile(r"\b(encoder|decoder)\.(?:layers\.|block\.)?(\d+)\.")
+_SIZES = (
+    ("d_model", re.compile(r"(?:up_sampler|adapter_up)\.b(?:ias)?$"), 0),
+    ("d_model", re.compile(r"(?:query|value|\b[qkv](?:_proj)?)[./].*lora_A\.weight$"), 1),
+    ("d_model", re.compile(r"visual_embedding\.feat_embedding\.0\.bias$"), 0),
+    ("feat_dim", re.compile(r"visual_embedding\.feat_embedding\.0\.weight$"), 1),
+    ("ffn", re.compile(r"\bfc1\.bias$"), 0),
+    ("heads", re.compile(r"relative_attention_bias\.weight$"), 1),
+    ("encoder_layers", re.compile(r"\bencoder\.\w+[./]layer_id_embeddings\.weight$"), 0),
+    ("decoder_layers", re.compile(r"\bdecoder\.\w+[./]layer_id_embeddings\.weight$"), 0),
+)
 
 
 def build_host(host: str, tensors: Mapping[str, Tensor] | None = None, known: Mapping[str, int] | None = None) -> nn.Module:
-    """A random model of a host, of the sizes that are ``known`` or that a state dict shows; the others are bart-base's or t5-base's. The number of heads of a BART is 1.
+    """A random model of a host, of the sizes that are ``known`` or that a state dict shows; the others are bart-base's or t5-base's, and a stack whose depth nothing shows is as
+    deep as the other. The number of heads of a BART is 1.
 
     Raises:
         ValueError: the host is unknown.
@@ -63,28 +72,39 @@ def build_host(host: str, tensors: Mapping[str, Tensor] | None = None, known: Ma
 
     tensors = tensors or {}
     sizes = dict(_BART if host in ("vlbart", "bart") else _T5)
-    sizes |= {name: tensors[key].shape[axis] + more for name, (key, axis, more) in _WHERE[host].items() if key in tensors}
-    if numbers := [int(found[1]) for key in tensors if (found := re.match(_LAYERS[host], key))]:
-        sizes["layers"] = 1 + max(numbers)
-    sizes |= known or {}
+    sizes |= _sizes(tensors) | {name: tensors[key].shape[axis] + more for name, (key, axis, more) in _WHERE[host].items() if key in tensors}
+    sizes |= _depths(tensors, _BLOCKS[host.removeprefix("vl")]) | (known or {})  # type: ignore[operator]
     if host in ("vlbart", "bart"):
         stacks: dict[str, Any] = {
-            f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", sizes["layers"]), ("attention_heads", 1), ("ffn_dim", sizes["ffn"]))
+            f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", sizes[f"{side}_layers"]), ("attention_heads", 1), ("ffn_dim", sizes["ffn"]))
         }
         stacks |= {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "max_position_embeddings": sizes["positions"]}
         return BartForConditionalGeneration(BartConfig(**stacks)) if host == "bart" else VLBart(VLBartConfig(**stacks, feat_dim=sizes["feat_dim"]))
     inner = next((t.shape[0] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.q.weight")), sizes["d_model"])
-    heads = next((t.shape[1] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.relative_attention_bias.weight")), 12 if inner % 12 == 0 else 1)
+    heads = next((t.shape[1] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.relative_attention_bias.weight")), sizes.get("heads", 0))
+    heads = heads or (12 if inner % 12 == 0 else 1)
     common: dict[str, Any] = {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "d_kv": inner // heads, "num_heads": heads, "d_ff": sizes["ffn"]}
-    common["num_layers"] = sizes["layers"]
+    common |= {"num_layers": sizes["encoder_layers"], "num_decoder_layers": sizes["decoder_layers"]}
     return T5ForConditionalGeneration(T5Config(**common)) if host == "t5" else VLT5(VLT5Config(**common, feat_dim=sizes["feat_dim"]))
 
 
+def _depths(tensors: Mapping[str, Tensor], numbered: re.Pattern[str]) -> dict[str, int]:
+    """The depths of the two stacks, by the highest numbers of their layers; of one that is not there, the other's."""
+    found: dict[str, int] = {}
+    for key in tensors:
+        if match := numbered.search(key):
+            found[match[1]] = max(found.get(match[1], 0), 1 + int(match[2]))
+    return {f"{side}_layers": found.get(side, max(found.values())) for side in ("encoder", "decoder")} if found else {}
+
+
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes of a host that an adapter directory's tensors show. The feed-forward network is taken as 4 times as wide as the model, as in BART's and T5's published ones."""
-    numbers = [int(found[1]) for key in tensors if (found := _NUMBER.search(key))]
-    width = next((t.shape[axis] for pattern, axis in _WIDTH for key, t in tensors.items() if pattern.search(key)), None)
-    return ({"layers": 1 + max(numbers)} if numbers else {}) | ({"d_model": width, "ffn": 4 * width} if width else {})
+    """The sizes of a host that the tensors of its adapters show. A feed-forward network that they do not show is taken as 4 times as wide as the model, as in BART's and T5's
+    published ones."""
+    sizes = _depths(tensors, _NUMBER)
+    for name, pattern, axis in reversed(_SIZES):
+        sizes[name] = next((t.shape[axis] for key, t in tensors.items() if pattern.search(key)), sizes.get(name, 0))
+    sizes = {name: size for name, size in sizes.items() if size}
+    return {"ffn": 4 * sizes["d_model"], **sizes} if "d_model" in sizes else sizes
 
 
 def _library(folder: Path) -> str | None:
@@ -141,7 +161,7 @@ def convert(
     if folder.is_dir():
         if target.suffix not in (".pth", ".safetensors"):
             raise ValueError(f"destination: must end in .pth or .safetensors, since the source is an adapter directory; it is {os.fspath(target)!r}")
-        handle = patching.load(build_host(host), source)
+        handle = patching.load(build_host(host, known=_sizes(checkpoint.read(folder)[1])), source)
         tensors = {key: tensor.detach().clone().contiguous() for key, tensor in published_state_dict(handle, base=False, layout=layout).items()}
         if target.suffix == ".pth":
             torch.save(tensors, target)

@@ -170,6 +170,7 @@ def unfuse(model: nn.Module) -> None:
 def _restore(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         layer.__class__ = layer._base  # type: ignore[assignment]
+        layer.__dict__.pop("_kept", None)  # weights made for calls without gradients
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind | Foreign | None]]:
@@ -234,6 +235,11 @@ _ACTIVATIONS = {
     "NewGELUActivation": "gelu_new", "GELUTanh": "gelu_new", "gelu_new": "gelu_new", "GELUActivation": "gelu", "gelu": "gelu", "ReLU": "relu", "relu": "relu", "SiLU": "silu",
     "SiLUActivation": "silu", "silu": "silu", "swish": "silu", "LinearActivation": "identity", "Identity": "identity",
 }  # fmt: skip
+
+
+def mentions_only(cls: type[nn.Module], names: set[str]) -> bool:
+    """Whether the ``forward`` of a class mentions nothing but these: a class of the same name and attributes may compute something else."""
+    return set(cls.forward.__code__.co_names) <= names
 
 
 def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:

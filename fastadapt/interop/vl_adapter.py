@@ -8,16 +8,25 @@ one as well. `MetaLayersAdapterController` (Hyperformer) runs on the weights tha
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.interop.fusing import Foreign, Fused, Kind, activation_name, autocast_dtype, fits, plain, quiet
+from fastadapt.interop.fusing import Foreign, Fused, Kind, activation_name, autocast_dtype, fits, mentions_only, plain, quiet
 from fastadapt.nn.projections import factor_product, kronecker_sum
 
-# Everything that the controllers' forwards of the three repositories mention; one that mentions more does more.
+# Everything that the forwards of the repositories' classes mention; one that mentions more does more (an early copy of Compacter's classes clips gradients and clamps activations).
+_ADAPTER_NAMES = {"down_sampler", "activation", "track_z", "z", "up_sampler", "use_gate", "gate"}
+_PROJECTION_NAMES = {
+    "LowRankLinear": {"W_left", "matmul", "W_right", "torch", "bias", "b"},
+    "PHMLinear": {
+        "factorized_phm", "torch", "bmm", "W_left", "W_right", "factorized_phm_rule", "phm_rule_left", "phm_rule_right", "matvec_product", "W", "b", "phm_rule", "kronecker_prod",
+    },
+}  # fmt: skip
+_LORA_NAMES = {"F", "linear", "weight", "bias", "fan_in_fan_out", "lora_As", "lora_Bs", "training", "lora_dropout", "T", "scaling"}
 _CONTROLLER_NAMES = {
     "get_task", "enable_adapters", "disable_adapters", "tasks", "use_single_adapter", "get_adapter", "add_layer_norm_before_adapter", "pre_layer_norm", "config",
     "use_scaling_factor", "scaling_factor", "add_layer_norm_after_adapter", "post_layer_norm", "use_parallel_adapter",
@@ -124,7 +133,7 @@ def _projections(down: Any, up: Any, gated: bool) -> tuple[Any, tuple[Any, ...]]
         return functional.bottleneck, (down.weight, up.weight, down.bias, up.bias)
     kinds = {type(down).__name__, type(up).__name__}
     if kinds == {"LowRankLinear"}:
-        return functional.bottleneck, ((down.W_left * down.W_right).t(), (up.W_left * up.W_right).t(), getattr(down, "b", None), getattr(up, "b", None))
+        return functional.bottleneck, ((down.W_left @ down.W_right).t(), (up.W_left @ up.W_right).t(), getattr(down, "b", None), getattr(up, "b", None))
     if kinds != {"PHMLinear"}:
         return None
     rules: list[Any] = []
@@ -149,6 +158,9 @@ def _by_factors(down: Any, up: Any) -> bool:
 
 
 _ADAPTERS = ("Adapter", "HyperComplexAdapter", "LowRankAdapter")
+_MORE = "its forward does more than the repositories'"
+# VL-PET's layers have all of these attributes, most of them None.
+_VLPET_PART = re.compile(r"\w+_adapter_multihead_(down|up)|\w+_gating_(large_x(_down|_up)?|small_xy_cat|middle_xy_add|middle_ia3_add|layernorm)|\w+_ia3")
 
 
 def _op(adapter: Any) -> str:
@@ -157,16 +169,23 @@ def _op(adapter: Any) -> str:
 
 def _reason(adapter: Any) -> str:
     """Why an adapter has no op; "": it has one."""
+    cls = _class(adapter)
+    if _arguments(cls) != ["x"] or not mentions_only(cls, _ADAPTER_NAMES):
+        return _MORE
     if activation_name(adapter.activation.f) is None:
         return "no op has its activation"
     down, up = adapter.down_sampler, adapter.up_sampler
-    kinds = {type(down).__name__, type(up).__name__}
-    if kinds == {"LowRankLinear"}:
-        # VL-Adapter takes the product of the factors, Compacter their outer product; they agree where the rank is 1.
-        return "" if down.rank == up.rank == 1 else f"its rank is {down.rank}; the repositories agree on what that means for rank 1 only"
-    if kinds == {"PHMLinear"} or (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)):
+    if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
         return ""
-    return f"its projections are a {type(down).__name__} and a {type(up).__name__}"
+    kind = type(down).__name__
+    if type(up).__name__ != kind or kind not in _PROJECTION_NAMES:
+        return f"its projections are a {kind} and a {type(up).__name__}"
+    if not all(mentions_only(type(layer), _PROJECTION_NAMES[kind]) for layer in (down, up)):
+        return f"the forward of its {kind}s does more than the repositories'"
+    if kind == "LowRankLinear" and down.rank > 1 and type(down).forward.__code__.co_names[:3] != ("W_left", "matmul", "W_right"):
+        # VL-Adapter takes the product of the factors, Compacter multiplies their elements, which is the same for rank 1 and an error for others.
+        return f"its rank is {down.rank} and its factors are multiplied by elements"
+    return ""
 
 
 def _is_adapter(module: Any) -> bool:
@@ -186,24 +205,27 @@ def recognise(module: nn.Module) -> Kind | Foreign | None:
     cls: Any = _class(module)
     layer: Any = module
     name = cls.__name__
-    if name in _ADAPTERS and _is_adapter(layer) and _arguments(cls) == ["x"]:
+    if name in _ADAPTERS and _is_adapter(layer):
         why = _reason(layer)
         return Foreign(name, why) if why else Kind(name, _op(layer), _Adapter, _note(layer))
     if name == "AdapterController" and hasattr(layer, "get_adapter") and _arguments(cls) in (["inputs", "task"], ["inputs", "task", "y"]):
         adapters = list(layer.adapters.values())
-        if not adapters or not all(_is_adapter(adapter) and not _reason(adapter) for adapter in adapters) or not set(cls.forward.__code__.co_names) <= _CONTROLLER_NAMES:
+        if not adapters or not all(_is_adapter(adapter) and not _reason(adapter) for adapter in adapters) or not mentions_only(cls, _CONTROLLER_NAMES):
             return None  # its adapters are layers by themselves
         mixin = _SwitchingController if "enable_adapters" in cls.forward.__code__.co_names else _Controller
         return Kind(f"{name} of {_class(adapters[0]).__name__}s", _op(adapters[0]), mixin, _note(adapters[0]))
-    if name == "MetaLayersAdapterController" and hasattr(layer, "activation_type") and _arguments(cls) == ["inputs", "adapter_weights"]:
+    if name == "MetaLayersAdapterController" and hasattr(layer, "activation_type"):
+        if _arguments(cls) != ["inputs", "adapter_weights"]:
+            return Foreign(name, _MORE)
         if layer.activation_type not in _NAMES:
             return Foreign(name, "no op has its activation")
         return Kind(name, "bottleneck", _MetaController, _note(layer))
-    if name == "LoRALinearController" and hasattr(layer, "lora_As") and _arguments(cls) == ["x", "task"]:
-        return Kind(name, "lora", _LoRALinear)
-    if any(hasattr(layer, f"{part}_adapter_multihead_down") for part in ("attn", "ff")) and isinstance(module, nn.Module):
+    if name == "LoRALinearController" and hasattr(layer, "lora_As"):
+        return Kind(name, "lora", _LoRALinear) if _arguments(cls) == ["x", "task"] and mentions_only(cls, _LORA_NAMES) else Foreign(name, _MORE)
+    if any(part is not None and _VLPET_PART.fullmatch(own) for own, part in (*module._modules.items(), *module._parameters.items())):
         return Foreign(
-            f"VL-PET's {name}", "its multi-head adapters and gates are lines of its own forward; fastadapt.patch(model, 'vlpet') and interop.load_published have them fused"
+            f"VL-PET's {name}",
+            "its multi-head adapters, gates and vectors are lines of its own forward; fastadapt.patch(model, 'vlpet') and interop.load_published have them fused",
         )
     if name in ("OutputAdapter", "VisualAdapter") and any(hasattr(layer, part) for part in ("up_sampler", "adapter_kind")):
         return Foreign(name, "no op has an output of another width than its input" if name == "OutputAdapter" else "no op has convolutions and batch norms")

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
-from fastadapt.patching import Handle
+from fastadapt.patching import Handle, _reshard, _shards
 
 
 class AdapterCheckpoint(TrainerCallback):
@@ -18,7 +18,7 @@ class AdapterCheckpoint(TrainerCallback):
         transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCheckpoint(handle)])
 
     Works with any subclass of ``Trainer``. A plain one also writes the whole model into its checkpoints and resumes from that; no callback can keep it from doing so.
-    `AdapterTrainer` writes the adapters alone and resumes from them.
+    `AdapterTrainer` writes the adapters alone and resumes from them. Where FSDP2 shards the parameters, every process gathers them and the first one writes.
 
     Args:
         handle: of the model that is trained.
@@ -34,13 +34,15 @@ class AdapterCheckpoint(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the adapters into ``checkpoint-<step>``."""
-        if args.should_save:
-            self.handle.save(os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}"))
+        self._write(args, os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the adapters, with ``load_best_model_at_end`` the best ones, into the output directory."""
-        if args.should_save:
-            self.handle.save(str(args.output_dir))
+        self._write(args, str(args.output_dir))
+
+    def _write(self, args: TrainingArguments, directory: str) -> None:
+        if args.should_save or _shards(self.handle.model):
+            self.handle.save(directory)
 
 
 class AdapterTrainer(Trainer):
@@ -55,25 +57,52 @@ class AdapterTrainer(Trainer):
     Checkpoints and ``save_model`` hold what `Handle.save` writes, the tokenizer and the training arguments; optimiser, schedule and random state are there as ever, or not with
     ``save_only_model``. Resuming and ``load_best_model_at_end`` read the adapters back into the model, whose base must be the one that was trained.
 
+    With FSDP2 (``fsdp=True``) the files are the same: all processes gather the adapters, never the base, and the first one writes them. (accelerate 1.15 shards on accelerators
+    only, on CPUs it trains with DDP; and it cannot shard a BART's or T5's token table that three modules share.) FSDP1 keeps parameters as parts of flat ones and DeepSpeed in an
+    engine of its own, out of which no adapter file can be written.
+
     Raises:
-        ValueError: the model is not patched, or the run shards parameters (FSDP, DeepSpeed), of which a process cannot write an adapter file.
+        ValueError: the model is not patched, or the run shards parameters with FSDP1 or DeepSpeed.
         fastadapt.patching.AdapterFileError: the checkpoint to resume from does not hold the adapters of this patch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._handle()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("args: must not shard parameters (FSDP, DeepSpeed); an adapter file needs them whole")
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and getattr(self._fsdp(), "fsdp_version", 1) != 2):
+            raise ValueError("args: must not shard parameters with FSDP1 or DeepSpeed, which cannot gather the adapters; FSDP2 can (fsdp_config={'version': 2})")
 
     def _handle(self) -> Handle:
         return Handle.of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
+    def _fsdp(self) -> Any:
+        return getattr(self.accelerator.state, "fsdp_plugin", None)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapters; with FSDP2 every process calls it."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir)  # the stock method gathers the whole model first
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # The stock method writes the whole model beside these.
+        from accelerate.utils import save_fsdp_optimizer
+
+        _reshard(self.model)  # type: ignore[arg-type]  # which its model's state dict would do
+        save_fsdp_optimizer(self._fsdp(), self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))  # type: ignore[union-attr]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = str(output_dir or self.args.output_dir)
+        if self.args.should_save or self.is_fsdp_enabled:
+            self._handle().save(directory)
         if not self.args.should_save:
             return
-        directory = str(output_dir or self.args.output_dir)
-        self._handle().save(directory)
         if (tokenizer := self.processing_class or getattr(self.data_collator, "tokenizer", None)) is not None:
             tokenizer.save_pretrained(directory)
         torch.save(self.args, os.path.join(directory, TRAINING_ARGS_NAME))

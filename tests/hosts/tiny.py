@@ -16,11 +16,12 @@ METHODS = ("vl_adapter", "vlpet")
 SMALL: dict[str, dict[str, Any]] = {"vl_adapter": {"reduction_factor": 4}, "vlpet": {"rank": 8, "heads": 4, "gate_rank": 6, "value_rank": 5}}
 
 
-def tiny(family: str, *, seed: int = 0, layers: int = 2, dropout: float = 0.0, **config: Any) -> nn.Module:
-    """A random model of width 32, ``layers`` + ``layers`` layers and 99 tokens, in eval mode."""
+def tiny(family: str, *, seed: int = 0, layers: int | tuple[int, int] = 2, dropout: float = 0.0, **config: Any) -> nn.Module:
+    """A random model of width 32, ``layers`` layers in the encoder and in the decoder (or one number each) and 99 tokens, in eval mode."""
     torch.manual_seed(seed)
+    deep = layers if isinstance(layers, tuple) else (layers, layers)
     if family == "bart":
-        sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", layers), ("attention_heads", 4), ("ffn_dim", 64))}
+        sizes = {f"{side}_{name}": value for side, n in zip(("encoder", "decoder"), deep, strict=True) for name, value in (("layers", n), ("attention_heads", 4), ("ffn_dim", 64))}
         model: nn.Module = BartForConditionalGeneration(
             BartConfig(
                 vocab_size=99,
@@ -36,7 +37,19 @@ def tiny(family: str, *, seed: int = 0, layers: int = 2, dropout: float = 0.0, *
         )
     else:
         model = T5ForConditionalGeneration(
-            T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=layers, num_heads=4, decoder_start_token_id=0, pad_token_id=0, dropout_rate=dropout, **config)
+            T5Config(
+                vocab_size=99,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=deep[0],
+                num_decoder_layers=deep[1],
+                num_heads=4,
+                decoder_start_token_id=0,
+                pad_token_id=0,
+                dropout_rate=dropout,
+                **config,
+            )
         )
     return model.eval()
 

@@ -51,17 +51,28 @@ def small(host: str) -> dict[str, torch.Tensor]:
     return {key: t for key, t in golden.load_case({"vlbart": "vla_vlbart_single_adapter", "vlt5": "vla_vlt5_single_adapter"}[host]).params.items() if "adapter" not in key}
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_directory_to_file(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build: Any = build_host
-    monkeypatch.setattr("fastadapt.interop.conversion.build_host", lambda host, tensors=None: build(host, tensors or small(host)))
-    handle = patching.patch(build("vlbart", small("vlbart")), "vlpet", rank=8, heads=4, gate_rank=4, value_rank=4, tasks=["vqa"])
+VLPET = {"rank": 8, "heads": 4, "gate_rank": 4, "value_rank": 4}
+OPTIONS: dict[str, dict[str, Any]] = {"vlpet": VLPET, "vl_adapter": {"rank": 4}, "lora": {"rank": 4}, "hyperformer": {"reduction_factor": 8}, "compacter": {"rank": 4}}
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("host", ["vlbart", "vlt5"])
+@pytest.mark.parametrize(("suffix", "depths"), [(".pth", (3, 1)), (".safetensors", (1, 3))])
+def test_directory_to_file_and_back(suffix: str, depths: tuple[int, int], host: str, method: str, tmp_path: Path) -> None:
+    """An encoder and a decoder of different depths; the file holds what is trained and shows the sizes."""
+    model: Any = build_host(host, small(host), {"encoder_layers": depths[0], "decoder_layers": depths[1]})
+    handle = patching.patch(model, method, tasks=["vqa"], **OPTIONS[method])
+    tiny.randomize(handle)
     handle.save(tmp_path / "adapter")
     target = tmp_path / f"out{suffix}"
-    assert main(["convert", str(tmp_path / "adapter"), str(target), "--host", "vlbart"]) == 0
+    assert main(["convert", str(tmp_path / "adapter"), str(target), "--host", host]) == 0
     want = published_state_dict(handle, base=False)
     found = read_state_dict(target) if suffix == ".pth" else load_file(target)
     assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+    options = [part for name, value in OPTIONS[method].items() for part in ("--option", f"{name}={value}")]
+    assert main(["convert", str(target), str(tmp_path / "back"), "--host", host, "--method", method, "--tasks", "vqa", *options]) == 0
+    ours, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "back"))
+    assert ours.keys() == again.keys() and all(torch.equal(ours[key], again[key]) for key in ours)
 
 
 def sizes(host: str) -> tuple[int, ...]:
@@ -74,6 +85,17 @@ def test_sizes_from_the_tensors() -> None:
     assert (model.config.d_model, model.config.num_layers, model.config.d_ff, model.config.feat_dim) == sizes("vlt5")
     model = build_host("vlbart", small("vlbart"))
     assert (model.config.d_model, model.config.encoder_layers, model.config.encoder_ffn_dim, model.config.feat_dim) == sizes("vlbart")
+
+
+@pytest.mark.parametrize("host", ["vlbart", "vlt5", "bart", "t5"])
+def test_depths_from_the_tensors(host: str) -> None:
+    """Also those of a whole model's state dict; a stack that is not there is as deep as the other."""
+    names = ("encoder_layers", "decoder_layers") if "bart" in host else ("num_layers", "num_decoder_layers")
+    given: Any = build_host(host, known={"encoder_layers": 3, "decoder_layers": 1, "d_model": 12, "ffn": 16, "vocab_size": 20})
+    states = given.state_dict()
+    for keys, want in ((states.keys(), (3, 1)), ([key for key in states if "decoder." not in key], (3, 3)), ([], (6, 6) if "bart" in host else (12, 12))):
+        found: Any = build_host(host, {key: states[key] for key in keys}, {"d_model": 12, "ffn": 16, "vocab_size": 20})
+        assert tuple(getattr(found.config, name) for name in names) == want
 
 
 @pytest.mark.parametrize(
@@ -97,7 +119,7 @@ def test_refused(arguments: list[str], message: str, tmp_path: Path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "folder"]
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize(("family", "depths"), [("bart", (3, 2)), ("t5", (1, 3))])
 @pytest.mark.parametrize(
     ("library", "method", "options"),
     [
@@ -108,10 +130,12 @@ def test_refused(arguments: list[str], message: str, tmp_path: Path, monkeypatch
     ],
     ids=["pfeiffer", "compacter", "one of two tasks", "lora"],
 )
-def test_libraries_directories_and_back(library: str, method: str, options: dict[str, Any], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_directories_and_back(
+    library: str, method: str, options: dict[str, Any], family: str, depths: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Hosts of the sizes that the directories show: the tensors that come back are those that went."""
     tasks = ["vqa", "gqa"] if options.get("sharing") == "multiple" else []
-    model = tiny.tiny(family, layers=3)
+    model = tiny.tiny(family, layers=depths)
     handle = patching.patch(model, method, tasks=tasks, **options)
     tiny.randomize(handle)
     handle.save(tmp_path / "ours")
@@ -121,7 +145,7 @@ def test_libraries_directories_and_back(library: str, method: str, options: dict
     assert f"the adapters of {len(handle.sites)} sites as {'PEFT' if library == 'peft' else 'AdapterHub'} reads them" in said and f"{method} at {len(handle.sites)} sites" in said
     if tasks:
         handle.set_task("gqa")
-    other = tiny.tiny(family, layers=3)
+    other = tiny.tiny(family, layers=depths)
     patching.load(other, tmp_path / "back")
     assert_agree(tiny.logits(other), tiny.logits(model))
 

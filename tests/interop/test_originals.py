@@ -34,7 +34,25 @@ class LowRankLinear(nn.Module):
         self.W_left, self.W_right, self.b = nn.Parameter(torch.randn(inside, rank)), nn.Parameter(torch.randn(rank, outside)), nn.Parameter(torch.randn(outside))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.W_left @ self.W_right) + self.b
+        w = self.W_left.matmul(self.W_right)
+        out = torch.matmul(x, w)
+        return out + self.b if self.bias else out
+
+
+class ElementwiseLowRankLinear(LowRankLinear):
+    """The Compacter repository's, which has the same name there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.W_left * self.W_right
+        out = torch.matmul(x, w)
+        return out + self.b if self.bias else out
+
+
+ElementwiseLowRankLinear.__name__ = "LowRankLinear"
+
+
+def matvec_product(w: Tensor, x: Tensor, bias: Tensor, phm_rule: Tensor) -> Tensor:
+    return x @ sum(torch.kron(a, b) for a, b in zip(phm_rule, w, strict=True)) + bias  # type: ignore[call-overload, no-any-return]
 
 
 class PHMLinear(nn.Module):
@@ -57,7 +75,7 @@ class PHMLinear(nn.Module):
     def forward(self, x: Tensor, phm_rule: Tensor | None = None) -> Tensor:
         rule = torch.bmm(self.phm_rule_left, self.phm_rule_right) if self.factorized_phm_rule else self.phm_rule
         w = torch.bmm(self.W_left, self.W_right) if self.factorized_phm else self.W
-        return x @ sum(torch.kron(a, b) for a, b in zip(rule, w, strict=True)) + self.b  # type: ignore[call-overload]
+        return matvec_product(w, x, self.b, rule)  # type: ignore[arg-type]
 
 
 class Adapter(nn.Module):
@@ -87,7 +105,8 @@ class HyperComplexAdapter(Adapter):
 
 class LowRankAdapter(Adapter):
     def projections(self) -> tuple[nn.Module, nn.Module]:
-        return LowRankLinear(WIDTH, RANK, self.config.low_rank_rank), LowRankLinear(RANK, WIDTH, self.config.low_rank_rank)
+        kind = getattr(self.config, "low_rank_kind", LowRankLinear)
+        return kind(WIDTH, RANK, self.config.low_rank_rank), kind(RANK, WIDTH, self.config.low_rank_rank)
 
 
 KINDS = {"Adapter": Adapter, "HyperComplexAdapter": HyperComplexAdapter, "LowRankAdapter": LowRankAdapter}
@@ -188,14 +207,15 @@ def _same(x: Tensor) -> Tensor:
 class UniAdapter(nn.Module):
     def __init__(self, option: str = "in", learnable: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
-        self.adapter_layernorm_option, self.dropout = option, dropout
+        self.adapter_layernorm_option, self.dropout, self.non_linear_func = option, dropout, nn.ReLU()
         self.scale = nn.Parameter(torch.full((1,), 0.1)) if learnable else 0.1
         self.adapter_layer_norm_before = nn.LayerNorm(WIDTH) if option in ("in", "out") else None
         self.adapter_layer_norm_cross_modal, self.down_proj = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, RANK)
         self.up_proj, self.multi_up_proj, self.visual_up_proj = (nn.Linear(RANK, WIDTH) for _ in range(3))
 
     def forward(self, x: Tensor, add_residual: bool = True, mode: str = "text") -> Tensor:
-        k = F.dropout(F.relu(self.down_proj(self.adapter_layer_norm_before(x) if self.adapter_layernorm_option == "in" else x)), self.dropout, self.training)
+        k = self.non_linear_func(self.down_proj(self.adapter_layer_norm_before(x) if self.adapter_layernorm_option == "in" else x))
+        k = nn.functional.dropout(k, self.dropout, self.training)
         if mode == "multimodal":
             up = self.adapter_layer_norm_cross_modal(self.multi_up_proj(k) + self.up_proj(k))
         else:
@@ -220,6 +240,8 @@ ADAPTERS: dict[str, tuple[type[Adapter], dict[str, Any], str]] = {
     "relu": (Adapter, {"non_linearity": "relu"}, "bottleneck"),
     "CLIP-ViL's gate": (Adapter, {"use_gate": True}, "bottleneck"),
     "low rank": (LowRankAdapter, {"low_rank_rank": 1}, "bottleneck"),
+    "low rank, by elements": (LowRankAdapter, {"low_rank_rank": 1, "low_rank_kind": ElementwiseLowRankLinear}, "bottleneck"),
+    "low rank of rank 3": (LowRankAdapter, {"low_rank_rank": 3}, "bottleneck"),
     **{f"PHM, {name}": (HyperComplexAdapter, {"phm": options}, "bottleneck" if name == "full" else "phm_bottleneck") for name, options in PHM.items()},
 }
 
@@ -366,33 +388,94 @@ def test_uniadapters_dropout_and_key_value_adapter() -> None:
     same_numbers(seeded(Adapter_Lora), lambda m, seed: m(rows(seed, m, 3, 7, WIDTH)), bottleneck=1)
 
 
+@torch.no_grad()
+def test_uniadapter_without_gradients() -> None:
+    """The cross-modal weights are summed once; nothing of that stays behind."""
+    layer = UniAdapter().eval()
+    x = torch.randn(3, 7, WIDTH)
+    want, own = layer(x, mode="multimodal"), set(layer.__dict__)
+    fastadapt.fuse(layer)
+    with ops_ran(bottleneck=2):
+        assert torch.equal(layer(x, mode="multimodal"), layer(x, mode="multimodal"))
+    assert_agree(copy.deepcopy(layer)(x, mode="multimodal"), want)
+    layer.multi_up_proj.bias += 1.0
+    got = layer(x, mode="multimodal")
+    fastadapt.unfuse(layer)
+    assert set(layer.__dict__) == own
+    assert_agree(got, layer(x, mode="multimodal"))
+    layer.non_linear_func = nn.GELU()  # type: ignore[assignment]
+    want = layer(x)
+    fastadapt.fuse(layer)
+    with ops_ran():
+        assert torch.equal(layer(x), want)
+
+
 class OutputAdapter(Adapter):
     def projections(self) -> tuple[nn.Module, nn.Module]:
         return nn.Linear(WIDTH, RANK), nn.Linear(RANK, 99)
 
 
 class BartEncoderLayer(nn.Module):
-    def __init__(self) -> None:
+    """VL-PET's have every attribute, of which most are None."""
+
+    def __init__(self, **parts: nn.Module | nn.Parameter | None) -> None:
         super().__init__()
-        self.attn_adapter_multihead_down = nn.ModuleList([nn.Linear(WIDTH, 2)])
+        self.attn_adapter_multihead_down = self.encoder_attn_adapter_gating_large_x_down = self.encoder_attn_adapter_gating_middle_ia3_add = self.attn_value_ia3 = None
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.attn_adapter = AdapterController(config(**PLAIN))
+
+
+def test_vlpets_layers() -> None:
+    """Those with multi-head adapters, gates or vectors of their own are named; the controllers in them are fused in any case."""
+    parts: dict[str, Any] = {
+        "attn_adapter_multihead_down": nn.ModuleList([nn.Linear(WIDTH, 2)]),
+        "encoder_attn_adapter_gating_large_x_down": nn.Linear(WIDTH, 2),
+        "encoder_attn_adapter_gating_middle_ia3_add": nn.Parameter(torch.zeros(WIDTH)),
+        "attn_value_ia3": nn.Parameter(torch.zeros(WIDTH)),
+    }
+    report = fastadapt.fuse(nn.ModuleList([BartEncoderLayer(), *(BartEncoderLayer(**{name: part}) for name, part in parts.items())]))
+    assert [site.path for site in report.fused] == [f"{i}.attn_adapter" for i in range(5)]
+    assert [site.path for site in report.left] == ["1", "2", "3", "4"] and {site.kind for site in report.left} == {"VL-PET's BartEncoderLayer"}
+    assert report.left[0].why.startswith("its multi-head adapters, gates and vectors are lines of its own forward")
+
+
+def doing_more(kind: type[nn.Module], forward: Any) -> Any:
+    """A class of the same name with another forward, as copies of the repositories have them."""
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def test_what_is_left_and_named() -> None:
-    odd = Adapter(config())
+    odd, clamped = Adapter(config()), HyperComplexAdapter(config(phm={}))
     odd.up_sampler = nn.Bilinear(2, 2, 2)  # type: ignore[assignment]
+    clamped.up_sampler.__class__ = doing_more(PHMLinear, lambda self, x: PHMLinear.forward(self, x).clamp(max=4))
     model = nn.ModuleList(
-        [OutputAdapter(config()), BartEncoderLayer(), LowRankAdapter(config(low_rank_rank=2)), Adapter(config(non_linearity="tanh")), odd, fastadapt.nn.UniAdapter(8, 2)]
+        [
+            OutputAdapter(config()),
+            LowRankAdapter(config(low_rank_rank=2, low_rank_kind=ElementwiseLowRankLinear)),
+            Adapter(config(non_linearity="tanh")),
+            odd,
+            fastadapt.nn.UniAdapter(8, 2),
+            clamped,
+            doing_more(Adapter, lambda self, x: Adapter.forward(self, x).clamp(max=4))(config()),
+            doing_more(Adapter, lambda self, x, mask: Adapter.forward(self, x))(config()),
+            doing_more(MetaLayersAdapterController, lambda self, inputs, adapter_weights, do_float_32=False: inputs)(config()),
+            doing_more(LoRALinearController, lambda self, x, task: LoRALinearController.forward(self, x, task).clamp(max=4))(8, 8),
+            doing_more(UniAdapter, lambda self, x, add_residual=True, mode="text": UniAdapter.forward(self, x).clamp(max=4))(),
+        ]
     )
     report = fastadapt.fuse(model)
     assert not report.fused
+    more = "its forward does more than the repositories'"
     assert report.left == (
         LeftSite("0", "OutputAdapter", "no op has an output of another width than its input"),
-        LeftSite(
-            "1",
-            "VL-PET's BartEncoderLayer",
-            "its multi-head adapters and gates are lines of its own forward; fastadapt.patch(model, 'vlpet') and interop.load_published have them fused",
-        ),
-        LeftSite("2", "LowRankAdapter", "its rank is 2; the repositories agree on what that means for rank 1 only"),
-        LeftSite("3", "Adapter", "no op has its activation"),
-        LeftSite("4", "Adapter", "its projections are a Linear and a Bilinear"),
+        LeftSite("1", "LowRankAdapter", "its rank is 2 and its factors are multiplied by elements"),
+        LeftSite("2", "Adapter", "no op has its activation"),
+        LeftSite("3", "Adapter", "its projections are a Linear and a Bilinear"),
+        LeftSite("5", "HyperComplexAdapter", "the forward of its PHMLinears does more than the repositories'"),
+        LeftSite("6", "Adapter", more),
+        LeftSite("7", "Adapter", more),
+        LeftSite("8", "MetaLayersAdapterController", more),
+        LeftSite("9", "LoRALinearController", more),
+        LeftSite("10", "UniAdapter", "its forward does more than the repository's"),
     )

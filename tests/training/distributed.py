@@ -133,6 +133,11 @@ def main(mode: str, out: Path) -> None:
         with torch.no_grad():
             for parameter in handle.trainable_parameters():
                 parameter.zero_()
+            if isinstance(handle, Handle):
+                # An evaluation: FSDP2 leaves the outermost module's parameters, here trained layer norms, whole after it.
+                inputs, tasks = next(batches())
+                with handle.route(tasks):
+                    handle.model(**inputs)
         handle.load(own / "adapters")
         if writes:
             handle.save(own / "again")
