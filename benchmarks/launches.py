@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,14 +164,18 @@ def model(spec: Spec, name: str) -> _cost.Model:
 HEADER = "site                               eager: operations, traffic in T d, saved a row | fastadapt on cpu | on a GPU (kernels; traffic as modelled)"
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+def listed(args: argparse.Namespace) -> Iterator[str]:
+    """A line for every site."""
+    yield from sites()
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     """Every site, printing as it goes; nothing is timed, so the quick list is the same."""
     print(HEADER)
-    found = []
     for site, spec in sites().items():
-        found.append(row(site, spec))
-        print(found[-1], flush=True)
-    return found
+        found = row(site, spec)
+        print(found, flush=True)
+        yield [found]
 
 
 def main() -> None:

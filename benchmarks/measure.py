@@ -78,6 +78,7 @@ def machine(device: str | torch.device = "cpu") -> str:
 
 
 CALLS = 20  # between two events on a CUDA device: the first call's launch latency, some 10 us, is then below a microsecond of the mean
+SETTLED = 0.02  # of a median ratio: quartiles no wider apart, after at least nine rounds, need no more of them
 SAMPLE = 2e-3  # seconds that a sample on a CPU takes at least, in up to CALLS calls: the clock and a cold cache are then below a percent
 
 
@@ -98,14 +99,17 @@ def timed(f: Callable[[], object], device: str, calls: int = 1) -> float:
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", seconds: float = math.inf) -> dict[str, list[float]]:
-    """Seconds of each candidate, once per round after two warm-up rounds; the order alternates. Stops after ``seconds``, but not before five rounds."""
+    """Seconds of each candidate, once per round after two warm-up rounds; the order alternates.
+
+    Stops after ``seconds``, but not before five rounds, and where the ratios of all candidates to the first are `SETTLED`.
+    """
     names = list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}
     calls = dict.fromkeys(names, 1)
     for i in range(rounds + 2):
         if i == 2:
             started = time.perf_counter()
-        if i >= 7 and time.perf_counter() - started > seconds:
+        if (i >= 7 and time.perf_counter() - started > seconds) or (i >= 11 and settled(list(times.values()))):
             break
         for name in names if i % 2 else reversed(names):
             took = timed(candidates[name], device, calls[name])
@@ -120,6 +124,12 @@ def ratios(ours: Sequence[float], rival: Sequence[float]) -> tuple[float, float,
     """Median of the paired ratios and its quartiles."""
     low, median, high = statistics.quantiles([b / a for a, b in zip(ours, rival, strict=True)], n=4)
     return median, low, high
+
+
+def settled(times: Sequence[Sequence[float]]) -> bool:
+    """Whether all paired ratios to the first candidate are known well enough."""
+    numbers = [ratios(times[0], other) for other in times[1:]]
+    return bool(numbers) and all(high - low <= SETTLED * median for median, low, high in numbers)
 
 
 class Product(NamedTuple):
@@ -180,6 +190,14 @@ class Limit(NamedTuple):
 COPIED = 2**29  # bytes that the copy reads and writes at most: far beyond any cache
 
 
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is here and multiplies such matrices on this processor."""
+    if not torch.backends.mkldnn.is_available() or dtype == torch.float32:
+        return torch.backends.mkldnn.is_available()
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    return bool(half())
+
+
 def library_calls(product: Product, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Tensor]]:
     """The library's ways to one product. Weights may lie as they like, rows are as they are."""
     a, b = torch.randn(product.t, product.m).to(device, dtype), torch.randn(product.t if product.across else product.m, product.n).to(device, dtype)
@@ -191,20 +209,22 @@ def library_calls(product: Product, dtype: torch.dtype, device: torch.device) ->
         left, right, out = a, b, torch.empty(product.t, product.n, dtype=dtype, device=device)
         weight = right.t().contiguous()
         calls = {"mm": lambda: torch.mm(left, right, out=out), "linear": lambda: F.linear(left, weight)}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # oneDNN, which torch itself asks for half precision only, and inductor for all
+    if device.type == "cpu" and onednn_has(dtype):  # which torch itself asks for half precision only, and inductor for all
         weight = right.t().contiguous()
         calls["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, weight, None, "none", [], "")
     return calls
 
 
+@functools.cache
+def best_library_call(product: Product, dtype: torch.dtype, device: torch.device, threads: int) -> str:
+    """The name of the fastest call for a product under so many threads, by three tries each; tried once a process."""
+    times = interleave(library_calls(product, dtype, device), 3, device.type)
+    return min(times, key=lambda name: min(times[name]))
+
+
 def best_library_calls(products: Sequence[Product], dtype: torch.dtype, device: torch.device) -> list[Callable[[], Tensor]]:
-    """The fastest call for each product, by three tries each."""
-    best: dict[Product, Callable[[], Tensor]] = {}
-    for product in products:
-        if product not in best:
-            calls = library_calls(product, dtype, device)
-            times = interleave(calls, 3, device.type)
-            best[product] = calls[min(calls, key=lambda name: min(times[name]))]
+    """The fastest call for each product."""
+    best = {product: library_calls(product, dtype, device)[best_library_call(product, dtype, device, torch.get_num_threads())] for product in set(products)}
     return [best[product] for product in products]
 
 
@@ -278,7 +298,8 @@ def compare(
     """Times ours against the authors' eager code and its torch.compile, forward and forward + backward; the first `frozen` tensors get no gradient.
 
     All run interleaved under the same threads, dtypes and inference mode (no_grad for forward alone). Where both draw random numbers, ``judged`` are the same two with one mask, of
-    which correctness is judged. With ``work``, the limit is measured in the same rounds. ``seconds``: of all rounds of one direction.
+    which correctness is judged. With ``work``, the limit is measured in the same rounds. ``seconds``: of all rounds of one direction. Without ``rounds`` eager is only compiled, so
+    that another process finds the files.
     """
     leaves = [t.detach().requires_grad_(i >= frozen) for i, t in enumerate(tensors)]
     device = tensors[0].device
@@ -289,20 +310,25 @@ def compare(
     def row(rival: str, direction: str, milliseconds: float | None, numbers: Sequence[float | None], correct: bool, fraction: float | None = None) -> Row:
         return Row(op, backend, rival, dtype, *shape, direction, where[0], milliseconds, *numbers, correct, where[1], param_dtype, fraction)
 
+    def forward(f: Layer) -> object:
+        return f(*leaves)
+
+    def step(f: Layer) -> object:
+        return torch.autograd.grad(f(*leaves), leaves[frozen:], dy)
+
+    # Else a second shape is compiled for any shape, and after the eighth nothing is compiled any more.
+    torch.compiler.reset()
+    compiled = torch.compile(eager, dynamic=False)
+    if rounds == 0:
+        with torch.no_grad():
+            forward(compiled)
+        step(compiled)
+        return []
     with fastadapt.backend.use(backend):
         if reason := wrong(*(judged or (ours, eager)), tensors, frozen, dy):
             print(f"{op}, {dtype}, {shape}: no speed is shown. {reason}", file=sys.stderr)
             return [row(rival, direction, None, (None, None, None), False) for direction in ("forward", "forward+backward") for rival in ("eager", "compile")]
-        # Else a second shape is compiled for any shape, and after the eighth nothing is compiled any more.
-        torch.compiler.reset()
-        rivals = {"ours": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
-
-        def forward(f: Layer) -> object:
-            return f(*leaves)
-
-        def step(f: Layer) -> object:
-            return torch.autograd.grad(f(*leaves), leaves[frozen:], dy)
-
+        rivals = {"ours": ours, "eager": eager, "compile": compiled}
         rows = []
         for direction, run in (("forward", forward), ("forward+backward", step)):
             candidates: dict[str, Callable[[], object]] = {name: functools.partial(run, f) for name, f in rivals.items()}
@@ -324,10 +350,10 @@ def options_of(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def threads_of(args: argparse.Namespace) -> Iterator[int]:
-    """Sets torch to one thread and then to one a core, and back; the quick lists have one a core alone, and a GPU's host needs one."""
+    """Sets torch to one thread a core and then to one, and back; the quick lists have one a core alone, and a GPU's host needs one."""
     before, cores = torch.get_num_threads(), os.cpu_count() or 1
     try:
-        for threads in [1] if args.device != "cpu" else [cores] if args.quick else sorted({1, cores}):
+        for threads in [1] if args.device != "cpu" else [cores] if args.quick else sorted({1, cores}, reverse=True):
             torch.set_num_threads(threads)
             yield threads
     finally:

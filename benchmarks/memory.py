@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -107,17 +107,24 @@ def of_model(name: str, method: str, s: models.Sizes, device: str) -> list[Row]:
     return rows
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+def selected(quick: bool) -> tuple[dict[str, Spec], list[tuple[str, str, models.Sizes]]]:
     """Every site of `benchmarks.launches`, and the models of `benchmarks.models`; in the quick list two of them."""
-    found: list[Row] = []
-    for site, spec in launches.sites(512 if args.quick else 4096).items():
-        found += of_site(site, spec, args.device)
-        print(*found[-2:], sep="\n", flush=True)
-    for name, method, s in [("VL-BART", "vlpet", models.ONE), ("LLaVA", "lora", models.ONE)] if args.quick else models.selected(False):
-        rows = of_model(name, method, s, args.device)
+    return launches.sites(512 if quick else 4096), [("VL-BART", "vlpet", models.ONE), ("LLaVA", "lora", models.ONE)] if quick else models.selected(False)
+
+
+def listed(args: argparse.Namespace) -> Iterator[str]:
+    """A line for every site and model."""
+    sites, hosts = selected(args.quick)
+    yield from sites
+    yield from (f"{name} {method}, {s.name}" for name, method, s in hosts)
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Measures the list, printing as it goes."""
+    sites, hosts = selected(args.quick)
+    for rows in chain((of_site(site, spec, args.device) for site, spec in sites.items()), (of_model(*each, args.device) for each in hosts)):
         print(*rows, sep="\n", flush=True)
-        found += rows
-    return found
+        yield rows
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Whole training steps and generation of VL-BART, VL-T5, BLIP and a LLaVA-shaped model, each with the published methods. ``python -m benchmarks.models [--quick]``
 
 Random weights, fp32, no dropout. Rivals: the frozen base without adapters, whose backward goes as far down as theirs; the method in the authors' eager code (`tests.eager`), and
-under torch.compile; for LoRA, PEFT. A step is forward, backward and AdamW over the trained parameters; generation is greedy with a cache, and not compiled, since transformers'
-cache grows with every token. Also where the time of a step goes.
+under torch.compile; for LoRA, PEFT. AdapterHub is none: it cannot be installed beside the transformers that the hosts need. A step is forward, backward and AdamW over the trained
+parameters; generation is greedy with a cache, and not compiled, since transformers' cache grows with every token. Also where the time of a step goes. One of several threads has
+the quick list alone: nobody leaves cores idle under a whole model.
 """
 
 from __future__ import annotations
@@ -338,18 +339,32 @@ def selected(quick: bool) -> list[tuple[str, str, Sizes]]:
     return [(*pair, ONE) for pair in QUICK] if quick else [*every, *(("VL-BART", method, BASE) for method in HOSTS["VL-BART"].methods)]
 
 
-def run(args: argparse.Namespace) -> list[Any]:
-    """Times the list, printing as it goes; the quick list compiles VL-PET on VL-BART alone, since a whole model takes long to compile."""
-    found: list[Any] = []
-    for _ in measure.threads_of(args):
-        for name, method, s in selected(args.quick):
-            rows = compare(name, method, s, args, compiled=not args.quick or (name, method) == ("VL-BART", "vlpet"))
+SHARED = ("vl_adapter", "vlpet")  # the methods on VL-BART of whose steps the shares are measured
+
+
+def quick_lists(args: argparse.Namespace) -> Iterator[tuple[int, bool]]:
+    """Numbers of threads, and whether they have the quick list."""
+    return ((threads, args.quick or i > 0) for i, threads in enumerate(measure.threads_of(args)))
+
+
+def listed(args: argparse.Namespace) -> Iterator[str]:
+    """A line for every measurement: step and generation against all rivals, or the shares of a step."""
+    for threads, quick in quick_lists(args):
+        yield from (f"{name} {method}, {s.name}, {threads} threads" for name, method, s in selected(quick))
+        yield from (f"VL-BART {method}, shares of a step, {threads} threads" for method in SHARED)
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Any]]:
+    """Times the list, printing as it goes. Compiled are VL-PET on VL-BART in the quick list, and in the full one the quick list's pairs, of two layers: a minute for each."""
+    for _, quick in quick_lists(args):
+        for name, method, s in selected(quick):
+            rows = compare(name, method, s, args, compiled=(name, method) == ("VL-BART", "vlpet") if quick else (name, method) in QUICK and s == SMALL)
             print(*rows, sep="\n", flush=True)
-            found += rows
-        for method in ("vl_adapter", "vlpet"):
-            found.append(shares("VL-BART", method, ONE if args.quick else BASE, args))
-            print(found[-1], flush=True)
-    return found
+            yield rows
+        for method in SHARED:
+            found = shares("VL-BART", method, ONE if quick else BASE, args)
+            print(found, flush=True)
+            yield [found]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fastadapt.ops import _cost
 ARCHS = (80, 90, 100)
 OPTIONS = {**gpu_check.OPTIONS, "routed_bottleneck": {"tasks": 4}}
 RANKS = {"lora": 16}  # elsewhere 96
-RESOURCES = Path(__file__).parents[1] / "tests" / "data" / "cuda_resources.json"
+DATA = Path(__file__).parents[1] / "tests" / "data"
 # What the model calls a CUDA kernel, and what its source does.
 SOURCES = {"pack": "prologue_kernel", "forward": "forward_kernel", "gates": "gates_kernel", "rows": "rows_kernel", "slabs": "slab_kernel", "reduce": "reduce_kernel"}
 THREADS = 2048  # of a multiprocessor, on the three architectures
@@ -75,22 +76,35 @@ class Row:
         return f"{head:55s} {self.direction:9s}{'' if self.kernel == 'all' else self.kernel:10s} {', '.join(parts)}"
 
 
-def resources(call: Call, kernel: str) -> dict[str, Any]:
-    """What the compiler made of a CUDA kernel of a call, without dropout and in bf16; nothing where it is not recorded."""
-    if kernel not in SOURCES or call.dtype != torch.bfloat16:
+def resources(call: Call, backend: str, kernel: str) -> dict[str, Any]:
+    """What the compiler made of a kernel of a call, without dropout and in bf16, with fp32 parameters; nothing where it is not recorded."""
+    recorded = json.loads((DATA / f"{backend}_resources.json").read_text())["kernels"]
+    found = (of_triton if backend == "triton" else of_cuda)(recorded, call, kernel) if call.dtype == torch.bfloat16 else None
+    if found is None:
         return {}
-    recorded = json.loads(RESOURCES.read_text())["kernels"]
+    occupancy = found["blocks"] * found["threads"] / THREADS
+    return {"registers": found["registers"], "shared_bytes": found["shared"], "blocks_per_sm": found["blocks"], "occupancy": occupancy}
+
+
+def of_triton(recorded: dict[str, Any], call: Call, kernel: str) -> dict[str, Any] | None:
+    """The record of the papers' sites."""
+    if (call.width, call.rank) != (768, RANKS.get(call.op, 96)):
+        return None
+    return recorded.get(f"{call.op} {kernel}_kernel sm_{call.arch}")
+
+
+def of_cuda(recorded: dict[str, Any], call: Call, kernel: str) -> dict[str, Any] | None:
+    """The record of the shipped instance that the call takes."""
+    if kernel not in SOURCES:
+        return None
     gated = call.op in ("gated_bottleneck", "routed_bottleneck")
     rank = _cost.bucket(max(call.rank, call.option("gate_rank", 0)), _cost.CUDA_GATED_RANKS if gated else _cost.CUDA_RANKS)
     for prefix in (f"{call.op.split('_')[0]}_", ""):  # an op's own kernel, or the bottleneck's
         for flag in ("true", "false") if kernel in ("forward", "gates") and call.option("gate_rank", 0) else ("false",):
             pattern = rf"{prefix}{SOURCES[kernel]}<(?:\w+<)?bf16(?:, {rank})?(?:, {flag})?>+ sm_{call.arch}"
             if found := next((entry for name, entry in recorded.items() if re.fullmatch(pattern, name)), None):
-                return {
-                    "registers": found["registers"], "shared_bytes": found["shared"], "blocks_per_sm": found["blocks"],
-                    "occupancy": found["blocks"] * found["threads"] / THREADS,
-                }  # fmt: skip
-    return {}
+                return found
+    return None
 
 
 def tile_of(call: Call, name: str, kernel: str) -> str:
@@ -139,28 +153,32 @@ def rows_of(op: str, name: str, arch: int, t: int, width: int = 768, rank: int =
         yield Row(*head, direction, "all", flops, moved, least, told.gpu, least / told.gpu, f"{longest.dominant} of {longest.kernel}", host_us=told.host)
         for kernel, term in zip(kernels, told.terms, strict=True):
             own = limit(kernel.flops, kernel.hbm)
-            about = resources(call, kernel.name) if name == "cuda" else {}
+            about = resources(call, name, kernel.name)
             yield Row(
                 *head, direction, kernel.name, kernel.flops, kernel.hbm, own, term.microseconds, own / term.microseconds, term.dominant,
                 tile_of(call, name, kernel.name), **about,
             )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> list[Row]:
-    """Every kernel of every op, backend and architecture; the quick list prints the directions alone."""
+def calls(quick: bool) -> Iterator[tuple[str, str, int, int]]:
+    """Op, backend, architecture and rows of every call."""
+    return product(gpu_check.OPS, ("cuda", "triton"), ARCHS, (4096,) if quick else (512, 4096, 32768))
+
+
+def listed(args: argparse.Namespace) -> Iterator[str]:
+    """A line for every call."""
+    return (f"{op} {name} sm_{arch} T={t}" for op, name, arch, t in calls(args.quick))
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Every kernel of every call; the quick list prints the directions alone."""
     print(f"{BASIS}: rates of data sheets, tiles and launches of the code; bf16 with fp32 parameters, d = 768, r = 96 (LoRA 16)")
-    found = []
-    for op in gpu_check.OPS:
-        for name in ("cuda", "triton"):
-            for arch in ARCHS:
-                for t in (4096,) if args.quick else (512, 4096, 32768):
-                    for row in rows_of(op, name, arch, t, rank=RANKS.get(op, 96)):
-                        found.append(row)
-                        if row.kernel == "all" or not args.quick:
-                            print(row)
+    for op, name, arch, t in calls(args.quick):
+        found = list(rows_of(op, name, arch, t, rank=RANKS.get(op, 96)))
+        print(*(row for row in found if row.kernel == "all" or not args.quick), sep="\n")
+        yield found
     print("\nWhat only a GPU can answer, and the command of `make gpu-check` that does:")
     print(*(f"* {question}\n    {command}" for question, command in gpu_check.questions()), sep="\n")
-    return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,13 @@ def curves(quick: bool) -> list[tuple[str, str, list[int]]]:
     return [*found, ("routed_bottleneck", "tasks", [1, 2, 4, 8]), ("VL-BART vlpet", "layers", [1, 2, 3] if quick else [1, 2, 4, 6])]
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+def listed(args: argparse.Namespace) -> Iterator[str]:
+    """A line for every curve."""
+    return (f"{what} against {against}: {', '.join(map(str, sizes))}" for what, against, sizes in curves(args.quick))
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     """Measures every curve, with one thread a core, printing as it goes."""
-    found: list[Row] = []
     with fastadapt.backend.use("cpu" if args.device == "cpu" else "auto"):
         for _ in measure.threads_of(argparse.Namespace(device=args.device, quick=True)):
             for what, against, sizes in curves(args.quick):
@@ -113,9 +117,9 @@ def run(args: argparse.Namespace) -> list[Row]:
                 def make(n: int, what: str = what, against: str = against) -> Callable[[], object]:
                     return model_step(n, args.device, models.SMALL) if against == "layers" else step_of(site(what, **{against: n}), args.device)
 
-                found.append(row(what, against, sizes, make, args))
-                print(found[-1], flush=True)
-    return found
+                found = row(what, against, sizes, make, args)
+                print(found, flush=True)
+                yield [found]
 
 
 if __name__ == "__main__":

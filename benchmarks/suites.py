@@ -1,7 +1,8 @@
 """All benchmarks behind one command: ``fastadapt bench``, or ``python -m benchmarks.<suite>`` for one of them.
 
-Every suite is a module with ``run(options)``, which prints as it goes and returns rows. ``ops`` and ``models`` give `measure.Row`; the rows of the others are of kinds of their own
-and carry the suite's name. Everything needs the checkout, since the rivals are the tests' references.
+Every suite is a module with ``run(options)``, which prints as it goes and yields rows, some at a time, and ``listed(options)``, which yields a line for each such batch. ``ops``
+and ``models`` give `measure.Row`; the rows of the others are of kinds of their own and carry the suite's name. Everything needs the checkout, since the rivals are the tests'
+references.
 """
 
 from __future__ import annotations
@@ -66,27 +67,43 @@ def append_history(rows: Sequence[Row], path: Path) -> None:
         writer.writerows({**about, **asdict(row)} for row in rows)
 
 
+def write_json(rows: Sequence[tuple[str, Any]], path: Path) -> None:
+    """Writes the rows, each with its suite, in the place of what is there."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps([record(name, row) for name, row in rows], indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
 def run(names: Sequence[str], options: argparse.Namespace) -> int:
-    """Runs the suites, writes what the options ask for, and says what was slower or wrong. Returns 1 where a result was wrong."""
+    """Runs the suites, writes what the options ask for, and says what was slower or wrong. Returns 1 where a result was wrong.
+
+    The JSON is written after every batch of rows, so that a run that is cut short keeps what it has measured.
+    """
     if options.device == "cuda" and not torch.cuda.is_available():
         print("fastadapt bench: --device cuda: torch sees no CUDA device", file=sys.stderr)
         return 2
     plots = import_module("benchmarks.plots") if options.plots else None  # without matplotlib this fails before anything is measured
     given = {name: value for name, value in vars(options).items() if name != "seconds" or value is not None}
-    settings = argparse.Namespace(**{"rounds": 7 if options.quick else 21, "seconds": 2.0 if options.quick else 20.0, **given})
+    settings = argparse.Namespace(**{"rounds": 7 if options.quick else 21, "seconds": 2.0 if options.quick else 6.0, **given})
+    if options.list:
+        for name in names:
+            lines = list(import_module(f"benchmarks.{name}").listed(settings))
+            print(f"== {name}: {len(lines)}", *lines, sep="\n")
+        return 0
     print(f"{machine(options.device)}; torch {torch.__version__}, fastadapt {fastadapt.__version__}, commit {commit()}")
     rows: list[tuple[str, Any]] = []
     for name in names:
         started = time.perf_counter()
         print(f"\n== {name}", flush=True)
-        rows += [(name, row) for row in import_module(f"benchmarks.{name}").run(settings)]
+        for batch in import_module(f"benchmarks.{name}").run(settings):
+            rows += [(name, row) for row in batch]
+            if options.json:
+                write_json(rows, options.json)
         print(f"-- {name}: {time.perf_counter() - started:.0f} s", flush=True)
     timings = [row for _, row in rows if isinstance(row, Row)]
     wrong, slower = [row for row in timings if not row.correct], [row for row in timings if row.slower]
     if timings:
         print(f"\n{len(timings)} comparisons: {len(wrong)} wrong and not timed, {len(slower)} slower" + ("".join(f"\n  {row}" for row in [*wrong, *slower])))
-    if options.json:
-        options.json.write_text(json.dumps([record(name, row) for name, row in rows], indent=1, allow_nan=False) + "\n")
     if options.history:
         append_history(timings, HISTORY)
     if plots:

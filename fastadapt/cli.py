@@ -193,8 +193,9 @@ def parser() -> argparse.ArgumentParser:
     for name in ("rows", "width", "rank"):
         bench.add_argument(f"--{name}", type=int, nargs="+", help=f"of the suite ops, what has this {name} alone")
     bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), nargs="+", help="of the suite ops, these activations alone")
-    bench.add_argument("--seconds", type=float, help="for the rounds of one comparison (default: 20, with --quick 2)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
+    bench.add_argument("--seconds", type=float, help="for the rounds of one comparison (default: 6, with --quick 2)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file, as they come")
+    bench.add_argument("--list", action="store_true", help="print what would be measured, and measure nothing")
     bench.add_argument("--history", action="store_true", help="append the timings to benchmarks/data/history.csv, with versions, commit, device and date")
     bench.add_argument("--plots", type=Path, metavar="DIR", help="draw the rows into PNGs in this folder (needs matplotlib)")
     bench.set_defaults(run=_bench)

@@ -24,7 +24,7 @@ class Case(NamedTuple):
     """One call of an op; ``kind`` is None for the plain bottleneck, "routed" for samples of several tasks, "shared" where these share Wd and bd, "phm" for Compacter's, which
     alone has a division, a factor rank and numbers of gradients that nobody asks for, and "lora" for LoRA's, with a width of the output and, where ``dropout``, a mask on x.
     "layer", "rms" and "none" are `dropout_add_norm`'s, with a float32 residual where ``wide``, and weight, bias and a gradient of v where ``options``.
-    Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits."""
+    Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits. ``published``: of the options the biases alone, and no second residual."""
 
     kind: str | None
     rank: int
@@ -43,6 +43,11 @@ class Case(NamedTuple):
     out: int = 1024
     dropout: bool = True
     wide: bool = False
+    published: bool = False
+
+    @property
+    def extra(self) -> bool:
+        return self.options and not self.published
 
     @property
     def op(self) -> str:
@@ -52,7 +57,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         extra = [f"d{self.width}"] * (self.width != 768) + [f"t{self.rows}"] * (self.rows != 4096) + [self.activation] * (self.activation != "gelu_new")
-        extra += ["add"] * self.add + ["plain"] * (not self.options) + ["saved"] * self.save_gate + [f"g{self.tasks}"] * (self.tasks != 4)
+        extra += ["add"] * self.add + ["plain"] * (not self.options) + ["published"] * self.published + ["saved"] * self.save_gate + [f"g{self.tasks}"] * (self.tasks != 4)
         extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm") + [f"frozen{''.join(map(str, self.frozen))}"] * bool(self.frozen)
         extra += [f"o{self.out}", "dropout" if self.dropout else "kept"] * (self.kind == "lora")
         extra += ["dropout" if self.dropout else "kept", *["wide"] * self.wide] * (self.kind in NORMS)
@@ -78,15 +83,15 @@ def launches(case: Case) -> list[Launch]:
     x, wd, wu, bd, bu = torch.empty(t, d, dtype=case.dtype), parameter(r, d), parameter(d, r), optional(r), optional(d)
     with recorded() as made:
         if case.kind is None:
-            gate, scale = optional(d), optional(1)
-            bottleneck.forward(x, wd, bd, wu, bu, gate, scale, x if case.options else None, 0.5, activation, True, True)
+            gate, scale = (optional(d), optional(1)) if case.extra else (None, None)
+            bottleneck.forward(x, wd, bd, wu, bu, gate, scale, x if case.extra else None, 0.5, activation, True, True)
             needs = [True, True, bd is not None, True, bu is not None, gate is not None, scale is not None]
             bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), wd, wu, bu, gate, scale, 0.5, activation, True, needs)
         elif case.op == "routed_bottleneck":
             g, down = case.tasks, 1 if case.kind == "shared" else case.tasks
             ids = torch.empty(max(1, t // 64), dtype=torch.int64)
             wd, bd, wu, bu = parameter(down, r, d), optional(down, r), parameter(g, d, r), optional(g, d)
-            routed_bottleneck.forward(x, ids, wd, bd, wu, bu, x if case.options else None, 0.5, activation, True, True)
+            routed_bottleneck.forward(x, ids, wd, bd, wu, bu, x if case.extra else None, 0.5, activation, True, True)
             needs = [True, True, bd is not None, True, bu is not None]
             routed_bottleneck.backward(x, x, ids, torch.empty(t, r, dtype=case.dtype), wd, bd, wu, bu, 0.5, activation, True, needs)
         else:
@@ -111,7 +116,7 @@ def phm_launches(case: Case, parameter: Callable[..., Tensor | None], optional: 
     down, up = ([parameter(n, n, n), parameter(n, wide // n, k), parameter(n, k, out // n)] for wide, out in ((d, r), (r, d)))
     activation = ACTIVATIONS.index(case.activation)
     with recorded() as made:
-        phm_bottleneck.forward(x, *down, bd, *up, bu, x if case.options else None, 0.5, activation, True, True)
+        phm_bottleneck.forward(x, *down, bd, *up, bu, x if case.extra else None, 0.5, activation, True, True)
         needs = [p is not None and i not in case.frozen for i, p in enumerate((x, *down, bd, *up, bu))]
         phm_bottleneck.backward(x, x, torch.empty(t, r, dtype=case.dtype), *down, *up, 0.5, activation, True, needs)
     return made
@@ -135,7 +140,7 @@ def norm_launches(case: Case) -> list[Launch]:
 def lora_launches(case: Case, parameter: Callable[..., Tensor | None], optional: Callable[..., Tensor | None]) -> list[Launch]:
     t, d, out, r = case.rows, case.width, case.out, case.rank
     x, y, z = (torch.empty(t, wide, dtype=case.dtype) for wide in (d, out, r))
-    wd, wu, bu, dropout = parameter(r, d), parameter(out, r), optional(out), 0.1 if case.dropout else 0.0
+    wd, wu, bu, dropout = parameter(r, d), parameter(out, r), optional(out) if case.extra else None, 0.1 if case.dropout else 0.0
     seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
     with recorded() as made:
         lora.forward(x, y, wd, wu, bu, seed, 0.5, dropout, True)
