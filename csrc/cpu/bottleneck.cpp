@@ -107,6 +107,7 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
     float *dwd = p.partials + chunk * layout.total, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
+    const bool direct = p.direct && chunk == 0;
     std::fill(sums, dbd + s.rank, 0.f);
     for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
       const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
@@ -129,12 +130,12 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
       }
       if (need_p && scales_p(p)) scale_by(thin_scale(p, s), a, m * s.rank);
       if (need_p || p.db_up) to_panels(dy, m, height, p.out, panels, p.db_up || p.dgate || p.need_scale ? sums : nullptr);
-      if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.out, add, in_partial(pt, p.rank), work, turned);
+      if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.out, add, in_partial(direct ? static_cast<float*>(p.dw_up) : pt, p.rank), work, turned);
       if (p.dw_down) {
         Rows<G> x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
         if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
         to_panels(x, m, height, p.width, panels, nullptr);
-        accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, p.direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, turned);
+        accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, turned);
       }
     }
   }
@@ -152,7 +153,7 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
   for (int64_t q = begin; q < end; ++q) {
     const int64_t j0 = q * kPanel, n = std::min(kPanel, p.out - j0);
     const bool bracket_needed = p.dgate || p.need_scale;
-    const PairSums of = reduce_pair<P>(p.partials, layout, layout.total, p.chunks, q, p.width, p.out, p.rank, p.vectors + s.rank, scales_p(p), p.direct ? nullptr : p.dw_down, p.dw_up,
+    const PairSums of = reduce_pair<P>(p.partials, layout, layout.total, p.chunks, q, p.width, p.out, p.rank, p.vectors + s.rank, scales_p(p), p.dw_down, p.direct, p.dw_up,
                                       p.db_up, bracket_needed, bracket_needed, panel, sums);
     if (!bracket_needed) continue;
     vector_or<P, A>(p.b_up ? static_cast<const P*>(p.b_up) + j0 : nullptr, bu, n, kPanel, 0.f);

@@ -21,11 +21,11 @@ struct Sizes {
   GatedPacks<G> packs(const GatedParams& p) const {
     return {reinterpret_cast<G*>(p.packed), width, rank, gate_rank};
   }
-  // Operands that recompute H' and the gate in backward, behind the others: up, gate up.
+  // Operands that recompute H' and the gate in backward, behind the others: up and gate up, each where it is needed.
   template <class G>
   std::pair<G*, G*> recompute_packs(const GatedParams& p) const {
-    G* up = reinterpret_cast<G*>(p.packed + GatedPacks<G>::size(width, rank, gate_rank));
-    return {up, up + width * rank};
+    G* up = reinterpret_cast<G*>(p.packed) + GatedPacks<G>::size(width, rank, gate_rank);
+    return {up, up + (p.total ? 0 : width * rank)};
   }
   GatedPartial partial(const GatedParams& p) const { return {width, p.rank, rank, p.gate_rank, gate_rank}; }
 };
@@ -134,9 +134,6 @@ inline void combine(const float* total, Vec gate, bool add, float scale, float* 
   const Vec t = Vec::loadu(total);
   (Vec(scale) * (add ? t + gate : t * gate)).store(y);
 }
-
-// Whether the gradients of the down-projections go from the only chunk to their place, not to its partial.
-bool is_direct(const GatedParams& p) { return p.parameter_type == kFloat && p.rows <= chunk_rows(p.rows); }
 
 // One tile's columns of gate and total are finished in buffers of 128 columns; buffers beyond n columns hold no numbers and are not stored.
 template <class A, class P, class G>
@@ -293,7 +290,7 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
   const GatedVectors v = s.vectors(p);
   const GatedPacks<G> w = s.packs<G>(p);
   const GatedPartial layout = s.partial(p);
-  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge, direct = is_direct(p);
+  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge;
   const bool need_dz = p.dh || p.dw_down || p.db_down, need_total_gradient = need_dz || p.dw_up || p.db_up;
   const bool need_dzg = large && (p.dx || p.dgate_weight || p.dgate_bias), need_gate = p.dx || p.dgate_weight || p.dgate_bias || p.dgate_up_weight || p.dgate_up_bias;
   // H' is a factor of the gate's gradient (multiply) and of that of the row gates' weights; middleX's gate gradient is a part of dH' itself, small's comes from row_gradients.
@@ -313,6 +310,7 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
     float *dwd = partial, *pt = dwd + layout.adapter.p, *sums = dwd + layout.adapter.sums, *dbd = dwd + layout.adapter.db_down;
     float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.p, *sums_g = dwg + layout.gate.sums, *dbg = dwg + layout.gate.db_down;
     float *dw_x = partial + layout.w_x, *dw_h = partial + layout.w_h, *bias = partial + layout.bias;
+    const bool direct = p.direct && chunk == 0;
     std::fill(sums, dbd + s.rank, 0.f);
     std::fill(sums_g, bias + 16, 0.f);
     for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
@@ -407,7 +405,7 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
           }
         }
         if (p.dw_up || p.db_up) to_panels(dt, m, height, p.width, panels, p.db_up ? sums : nullptr);
-        if (p.dw_up) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, in_partial(pt, p.rank), work, thin);
+        if (p.dw_up) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, in_partial(direct ? static_cast<float*>(p.dw_up) : pt, p.rank), work, thin);
         if (p.dw_down) {
           to_panels(h, m, height, p.width, panels, nullptr);
           accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, thin);
@@ -426,7 +424,7 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
         }
       }
       if (p.dgate_up_weight || p.dgate_up_bias) to_panels(dl, m, height, p.width, panels, p.dgate_up_bias ? sums_g : nullptr);
-      if (p.dgate_up_weight) accumulate_outer(ag, s.gate_rank, panels, height, p.gate_rank, p.width, add, in_partial(ptg, p.gate_rank), work, thin);
+      if (p.dgate_up_weight) accumulate_outer(ag, s.gate_rank, panels, height, p.gate_rank, p.width, add, in_partial(direct ? static_cast<float*>(p.dgate_up_weight) : ptg, p.gate_rank), work, thin);
       if (p.dgate_weight) {
         to_panels(x, m, height, p.width, panels, nullptr);
         accumulate_outer(dzg, s.gate_rank, panels, height, p.gate_rank, p.width, add, direct ? in_gradient(p.dgate_weight, p.width) : in_partial(dwg, p.gate_rank), work, thin);
@@ -441,16 +439,15 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const GatedPartial layout = s.partial(p);
   const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), stride = layout.total;
-  const bool direct = is_direct(p);
   float* panel = scratch(std::max(s.rank, s.gate_rank) * kPanel + 2 * s.width + s.rank + s.gate_rank + kPanel);
   float *scales = panel + std::max(s.rank, s.gate_rank) * kPanel, *work = scales + s.width, *sums = work + s.width + s.rank + s.gate_rank;
   const float* gate = p.partials + layout.gate_at;
   for (int64_t q = begin; q < end; ++q) {
     std::fill(scales, scales + s.width, p.adapter_scale);
-    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, p.width, p.width, p.rank, scales, p.adapter_scale == 1.f, direct ? nullptr : p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
+    reduce_pair<P>(p.partials, layout.adapter, stride, chunks, q, p.width, p.width, p.rank, scales, p.adapter_scale == 1.f, p.dw_down, p.direct, p.dw_up, p.db_up, false, false, panel, sums);
     if (p.kind != kLarge) continue;
     std::fill(scales, scales + s.width, 1.f);
-    reduce_pair<P>(gate, layout.gate, stride, chunks, q, p.width, p.width, p.gate_rank, scales, true, direct ? nullptr : p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
+    reduce_pair<P>(gate, layout.gate, stride, chunks, q, p.width, p.width, p.gate_rank, scales, true, p.dgate_weight, p.direct, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
   }
   if (begin != 0) return;
   reduce_vector<P>(p.partials + layout.adapter.db_down, stride, chunks, p.rank, p.db_down, work);

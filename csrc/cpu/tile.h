@@ -443,7 +443,7 @@ inline void to_panels(Rows<G> src, int64_t m, int64_t height, int64_t width, G* 
   }
 }
 
-// Where a product of R rows goes: a chunk's partial, [panels][R][32], or, of the only chunk, the fp32 gradient itself, row-major.
+// Where a product of R rows goes: a chunk's partial, [panels][R][32], or, of the first chunk, the fp32 gradient itself, row-major.
 struct Product {
   float* to;
   int64_t ld, panel;  // floats from a row to the next, and from a panel to the next
@@ -462,15 +462,14 @@ inline void accumulate_outer(const float* left, int64_t ld, const G* right, int6
                                 product.to + j / kPanel * product.panel, kPair<G> > 1);
 }
 
-// Sum of n numbers over the chunks, in order: in `out`, or where the only chunk has them.
-inline const float* sum_chunks(const float* partial, int64_t chunk_stride, int64_t chunks, int64_t n, float* out) {
-  if (chunks == 1) return partial;
-  const float* sum = partial;
+// Sum of n numbers over the chunks, in order: in `out`, or where the only chunk has them. `first`: the first chunk's, where they are not in its partial.
+inline const float* sum_chunks(const float* partial, int64_t chunk_stride, int64_t chunks, int64_t n, float* out, const float* first = nullptr) {
+  const float* sum = first ? first : partial;
   for (int64_t c = 1; c < chunks; ++c, sum = out) {
     partial += chunk_stride;
     vectors(n, [&](int64_t i) { (Vec::loadu(sum + i) + Vec::loadu(partial + i)).store(out + i); });
   }
-  return out;
+  return sum;
 }
 
 // P and S of one panel, where they were asked for.
@@ -479,14 +478,18 @@ struct PairSums {
 };
 
 // The gradients of a down/up pair in panel q of the columns of x and of dy: dW_down and, with P = dy' a and S the column sums of dy, dW_up = scale P (P itself, if `scaled` already) and
-// db_up = scale S.
+// db_up = scale S. Where `direct` dw_down and dw_up hold what the first chunk has of them, P in panels: those of its columns are the same numbers' places in either layout.
 template <class P>
 inline PairSums reduce_pair(const float* partials, PartialLayout layout, int64_t chunk_stride, int64_t chunks, int64_t q, int64_t width, int64_t out, int64_t rank, const float* scale, bool scaled,
-                            void* dw_down, void* dw_up, void* db_up, bool need_p, bool need_s, float* panel, float* sums) {
+                            void* dw_down, bool direct, void* dw_up, void* db_up, bool need_p, bool need_s, float* panel, float* sums) {
   const int64_t j0 = q * kPanel, n = std::min(kPanel, out - j0);
-  if (dw_down && j0 < width) {
-    const float* dw = sum_chunks(partials + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
-    for (int64_t r = 0; r < rank; ++r) narrow(dw + r * kPanel, static_cast<P*>(dw_down) + r * width + j0, std::min(kPanel, width - j0));
+  if (dw_down && j0 < width && !(direct && chunks == 1)) {
+    const int64_t columns = std::min(kPanel, width - j0);
+    P* to = static_cast<P*>(dw_down) + j0;
+    if (direct)
+      for (int64_t r = 0; r < rank; ++r) widen(to + r * width, panel + r * kPanel, columns, kPanel);
+    const float* dw = sum_chunks(partials + j0 * rank, chunk_stride, chunks, rank * kPanel, panel, direct ? panel : nullptr);
+    for (int64_t r = 0; r < rank; ++r) narrow(dw + r * kPanel, to + r * width, columns);
   }
   PairSums of{};
   if (n <= 0) return of;
@@ -494,7 +497,9 @@ inline PairSums reduce_pair(const float* partials, PartialLayout layout, int64_t
   if (db_up)
     for (int64_t j = 0; j < n; ++j) static_cast<P*>(db_up)[j0 + j] = static_cast<P>(scale[j0 + j] * of.s[j]);
   if (!(dw_up || need_p)) return of;
-  of.p = sum_chunks(partials + layout.p + j0 * rank, chunk_stride, chunks, rank * kPanel, panel);
+  const float* first = direct ? static_cast<const float*>(dw_up) + j0 * rank : nullptr;
+  if (direct && chunks == 1) copy(first, panel, rank * kPanel), first = panel;
+  of.p = sum_chunks(partials + layout.p + j0 * rank, chunk_stride, chunks, rank * kPanel, panel, first);
   if (!dw_up) return of;
   if constexpr (std::is_same_v<P, float>)
     if (scaled) {

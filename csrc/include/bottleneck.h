@@ -13,7 +13,7 @@ struct BottleneckParams {
   int64_t rows, width, out, rank;  // x has `width` columns, y, dy and residual `out`
   const int64_t* order;  // routed: the rows of one task, in ascending order; else null
   int64_t chunks;        // of rows, each with a partial
-  bool direct;           // the only chunk's dWd goes to dw_down, not to the partial
+  bool direct;           // the first chunk's dWd and P are where their gradients will be, which is room for just them; its partial begins behind them
   const void *x, *residual, *dy;
   int64_t x_stride, residual_stride, dy_stride;
   const void *w_down, *b_down, *w_up, *b_up, *gate, *scale_tensor;

@@ -20,6 +20,7 @@ struct GatedParams {
   void *y, *z, *zg, *total, *gate;  // z, zg, total, gate: written by forward if not null, read by backward (total, gate: recomputed if null)
   float *logits, *sample_gates;     // middleX and small: one logit a row; small: one gate a sample
   void *dh, *dx, *dw_down, *db_down, *dw_up, *db_up, *dgate_weight, *dgate_bias, *dgate_up_weight, *dgate_up_bias;
+  bool direct;  // as in bottleneck.h, of both pairs
   float *packed, *vectors, *partials, *row_gradients;
 };
 
@@ -40,18 +41,22 @@ struct GatedPacks {
   static constexpr int64_t size(int64_t width, int64_t rank, int64_t gate_rank) { return 2 * width * (rank + gate_rank); }
 };
 
-// A chunk's partial: the adapter's, the gate bottleneck's, the gate vectors' (w_x, w_h) and the gate bias's.
+// A chunk's partial: the adapter's, the gate bottleneck's, the gate vectors' (w_x, w_h) and the gate bias's; in front the products, which the first chunk may have elsewhere.
 struct GatedPartial {
   PartialLayout adapter, gate;
   int64_t gate_at, w_x, w_h, bias, total;
   constexpr GatedPartial(int64_t padded_width, int64_t rank, int64_t padded_rank, int64_t gate_rank, int64_t padded_gate_rank)
       : adapter(padded_width, padded_width, rank, padded_rank),
         gate(padded_width, padded_width, gate_rank, padded_gate_rank),
-        gate_at(adapter.total),
-        w_x(gate_at + gate.total),
+        gate_at(adapter.sums),
+        w_x(adapter.total + gate.total),
         w_h(w_x + padded_width),
         bias(w_h + padded_width),
-        total(bias + 16) {}
+        total(bias + 16) {
+    adapter.sums += gate.sums, adapter.db_down += gate.sums;
+    gate.sums += adapter.total - gate_at, gate.db_down += adapter.total - gate_at;
+  }
+  constexpr int64_t products() const { return adapter.sums; }
 };
 
 }  // namespace fastadapt
