@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
 LEVELS = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c"}
 WANTED = [level for level in os.environ.get("FASTADAPT_CPU_LEVELS", ",".join(LEVELS)).split(",") if level]
+REGISTERED = ("cpu_ops", "cpu_entrance")  # the files that register ops
 KERNELS = ("bottleneck", "dropout_add_norm", "gated_bottleneck", "phm_bottleneck")
 CUDA = os.environ.get("FASTADAPT_CUDA", "auto")
 # 8.0 also runs on 8.6 and 8.9.
@@ -101,15 +102,15 @@ def cpu_rules() -> list[str]:
     return [
         f"rule cc\n  command = {CXX} {flags} $extra -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule ld\n  command = {CXX} -shared -fopenmp $in -o $out {link}",
-        f"build ops.o: cc {ROOT}/csrc/cpu_ops.cpp\n  extra = -O2",
+        *(f"build {name}.o: cc {ROOT}/csrc/{name}.cpp\n  extra = -O2" for name in REGISTERED),
     ]
 
 
 def cpu_library(target: Path, level: str) -> list[str]:
-    """The registration file is compiled once, each kernel file once per vector level."""
+    """The files that see torch are compiled once, each kernel file once per vector level."""
     extra = f"-O3 {LEVELS[level]} -DCPU_CAPABILITY={level.upper()} -DCPU_CAPABILITY_{level.upper()}"
     rules = [f"build {op}_{level}.o: cc {ROOT}/csrc/cpu/{op}.cpp\n  extra = {extra}" for op in KERNELS]
-    return [*rules, f"build {target}: ld ops.o " + " ".join(f"{op}_{level}.o" for op in KERNELS)]
+    return [*rules, f"build {target}: ld " + " ".join([*(f"{name}.o" for name in REGISTERED), *(f"{op}_{level}.o" for op in KERNELS)])]
 
 
 def cuda_library(target: Path) -> list[str]:
@@ -221,6 +222,6 @@ class Wheel(bdist_wheel):
 
 
 NO_CPU, NO_CUDA = no_cpu(), no_cuda()
-EXTENSIONS = [] if NO_CPU else [Extension(f"fastadapt._cpu_{level}", ["csrc/cpu_ops.cpp", *(f"csrc/cpu/{op}.cpp" for op in KERNELS)]) for level in WANTED]
+EXTENSIONS = [] if NO_CPU else [Extension(f"fastadapt._cpu_{level}", [*(f"csrc/{name}.cpp" for name in REGISTERED), *(f"csrc/cpu/{op}.cpp" for op in KERNELS)]) for level in WANTED]
 EXTENSIONS += [] if NO_CUDA else [Extension("fastadapt._cuda", ["csrc/cuda_ops.cpp", *CUDA_SOURCES])]
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel})

@@ -1,10 +1,10 @@
-// Raw CPU ops: allocates, fills the params structs, runs the kernels' ranges in parallel. The only CPU-side file that sees the torch library API.
+// Raw CPU ops: allocates, fills the params structs, runs the kernels' ranges in parallel. With cpu_entrance.cpp the only CPU-side file that sees the torch library API.
 // Arguments were checked in Python; rows have unit stride, weights are contiguous.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -20,13 +20,11 @@
 #include "cpu/dropout_add_norm.h"
 #include "cpu/kernels.h"
 #include "cpu/phm_bottleneck.h"
+#include "cpu_ops.h"
 #include "include/plan.h"
 
-namespace {
+namespace fastadapt::raw {
 
-using at::Tensor;
-using std::optional;
-using namespace fastadapt;
 using namespace fastadapt::plan;
 
 Type type_of(at::ScalarType dtype) {
@@ -60,7 +58,7 @@ const void* data(const Tensor& t) { return t.const_data_ptr(); }
 const void* data(const optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // An output that is asked for, or the empty placeholder.
-Tensor output(bool need, at::IntArrayRef shape, const Tensor& like) { return at::empty(need ? shape : at::IntArrayRef{0}, like.options()); }
+Tensor output(bool need, at::IntArrayRef shape, const Tensor& like) { return at::cpu::empty(need ? shape : at::IntArrayRef{0}, like.options()); }
 void* pointer(bool need, Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
 
 template <class Range>
@@ -68,7 +66,7 @@ void parallel(int64_t n, Range&& range) {
   at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { range(begin, end); });
 }
 
-Tensor floats(int64_t n) { return at::empty({n}, at::TensorOptions().dtype(at::kFloat)); }
+Tensor floats(int64_t n) { return at::cpu::empty({n}, at::TensorOptions().dtype(at::kFloat)); }
 
 // Backward over chunks of rows, whose partials of `size` floats are added in order: run(chunk, partial) for each, where total(chunk) says which partial it belongs to, and that of a
 // total's first chunk is the total itself. So a thread has one partial beside it: one a chunk would be memory that is touched once, and pages of it took up to a third of the time
@@ -103,9 +101,9 @@ void over_chunks(int64_t chunks, int64_t totals, int64_t size, Total&& total, Ru
 
 void carve(BottleneckParams& p, Tensor& storage) {
   const int64_t width = padded(p.width), out = padded(p.out), rank = padded(p.rank);
-  const int64_t each = p.native ? 2 : 1;  // operands in a float's place
-  storage = floats((width + out) * rank / each + rank + 2 * out);
-  p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + width * rank / each, p.vectors = p.packed_up + out * rank / each;
+  const int64_t size = p.native ? 2 : 1;  // numbers in the place of a float
+  storage = floats((width + out) * rank / size + rank + 2 * out);
+  p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + width * rank / size, p.vectors = p.packed_up + out * rank / size;
 }
 
 int64_t panels_of(int64_t columns) { return padded(columns) / kPanel; }
@@ -167,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
   BottleneckParams p = common(x, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input);
   p.dy = data(dy), p.dy_stride = dy.stride(0), p.z = const_cast<void*>(data(z));
   Tensor dx = output(need(0), {p.rows, p.width}, x), dwd = output(need(1), {p.rank, p.width}, w_down), dbd = output(need(2), {p.rank}, w_down), dwu = output(need(3), {p.width, p.rank}, w_down),
-         dbu = output(need(4), {p.width}, w_down), dg = output(need(5), {p.width}, w_down), ds = need(6) ? at::empty(scale_tensor->sizes(), w_down.options()) : output(false, {}, w_down);
+         dbu = output(need(4), {p.width}, w_down), dg = output(need(5), {p.width}, w_down), ds = need(6) ? at::cpu::empty(scale_tensor->sizes(), w_down.options()) : output(false, {}, w_down);
   if (p.rows == 0) {
     for (Tensor* t : {&dwd, &dbd, &dwu, &dbu, &dg, &ds}) t->zero_();
     return {dx, dwd, dbd, dwu, dbu, dg, ds};
@@ -290,7 +288,7 @@ struct RoutedCalls {
 std::tuple<Tensor, Tensor> routed_bottleneck(const Tensor& x, const Tensor& task_ids, const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up,
                                              const optional<Tensor>& residual, double scale, int64_t activation, bool add_input, bool save) {
   RoutedCalls routed(x, task_ids, w_down, b_down, w_up, b_up, scale, activation, add_input);
-  Tensor y = output(true, x.sizes(), x), z = save ? at::empty({x.size(0), w_down.size(1)}, x.options()) : output(false, {}, x);
+  Tensor y = output(true, x.sizes(), x), z = save ? at::cpu::empty({x.size(0), w_down.size(1)}, x.options()) : output(false, {}, x);
   for (BottleneckParams& p : routed.calls) {
     p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0;
     p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
@@ -347,10 +345,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
 
 struct GatedWorkspace {
   Tensor floats_;
-  // Carves packs (for a backward that recomputes twice: its own operands, and those), vectors and per-row numbers from one allocation.
-  GatedWorkspace(GatedParams& p, bool recompute) {
+  // Carves packs (for backward its own operands, and those that recompute what was not saved), vectors and per-row numbers from one allocation.
+  GatedWorkspace(GatedParams& p, bool backward) {
     const int64_t width = padded(p.width), rank = padded(p.rank), gate_rank = padded(p.gate_rank), vectors = GatedVectors::size(width, rank, gate_rank);
-    const int64_t packs = (recompute ? 2 : 1) * GatedPacks<float>::size(width, rank, gate_rank) / (p.native ? 2 : 1);
+    const int64_t again = backward ? width * ((p.total ? 0 : rank) + (p.gate ? 0 : gate_rank)) : 0;
+    const int64_t packs = (GatedPacks<float>::size(width, rank, gate_rank) + again) / (p.native ? 2 : 1);
     floats_ = floats(packs + vectors + p.samples + 2 * p.rows);
     p.packed = floats_.mutable_data_ptr<float>(), p.vectors = p.packed + packs;
     p.sample_gates = p.vectors + vectors, p.row_gradients = p.sample_gates + p.samples;
@@ -382,8 +381,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_bottleneck(cons
   const std::array<int64_t, 2> wide{p.rows, p.width};
   Tensor y = output(true, wide, h), z = output(save, {}, h), zg = output(false, {}, h), total = output(keep, wide, h), gate = output(keep && large, wide, h);
   Tensor logits = floats(save && row_gate ? p.rows : 0);
-  if (save) z = at::empty({p.rows, p.rank}, h.options());
-  if (save && large) zg = at::empty({p.rows, p.gate_rank}, h.options());
+  if (save) z = at::cpu::empty({p.rows, p.rank}, h.options());
+  if (save && large) zg = at::cpu::empty({p.rows, p.gate_rank}, h.options());
   if (p.rows == 0) return {y, z, zg, logits, total, gate};
   p.y = y.mutable_data_ptr(), p.z = pointer(save, z), p.zg = pointer(save && large, zg), p.total = pointer(keep, total), p.gate = pointer(keep && large, gate);
   if (logits.numel()) p.logits = logits.mutable_data_ptr<float>();
@@ -399,18 +398,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_bottleneck(cons
   return {y, z, zg, logits, total, gate};
 }
 
-using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const optional<Tensor>& x, const Tensor& z, const Tensor& zg, const Tensor& logits, const Tensor& total, const Tensor& gate,
                                      const Tensor& w_down, const optional<Tensor>& b_down, const Tensor& w_up, const optional<Tensor>& b_up, const optional<Tensor>& g,
                                      const optional<Tensor>& g_bias, const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale, double scale,
                                      int64_t activation, int64_t kind, bool add, int64_t samples, int64_t needs) {
   GatedParams p = gated_common(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples);
-  const auto given = [&](int i, const optional<Tensor>& like) { return (needs >> i & 1) && like ? at::empty(like->sizes(), like->options()) : at::empty({0}, h.options()); };
-  std::array<Tensor, 10> grads{given(0, at::empty({0}, h.options())), given(1, at::empty({0}, h.options())), given(2, w_down), given(3, b_down), given(4, w_up),
+  const auto given = [&](int i, const optional<Tensor>& like) { return (needs >> i & 1) && like ? at::cpu::empty(like->sizes(), like->options()) : at::cpu::empty({0}, h.options()); };
+  std::array<Tensor, 10> grads{given(0, at::cpu::empty({0}, h.options())), given(1, at::cpu::empty({0}, h.options())), given(2, w_down), given(3, b_down), given(4, w_up),
                                given(5, b_up), given(6, g), given(7, g_bias), given(8, g_up), given(9, g_up_bias)};
   for (int i = 0; i < 2; ++i)
-    if (needs >> i & 1) grads[i] = at::empty({p.rows, p.width}, h.options());
+    if (needs >> i & 1) grads[i] = at::cpu::empty({p.rows, p.width}, h.options());
   auto& [dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub] = grads;
   if (p.rows == 0) {
     for (Tensor& t : grads) t.zero_();
@@ -421,15 +418,14 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   p.dy = data(dy), p.dy_stride = dy.stride(0);
   const auto saved = [](const Tensor& t) { return t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr; };
   p.z = saved(z), p.zg = saved(zg), p.total = saved(total), p.gate = saved(gate), p.logits = static_cast<float*>(saved(logits));
-  const bool recompute = !p.total || (p.kind == kLarge && !p.gate);
-  GatedWorkspace workspace(p, recompute);
+  GatedWorkspace workspace(p, true);
   const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows)), tiles = ceil_div(p.rows, kTileRows);
   const int64_t size = GatedPartial(padded(p.width), p.rank, padded(p.rank), p.gate_rank, padded(p.gate_rank)).total;
-  Tensor total_partial = floats(size);
-  p.partials = total_partial.mutable_data_ptr<float>();
+  Tensor sum = floats(size);
+  p.partials = sum.mutable_data_ptr<float>();
   cpu::gated_prepare(p);
   parallel(panels * (p.kind == kLarge ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_backward(p, b, e); });
-  if (recompute) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_pack_recompute(p, b, e); });
+  if (!p.total || (p.kind == kLarge && !p.gate)) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_pack_recompute(p, b, e); });
   if (p.kind == kSmall) {
     cpu::gated_sample_gates(p, 0, p.samples);
     parallel(tiles, [&](int64_t b, int64_t e) { cpu::gated_row_gradients(p, b, e); });
@@ -463,7 +459,7 @@ std::tuple<Tensor, Tensor> phm_bottleneck(const Tensor& x, const Tensor& rule_do
                                           double scale, int64_t activation, bool add_input, bool save) {
   PhmParams p = phm_common(x, rule_down, left_down, right_down, rule_up, left_up, right_up, scale, activation, add_input);
   p.b_down = data(b_down), p.b_up = data(b_up), p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0;
-  Tensor y = output(true, {p.rows, p.width}, x), z = save ? at::empty({p.rows, p.rank}, x.options()) : output(false, {}, x);
+  Tensor y = output(true, {p.rows, p.width}, x), z = save ? at::cpu::empty({p.rows, p.rank}, x.options()) : output(false, {}, x);
   if (p.rows == 0) return {y, z};
   p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
   Tensor packed = floats(PhmNumbers::size(p));
@@ -532,7 +528,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm_backward(const optio
   p.mean = const_cast<float*>(static_cast<const float*>(data(mean))), p.rstd = const_cast<float*>(static_cast<const float*>(data(rstd)));
   const std::array<int64_t, 2> wide{p.rows, p.width};
   const Tensor& vector = weight ? *weight : like;
-  Tensor dx = at::empty(need(0) ? at::IntArrayRef(wide) : at::IntArrayRef{0}, like.options().dtype(dtype)), dresidual = output(need(1), wide, like),
+  Tensor dx = at::cpu::empty(need(0) ? at::IntArrayRef(wide) : at::IntArrayRef{0}, like.options().dtype(dtype)), dresidual = output(need(1), wide, like),
          dweight = output(need(2), {p.width}, vector), dbias = output(need(3), {p.width}, vector);
   if (p.rows == 0) {
     for (Tensor* t : {&dweight, &dbias}) t->zero_();
@@ -546,7 +542,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm_backward(const optio
   return {dx, dresidual, dweight, dbias};
 }
 
-}  // namespace
+}  // namespace fastadapt::raw
 
 TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
   m.def(
@@ -582,6 +578,7 @@ TORCH_LIBRARY_FRAGMENT(fastadapt_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastadapt_cpu, CPU, m) {
+  using namespace fastadapt::raw;
   m.impl("gated_bottleneck", &gated_bottleneck);
   m.impl("gated_bottleneck_backward", &gated_bottleneck_backward);
   m.impl("routed_bottleneck", &routed_bottleneck);

@@ -171,6 +171,7 @@ class Explanation:
 
 _plans: dict[str, Plan] = {}
 _ran: Counter[tuple[str, str, str]] = Counter()
+_counters: list[Callable[[bool], dict[tuple[str, str, str], int]]] = []
 _warned: set[str] = set()
 _lock = threading.Lock()
 
@@ -343,10 +344,16 @@ def count(op: str, direction: str, backend: str) -> None:
         _ran[op, direction, backend] += 1
 
 
+def count_too(counter: Callable[[bool], dict[tuple[str, str, str], int]]) -> None:
+    """Adds what compiled code counts by itself to `ran`; ``counter(reset)`` tells it."""
+    if counter not in _counters:
+        _counters.append(counter)
+
+
 def ran(*, reset: bool = False) -> dict[tuple[str, str, str], int]:
     """How often each ``(op, "forward" | "backward", backend)`` ran in this process since the start or the last reset."""
     with _lock:
-        counts = dict(_ran)
+        counts = +sum((Counter(counter(reset)) for counter in _counters), _ran)  # without zeros
         if reset:
             _ran.clear()
-    return counts
+    return dict(counts)

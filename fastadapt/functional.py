@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt import backend
+from fastadapt.ops import _cpu
 from fastadapt.ops._library import activation_index
 from fastadapt.ops.bottleneck import reference as _bottleneck_reference
 from fastadapt.ops.bottleneck.function import bottleneck as _bottleneck
@@ -37,6 +38,7 @@ __all__ = ["bottleneck", "dropout_add_norm", "gated_bottleneck", "lora", "multim
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
 
+_NORMS = {None: 0, "layer": 1, "rms": 2}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -86,6 +88,10 @@ def bottleneck(
     act = activation_index(activation)
     other, add_input = _residual(residual)
     scale_number, scale_tensor = _scale("scale", scale)
+    if norm_before is None and norm_after is None and heads == 1:
+        types = type(x), type(w_down), type(b_down), type(w_up), type(b_up), type(gate), type(scale_tensor), type(other)
+        if (enter := _cpu.entrance("bottleneck", types)) and (y := enter(x, w_down, b_down, w_up, b_up, gate, scale_tensor, other, scale_number, act, add_input)) is not None:
+            return y  # type: ignore[no-any-return]
     if not _evident(x, (other,), (w_down, w_up, b_down, b_up, gate, scale_tensor), heads) or norm_before is not None or norm_after is not None:
         x, other = _activations(x=x, residual=other)
         width = x.shape[-1]
@@ -166,8 +172,15 @@ def gated_bottleneck(
     if x is None and granularity != "middleY":
         raise ValueError(f"x: granularity {granularity!r} needs the residual stream, got None")
     other = x if granularity != "middleY" else None
-    scales = [_scale(n, v)[0] for n, v in (("input_scale", input_scale), ("adapter_scale", adapter_scale), ("scale", scale)) if not _is_tensor(n, v)]
     gates = (gate_weight, gate_bias, gate_up_weight, gate_up_bias)
+    saving = -1 if save_gate is None else int(save_gate)
+    if granularity != "large_full" and heads == 1 and type(input_scale) is type(adapter_scale) is type(scale) is float:
+        tensors = h, other, w_down, b_down, w_up, b_up, *gates
+        if enter := _cpu.entrance("gated_bottleneck", tuple(map(type, tensors))):
+            y = enter(*tensors, input_scale, adapter_scale, scale, act, KINDS.index(granularity), combine == "add", saving)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+    scales = [_scale(n, v)[0] for n, v in (("input_scale", input_scale), ("adapter_scale", adapter_scale), ("scale", scale)) if not _is_tensor(n, v)]
     if not (_evident(h, (other,), (w_down, w_up, b_down, b_up), heads) and _evident_gate(h, w_down.dtype, granularity, gates)):
         h, other = _activations(h=h, x=other)
         _projections(h, w_down, w_up, b_down, b_up, heads)
@@ -183,7 +196,6 @@ def gated_bottleneck(
     if granularity == "large_full":
         kind, other = "logits", F.linear(other, gate_weight.to(h.dtype), None if gate_bias is None else gate_bias.to(h.dtype))  # type: ignore[arg-type, union-attr]
         gate_weight = gate_bias = None
-    saving = -1 if save_gate is None else int(save_gate)
     return _call(
         _gated_bottleneck, _gated_reference.composed, h, _rows(other), w_down, b_down, w_up, b_up, gate_weight, gate_bias, gate_up_weight, gate_up_bias,
         *scales, act, KINDS.index(kind), combine == "add", samples, saving,
@@ -225,6 +237,10 @@ def lora(
         TypeError, ValueError: an argument's type, shape, dtype or device is wrong; raised before any kernel runs.
         fastadapt.backend.BackendError: a demanded backend cannot run the call.
     """
+    if type(scale) is type(dropout) is float and (enter := _cpu.entrance("lora", (type(x), type(y), type(w_down), type(w_up), type(b_up), type(seed)))):
+        out = enter(x, y, w_down, w_up, b_up, seed, scale, dropout)
+        if out is not None:
+            return out  # type: ignore[no-any-return]
     _is_tensor("scale", scale)
     scale, _ = _scale("scale", scale)
     _check_dropout(dropout)
@@ -291,6 +307,10 @@ def dropout_add_norm(
         fastadapt.backend.BackendError: a demanded backend cannot run the call.
     """
     kind = _norm_index(norm)
+    if type(eps) is type(dropout) is float and (enter := _cpu.entrance("dropout_add_norm", (type(x), type(residual), type(weight), type(bias), type(seed)))):
+        y, v = enter(x, residual, weight, bias, seed, kind, eps, dropout, return_sum)
+        if y is not None:
+            return (y, v) if return_sum else y
     _is_tensor("eps", eps)
     eps, _ = _scale("eps", eps)
     if eps < 0.0:
@@ -726,7 +746,7 @@ def _beside(x: Tensor, y: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | N
 
 def _norm_index(norm: str | None) -> int:
     try:
-        return {None: 0, "layer": 1, "rms": 2}[norm]
+        return _NORMS[norm]
     except (KeyError, TypeError):
         raise ValueError(f"norm: must be 'layer', 'rms' or None, not {norm!r}") from None
 

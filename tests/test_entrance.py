@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils._python_dispatch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt import backend, functional
+from fastadapt.ops import _library
 from tests import eager
 from tests.ops import checks
 from tests.ops.checks import assert_same_bits, evaluate, every_backend, one_backend, runs_on
@@ -303,6 +305,100 @@ def test_a_compiled_function_follows_the_demand(spec: Spec, name: str) -> None:
     for demanded in ("reference", name, "reference"):
         with runs_on(spec.op, demanded):
             evaluate(compiled, spec.draw(0, device), spec.cotangent(0, device))
+
+
+needs_cpu_kernels = pytest.mark.skipif("cpu" not in checks.kernel_names, reason="the CPU kernels are not built")
+SHORT = specs(
+    [PLAIN, replace(PLAIN, lead=(21,), residual="input", biases="none"), GATED, SMALL, replace(GATED, granularity="middleY"), LORA, NORM, replace(NORM, norm=None, biases="none")]
+)
+
+
+def long_way(*args: Any) -> None:
+    raise AssertionError("this call goes the long way")
+
+
+@needs_cpu_kernels
+@SHORT
+def test_a_plain_call_takes_the_short_way(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python in one step, forward and backward, on the CPU's kernels; the bits and what is kept are those of the long way."""
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+
+    def call() -> tuple[dict[str, Tensor], list[tuple[Any, ...]]]:
+        kept: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append((t.shape, t.dtype)), t)[1], lambda t: t):
+            return checks.fused(spec, "cpu", tensors, dy), sorted((t.numel(), str(dtype)) for t, dtype in kept if t.numel())
+
+    with checks.spied():
+        expected, kept = call()
+    monkeypatch.setattr(_library, "run", long_way)
+    got, kept_too = call()
+    assert_same_bits(got, expected)
+    assert kept_too == kept
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), runs_on(spec.op, "cpu", counts=(1, 0)):
+            assert_same_bits({"y": spec.call(functional, tensors)}, {"y": expected["y"]})
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("op", ["lora", "dropout_add_norm"])
+def test_the_short_way_draws_the_same_seeds(op: str) -> None:
+    x, w = torch.randn(5, 8), torch.eye(8)
+
+    def call() -> Tensor:
+        torch.manual_seed(3)
+        return functional.lora(x, x, w, w, dropout=0.5) if op == "lora" else functional.dropout_add_norm(x, norm=None, dropout=0.5)
+
+    with checks.spied():
+        expected = call()
+    assert torch.equal(call(), expected) and not torch.equal(expected, x)
+
+
+class Subclass(Tensor):
+    """Sees torch's functions."""
+
+
+class Watcher(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@needs_cpu_kernels
+@SHORT
+@pytest.mark.parametrize("what", ["watched", "subclass", "autocast", "double", "reference", "negated"])
+def test_what_is_not_plain_goes_the_long_way(spec: Spec, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = spec.draw(0)
+    first, run, directions = next(iter(tensors)), _library.run, []
+    with checks.spied(), backend.use("cpu"):
+        expected = spec.call(functional, tensors)
+    monkeypatch.setattr(_library, "run", lambda op, direction, *args: directions.append(direction) or run(op, direction, *args))
+    if what == "watched":
+        with Watcher() as watcher, torch.inference_mode():
+            spec.call(functional, tensors)
+        assert f"fastadapt::{spec.op}" in watcher.seen
+    elif what == "autocast":
+        if spec.op == "dropout_add_norm":
+            pytest.skip("whose tensors keep their dtypes")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            spec.call(functional, tensors)
+    elif what == "double":
+        spec.call(functional, {n: t.double() for n, t in tensors.items()})
+    elif what == "reference":
+        with backend.use("reference"):
+            spec.call(functional, tensors)
+    else:
+        lazily = torch._neg_view(-tensors[first])
+        assert lazily.is_neg()
+        with backend.use("cpu"):
+            y = spec.call(functional, {**tensors, first: tensors[first].as_subclass(Subclass) if what == "subclass" else lazily})
+        assert_same_bits({"y": y.as_subclass(Tensor)}, {"y": expected})
+    assert directions == ["forward"]
 
 
 @EVERY

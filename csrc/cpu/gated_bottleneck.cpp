@@ -21,11 +21,11 @@ struct Sizes {
   GatedPacks<G> packs(const GatedParams& p) const {
     return {reinterpret_cast<G*>(p.packed), width, rank, gate_rank};
   }
-  // Operands that recompute H' and the gate in backward, behind the others: up, gate up.
+  // Operands that recompute H' and the gate in backward, behind the others: up and gate up, each where it is needed.
   template <class G>
   std::pair<G*, G*> recompute_packs(const GatedParams& p) const {
     G* up = reinterpret_cast<G*>(p.packed) + GatedPacks<G>::size(width, rank, gate_rank);
-    return {up, up + width * rank};
+    return {up, up + (p.total ? 0 : width * rank)};
   }
   GatedPartial partial(const GatedParams& p) const { return {width, p.rank, rank, p.gate_rank, gate_rank}; }
 };

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastadapt import backend
 from fastadapt.backend import Call
 
 _FOLDER = Path(__file__).parents[1]
@@ -53,3 +57,40 @@ def reasons(call: Call) -> list[str]:
 def mask(needs: list[bool]) -> int:
     """The gradients asked for, as the bit set that the raw ops take."""
     return sum(1 << i for i, need in enumerate(needs) if need)
+
+
+# Ops with a way in of their own, in the order in which csrc/cpu_entrance.cpp counts them.
+_ENTRANCES = ("bottleneck", "dropout_add_norm", "gated_bottleneck", "lora")
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_DEMANDS = (backend.AUTO, backend.index("cpu"))
+
+
+@functools.cache
+def _entrances() -> dict[str, Callable[..., Any]]:
+    if unavailable():
+        return {}
+    backend.count_too(_entered)
+    # `_op` is what the overload calls with the same arguments
+    return {op: getattr(torch.ops.fastadapt_cpu, f"{op}_entrance").default._op for op in _ENTRANCES}
+
+
+def _entered(reset: bool) -> dict[tuple[str, str, str], int]:
+    counts = torch.ops.fastadapt_cpu.entered(reset)
+    return {(op, direction, "cpu"): counts[2 * i + j] for i, op in enumerate(_ENTRANCES) for j, direction in enumerate(("forward", "backward"))}
+
+
+def entrance(op: str, types: tuple[type, ...]) -> Callable[..., Any] | None:
+    """The short way into an op, if a call on tensors of these types may take it: nobody traces, transforms or watches it, or demands another backend.
+
+    It returns None, and has done nothing, where a call is not right at a glance on this backend.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not _PLAIN.issuperset(types)
+        or backend._demand.get() not in _DEMANDS
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    ):
+        return None
+    return _entrances().get(op)

@@ -25,7 +25,7 @@ from tests.mutation import calls, cpp, schemata
 from tests.ops import checks
 from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec
 
-SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp", "csrc/cpu/dropout_add_norm.cpp")
+SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp", "csrc/cpu/dropout_add_norm.cpp", "csrc/cpu_entrance.cpp")
 FILES = ("csrc/cpu/tile.h", *SOURCES[1:3], "csrc/cpu/dropout.h")
 NORM_FILES = ("csrc/include/dropout_add_norm.h", "csrc/cpu/dropout_add_norm.cpp")
 PHM_FILES = ("csrc/include/phm_bottleneck.h", "csrc/cpu/phm_bottleneck.cpp")
@@ -401,9 +401,10 @@ def prepare_norm() -> schemata.Check:
     return check
 
 
-FAMILY = schemata.Family("cpu", FILES, commands, ("cpu_ops.o", "guard.o"), link, prepare, EXPLAINED)
+FAMILY = schemata.Family("cpu", FILES, commands, ("cpu_ops.o", "cpu_entrance.o", "guard.o"), link, prepare, EXPLAINED)
 
-PHM_FAMILY = schemata.Family("cpu_phm", PHM_FILES, commands, ("bottleneck.o", "gated_bottleneck.o", "dropout_add_norm.o", "guard.o"), link, prepare_phm, PHM_EXPLAINED)
+PHM_FIXED = ("bottleneck.o", "gated_bottleneck.o", "dropout_add_norm.o", "cpu_entrance.o", "guard.o")
+PHM_FAMILY = schemata.Family("cpu_phm", PHM_FILES, commands, PHM_FIXED, link, prepare_phm, PHM_EXPLAINED)
 
 NORM_FAMILY = schemata.Family("cpu_norm", NORM_FILES, commands, ("bottleneck.o", "gated_bottleneck.o", "phm_bottleneck.o", "guard.o"), link, prepare_norm, NORM_EXPLAINED)
 
