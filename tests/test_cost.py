@@ -233,6 +233,27 @@ def test_triton_is_modelled_with_the_launches_it_makes(launches: list[str], op: 
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize("gate_rank", [24, 40])
+def test_two_bottlenecks_of_one_rank_share_their_launches(launches: list[str], gate_rank: int) -> None:
+    """Of two ranks, the last alone."""
+    of = call("gated_bottleneck", gate_rank=gate_rank, param_dtype=torch.bfloat16, rows=300, width=64, rank=24)
+    x, z, zg, empty = (torch.zeros(300, wide, dtype=of.dtype) for wide in (64, 24, gate_rank, 0))
+    weights = [torch.zeros(s, dtype=of.dtype) for r in (24, gate_rank) for s in ((r, 64), (r,), (64, r), (64,))]
+    PLANS[of.op].module("triton").backward(x, x, x, z, zg, empty, empty, empty, *weights, 1.0, 1.0, 1.0, 3, gated_reference.KINDS.index("large"), False, 1, [True] * 10)
+    assert launches == ["gates_kernel", *["rows_kernel", "weights_kernel"] * (1 if gate_rank == 24 else 2), "reduce_kernel"]
+    assert [kernel.name for kernel in PLANS[of.op].models["triton"](of).backward] == [name.removesuffix("_kernel") for name in launches]
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize("shared", [(), (0, 1), (2,)])
+def test_shared_and_own_parameters_are_added_in_one_launch(launches: list[str], shared: tuple[int, ...]) -> None:
+    x, z, ids = torch.zeros(300, 64), torch.zeros(300, 24), torch.zeros(3, dtype=torch.int64)
+    banks = [torch.zeros(1 if i in shared else 4, *s) for i, s in enumerate(((24, 64), (24,), (64, 24), (64,)))]
+    PLANS["routed_bottleneck"].module("triton").backward(x, x, ids, z, *banks, 1.0, 3, True, [True] * 5)
+    assert launches == ["sort_kernel", "rows_kernel", "weights_kernel", "reduce_kernel"]
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_triton_runs_compacter_in_one_launch_and_two(launches: list[str], param_dtype: torch.dtype) -> None:
     """Factors are rounded as they are loaded: none more for fp32 parameters."""

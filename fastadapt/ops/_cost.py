@@ -493,29 +493,39 @@ def triton_rank(rank: int) -> int:
     return sum(size for _, size in _triton.chunks(rank))
 
 
-def triton_bottleneck_backward(s: Sizes, call: Call, rank: int, *, again: bool = False, fresh: bool = True) -> list[Kernel]:
-    """The four launches of `_triton.bottleneck_backward` with all gradients. ``again``: a kernel of this direction wrote dy; ``fresh``: none has read x."""
+def triton_bottleneck_backward(
+    s: Sizes, call: Call, ranks: Sequence[int], *, again: bool = False, fresh: bool = True, biases: bool = True, beside: tuple[int, int] = (0, 0)
+) -> list[Kernel]:
+    """The launches of `_triton.bottleneck_backward`, of one bottleneck or two, with all gradients; of biases behind the down-projection where there are ``biases``. Two of
+    different ranks share the last alone. ``again``: a kernel of this direction wrote dy; ``fresh``: whether none has read x, of two the second's; ``beside``: parts and columns of
+    the sums that are not of a bottleneck."""
     from fastadapt.ops import _triton
 
-    padded, unit = triton_rank(rank), triton_unit(s)
-    tile = triton_tile("rows", rank, call)
-    tiles = cdiv(s.t, tile.block_t)
-    rows = Kernel(
-        "rows", 2 * s.flops(padded), (1 if again else 2) * s.wide + 3 * s.thin(rank), s.wide if again else 0.0,
-        s.wide + tiles * (2.0 * s.d * padded * s.a + 4.0 * rank), tiles, 2 * cdiv(s.d, tile.block_d), unit=unit, efficiency=triton_efficiency(s),
-    )  # fmt: skip
-    sums = Kernel("columns", l2=4.0 * tiles * rank, blocks=cdiv(rank, 64), steps=cdiv(tiles, 16))
-    tile = triton_tile("weights", rank, call)
-    slabs, parts = cdiv(s.d, tile.block_d), cdiv(rank, tile.block_r)
-    splits, each = _triton.token_splits(s.t, slabs * parts)
-    elements = s.d * (2.0 * rank + 1)
-    products = Kernel(
-        "weights", 2 * s.flops(parts * tile.block_r) + parts * s.flops(16), s.wide if fresh else 0.0, (1 if fresh else 2) * s.wide + 2 * s.thin(rank),
-        (parts - 1) * 2 * s.wide + (slabs - 1) * 2 * s.thin(rank) + 4.0 * splits * elements, slabs * splits * parts, cdiv(each, tile.block_t),
-        unit=unit, efficiency=triton_efficiency(s),
-    )  # fmt: skip
-    reduced = Kernel("reduce", 0.0, s.p * elements, 0.0, 4.0 * splits * elements, cdiv(s.d, 8), 2 * splits * cdiv(rank, 128))
-    return [rows, sums, products, reduced]
+    unit, efficiency, kernels, sums, steps, partials = triton_unit(s), triton_efficiency(s), [], [beside], 0.0, 0.0
+    for rank in dict.fromkeys(ranks):
+        n, padded, thin = ranks.count(rank), triton_rank(rank), s.thin(rank)
+        unread = int(fresh and rank == ranks[-1])
+        tile = triton_tile("rows", rank, call)
+        tiles = cdiv(s.t, tile.block_t)
+        kernels.append(Kernel(
+            "rows", n * 2 * s.flops(padded), n * ((1 if again else 2) * s.wide + 3 * thin), n * s.wide if again else 0.0,
+            n * (s.wide + tiles * (2.0 * s.d * padded * s.a + 4.0 * rank)), n * tiles, 2 * cdiv(s.d, tile.block_d), unit=unit, efficiency=efficiency,
+        ))  # fmt: skip
+        tile = triton_tile("weights", rank, call)
+        slabs, parts = cdiv(s.d, tile.block_d), cdiv(rank, tile.block_r)
+        splits, each = _triton.token_splits(s.t, slabs * parts)
+        moved = 4.0 * splits * n * s.d * (2.0 * rank + 1)
+        kernels.append(Kernel(
+            "weights", n * (2 * s.flops(parts * tile.block_r) + parts * s.flops(16)), unread * s.wide, (2 * n - unread) * s.wide + n * 2 * thin,
+            n * ((parts - 1) * 2 * s.wide + (slabs - 1) * 2 * thin) + moved, n * slabs * splits * parts, cdiv(each, tile.block_t), unit=unit, efficiency=efficiency,
+        ))  # fmt: skip
+        partials += moved
+        sums += [(tiles, rank)] * (n * biases)
+        steps = max(steps, 2 * splits * cdiv(rank, 128))
+    blocks = len(ranks) * cdiv(s.d, 8) + sum(cdiv(columns, 64) for _, columns in sums)
+    steps = max(steps, *(cdiv(of_tiles, 16) for of_tiles, _ in sums))
+    written = s.p * s.d * (2.0 * sum(ranks) + len(ranks))
+    return [*kernels, Kernel("reduce", 0.0, written, 0.0, partials + sum(4.0 * of_tiles * columns for of_tiles, columns in sums), blocks, steps)]
 
 
 # Calibration: how much longer or shorter a backend takes on a real device than is modelled, written by ``make gpu-check``.

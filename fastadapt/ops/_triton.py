@@ -101,10 +101,9 @@ def piece(STARTS, program, T, SIZE, TASKS: tl.constexpr):
 
 
 @jit
-def pieces_to_add(STARTS, T, SIZE, SHARED: tl.constexpr, TASKS: tl.constexpr):
-    """The range of pieces whose partials make up a gradient: those of this program's task, its number on the grid's second axis, or those of all tasks for a shared parameter."""
+def pieces_to_add(STARTS, task, T, SIZE, SHARED: tl.constexpr, TASKS: tl.constexpr):
+    """The range of pieces whose partials make up a gradient: those of a task, or those of all tasks for a shared parameter."""
     g, _, _, pieces = segments(STARTS, T, SIZE, TASKS)
-    task = tl.program_id(1).to(tl.int64)
     return tl.sum(tl.where(g < task, pieces, 0), 0), tl.sum(tl.where(g < (TASKS if SHARED else task + 1), pieces, 0), 0)
 
 
@@ -259,24 +258,17 @@ def activate_chunks(z, ACTIVATION: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @jit
-def rows_kernel(
-    DY, Z, WD, WU, G, S, DX, DZ, A, SUMS, scale, add, T, D, stride_dy,
-    R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ORDER=None, STARTS=None, stride_wd=None, stride_wu=None, TASKS: tl.constexpr = 0,
-    D_OUT=None, SEED=None, threshold=None,
+def row_gradients(
+    DY, Z, WD, WU, G, S, DX, DZ, A, SUMS, scale, add, stride_dy, stride_wd, stride_wu, rows, valid, task, D, D_OUT, SEED, threshold,
+    R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
-    """dz = s ((dy (.) g) Wu) (.) phi'(z), its column sums per row tile, a = phi(z), and dx = M (.) (dz Wd) + add dy.
+    """Of one bottleneck and one tile: dz = s ((dy (.) g) Wu) (.) phi'(z), its column sums, a = phi(z), and dx = M (.) (dz Wd) + add dy.
 
     Global memory a row: reads 2 (D + R) bytes in half precision (dy once more from L2), writes 2 (D + 2 R): a is stored because each of the D / BLOCK_D programs of
     `weights_kernel` would have to evaluate it again. The identity's a is z: neither is then read nor written.
     """
     dtype: tl.constexpr = DY.dtype.element_ty
-    if ORDER is None:
-        rows, valid = tile_rows(T, BLOCK_T)
-    else:
-        task, rows, valid = tile_of_task(ORDER, STARTS, T, BLOCK_T, TASKS)
-        if task > TASKS:
-            return
+    if task is not None:
         WD += tl.minimum(task, TASKS - 1) * stride_wd
         WU += tl.minimum(task, TASKS - 1) * stride_wu
     if DZ is not None or SUMS is not None or DX is not None:
@@ -303,7 +295,7 @@ def rows_kernel(
                 dx = expand(dz, WD, columns, 1, D, D, R, CHUNKS, EVEN, PRECISION)
                 if SEED is not None:
                     dx = tl.where(keep(seed, threshold, rows, start, BLOCK_D), dx, 0.0)
-                if ORDER is not None:
+                if task is not None:
                     dx = tl.where(task < TASKS, dx, 0.0)
                 if add is not None:
                     dx += add * load_tile(DY, stride_dy, rows, valid, columns, D, EVEN).to(tl.float32)
@@ -311,11 +303,36 @@ def rows_kernel(
 
 
 @jit
+def rows_kernel(
+    PROBLEMS, T, D,
+    R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER=None, STARTS=None, TASKS: tl.constexpr = 0, D_OUT=None, SEED=None, threshold=None,
+):  # fmt: skip
+    """`row_gradients` of one bottleneck, or of two of one rank. Grid: tiles of rows, bottlenecks."""
+    task = None
+    if ORDER is None:
+        rows, valid = tile_rows(T, BLOCK_T)
+    else:
+        task, rows, valid = tile_of_task(ORDER, STARTS, T, BLOCK_T, TASKS)
+        if task > TASKS:
+            return
+    if len(PROBLEMS) == 1 or tl.program_id(1) == 0:
+        row_gradients(*PROBLEMS[0], rows, valid, task, D, D_OUT, SEED, threshold, R, CHUNKS, ACTIVATION, BLOCK_D, EVEN, PRECISION, TASKS)
+    else:
+        row_gradients(*PROBLEMS[1], rows, valid, task, D, D_OUT, SEED, threshold, R, CHUNKS, ACTIVATION, BLOCK_D, EVEN, PRECISION, TASKS)
+
+
+@jit
 def slab_sums(
-    DY, A, X, DZ, P, Q, S, slab, columns, r, split, first, last, D, stride_dy, stride_x, ORDER, SEED, threshold,
+    DY, A, X, DZ, P, Q, S, stride_dy, stride_x, slab, part, split, first, last, D, ORDER, SEED, threshold,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of `weights_kernel` that a program does: columns of one slab, rows of one split, a chunk of R."""
+    """Of one bottleneck, the columns of one slab, the rows of one split and a chunk of R: P = dy' a and Q = (M (.) x)' dz, (D, R) each, and S = column sums of dy, (D,).
+
+    S is a product with ones on the matrix unit: tl.sum would cost 30 more registers.
+    """
+    columns = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+    r = part * BLOCK_R + tl.arange(0, BLOCK_R)
     p = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     s = tl.zeros((BLOCK_D, 16), tl.float32)
@@ -342,29 +359,23 @@ def slab_sums(
     if Q is not None:
         tl.store(Q + split * D * R + columns[:, None] * R + r[None, :], q, mask=exists[:, None] & (r < R)[None, :])
     if S is not None:
-        if tl.program_id(2) == 0:
+        if part == 0:
             tl.store(S + split * D + columns, tl.sum(s, 1) * 0.0625, mask=exists)
 
 
 @jit
 def weights_kernel(
-    DY, A, X, DZ, P, Q, S, T, D, rows_per_split, stride_dy, stride_x,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    PROBLEMS, T, D, rows_per_split,
+    R: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ORDER=None, STARTS=None, TASKS: tl.constexpr = 0, D_OUT=None, SEED=None, threshold=None,
 ):  # fmt: skip
-    """Partials over one split of the rows: P = dy' a and Q = (M (.) x)' dz, (D, R) each, and S = column sums of dy, (D,). Grid: slabs of D, splits, chunks of R.
+    """`slab_sums` of one bottleneck, or of two of one rank, over one split of the rows. Grid: slabs of D, splits, chunks of R of the one and behind its PARTS those of the other.
 
     Beside a projection P and S are of slabs of D_OUT, and Q is of those of D, which the grid has behind them: no program holds both sums.
-    S is a product with ones on the matrix unit: tl.sum would cost 30 more registers.
     """
     slab = tl.program_id(0)
-    if D_OUT is not None:
-        slabs = tl.cdiv(D_OUT, BLOCK_D)
-        of_up = slab < slabs
-        slab = tl.where(of_up, slab, slab - slabs)
-    columns = slab * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    part = tl.program_id(2)
     if ORDER is None:
         first = split * rows_per_split
         last = tl.minimum(first + rows_per_split, T)
@@ -372,30 +383,38 @@ def weights_kernel(
         task, first, last = piece(STARTS, split, T, rows_per_split, TASKS)
         if task >= TASKS:
             return
-    if D_OUT is None:
-        slab_sums(DY, A, X, DZ, P, Q, S, slab, columns, r, split, first, last, D, stride_dy, stride_x, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
-    elif of_up:
-        slab_sums(DY, A, X, DZ, P, None, S, slab, columns, r, split, first, last, D_OUT, stride_dy, stride_x, ORDER, None, None, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
+    if D_OUT is not None:
+        DY, A, X, DZ, P, Q, S, stride_dy, stride_x = PROBLEMS[0]
+        slabs = tl.cdiv(D_OUT, BLOCK_D)
+        if slab < slabs:
+            slab_sums(
+                DY, A, X, DZ, P, None, S, stride_dy, stride_x, slab, part, split, first, last, D_OUT, ORDER, None, None,
+                R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION,
+            )  # fmt: skip
+        else:
+            slab_sums(
+                DY, A, X, DZ, None, Q, None, stride_dy, stride_x, slab - slabs, part, split, first, last, D, ORDER, SEED, threshold,
+                R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION,
+            )  # fmt: skip
+    elif len(PROBLEMS) == 1 or part < PARTS:
+        slab_sums(*PROBLEMS[0], slab, part, split, first, last, D, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
     else:
-        slab_sums(DY, A, X, DZ, None, Q, None, slab, columns, r, split, first, last, D, stride_dy, stride_x, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
+        slab_sums(*PROBLEMS[1], slab, part - PARTS, split, first, last, D, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
 
 
 @jit
-def reduce_kernel(
-    P, Q, S, WU, BU, G, SCALE, DWD, DWU, DBU, DG, DSCALE, scale, splits, D,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
-    STARTS=None, T=None, rows_per_split=None, SHARED: tl.constexpr = True, TASKS: tl.constexpr = 0, D_OUT=None,
+def add_splits(
+    P, Q, S, WU, BU, G, SCALE, DWD, DWU, DBU, DG, DSCALE, scale, splits, slab, task, D, C, STARTS, T, rows_per_split,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, SHARED: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partials in the order of the splits. dWd = Q', dWu = s g (.) P, dbu = s g (.) S, dg = s b and, summed over D elsewhere, ds = g (.) b, with
-    b = rowsum(Wu (.) P) + bu (.) S: the gradients of gate and scale need no up-projection."""
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Adds one bottleneck's partials in the order of the splits. dWd = Q', dWu = s g (.) P, dbu = s g (.) S, dg = s b and, summed over D elsewhere, ds = g (.) b, with
+    b = rowsum(Wu (.) P) + bu (.) S: the gradients of gate and scale need no up-projection. P and S are C wide, Q is D wide."""
+    columns = slab * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = columns < D
-    C = D if D_OUT is None else D_OUT
     of_up = columns < C
     first, last = 0, splits
     if STARTS is not None:
-        first, last = pieces_to_add(STARTS, T, rows_per_split, SHARED, TASKS)
-        task = tl.program_id(1).to(tl.int64)
+        first, last = pieces_to_add(STARTS, task, T, rows_per_split, SHARED, TASKS)
         if DBU is not None:
             DBU += task * C
         if DWU is not None:
@@ -448,16 +467,16 @@ def reduce_kernel(
 
 
 @jit
-def columns_kernel(
-    PARTIALS, OUT, REST, parts, C, W, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STARTS=None, T=None, rows_per_part=None, SHARED: tl.constexpr = True, TASKS: tl.constexpr = 0
+def add_tiles(
+    PARTIALS, OUT, REST, parts, C, W, block, task, STARTS, T, rows_per_tile, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SHARED: tl.constexpr, TASKS: tl.constexpr
 ):  # fmt: skip
-    """Column sums of fp32 partials (parts, C), added in order: columns below W go to OUT, column W to REST. Either may be None."""
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Column sums of fp32 partials (parts, C), one part a tile of rows, added in order: columns below W go to OUT, column W to REST. Either may be None."""
+    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     first = 0
     if STARTS is not None:
-        first, parts = pieces_to_add(STARTS, T, rows_per_part, SHARED, TASKS)
-        OUT += tl.program_id(1).to(tl.int64) * W
+        first, parts = pieces_to_add(STARTS, task, T, rows_per_tile, SHARED, TASKS)
+        OUT += task * W
     for start in tl.range(first, parts, BLOCK_N):
         part = start + tl.arange(0, BLOCK_N)
         total += tl.load(PARTIALS + part.to(tl.int64)[:, None] * C + columns[None, :], mask=(part < parts)[:, None] & (columns < C)[None, :], other=0.0)
@@ -466,6 +485,40 @@ def columns_kernel(
         tl.store(OUT + columns, sums.to(OUT.dtype.element_ty), mask=columns < W)
     if REST is not None:
         tl.store(REST + columns - W, sums.to(REST.dtype.element_ty), mask=columns == W)
+
+
+@jit
+def add_partials(
+    SPLITS, TILES, task, slabs, D, C, STARTS, T, rows_per_split, rows_per_tile,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr, SHARED: tl.constexpr, TASKS: tl.constexpr,
+):  # fmt: skip
+    """Of one problem: the programs below ``slabs`` add what there is a split of the rows, the others what there is a tile. Either may be None."""
+    block = tl.program_id(0)
+    if TILES is None or block < slabs:
+        if SPLITS is not None:
+            add_splits(*SPLITS, block, task, D, C, STARTS, T, rows_per_split, R, BLOCK_R, BLOCK_D, DTYPE, SHARED, TASKS)
+    else:
+        add_tiles(*TILES, block - slabs, task, STARTS, T, rows_per_tile, BLOCK_N, BLOCK_C, SHARED, TASKS)
+
+
+@jit
+def reduce_kernel(
+    PROBLEMS, slabs, D, RANKS: tl.constexpr, BANKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr,
+    STARTS=None, T=None, rows_per_split=None, rows_per_tile=None, TASKS: tl.constexpr = 0, D_OUT=None,
+):  # fmt: skip
+    """`add_partials` of one problem, or of two: bottlenecks, parameters of each task and those that all share, or a bottleneck and other sums over row tiles. Grid: slabs of the
+    wider of D and D_OUT and behind them blocks of column sums; the tasks of the one problem and behind them those of the other, BANKS of each."""
+    task = tl.program_id(1).to(tl.int64)
+    C = D if D_OUT is None else D_OUT
+    if len(PROBLEMS) == 1 or task < BANKS[0]:
+        add_partials(
+            *PROBLEMS[0], task, slabs, D, C, STARTS, T, rows_per_split, rows_per_tile, RANKS[0], BLOCK_R, BLOCK_D, BLOCK_N, BLOCK_C, DTYPE, BANKS[0] == 1, TASKS
+        )  # fmt: skip
+    else:
+        add_partials(
+            *PROBLEMS[1], task - BANKS[0], slabs, D, C, STARTS, T, rows_per_split, rows_per_tile, RANKS[1], BLOCK_R, BLOCK_D, BLOCK_N, BLOCK_C, DTYPE, BANKS[1] == 1, TASKS
+        )  # fmt: skip
 
 
 interpreted = triton is not None and not isinstance(rows_kernel, triton.JITFunction)
@@ -518,7 +571,7 @@ _GATE_TILES = {
     "fp32": ((128, Tile(32, 32, 8, 2)), (512, Tile(16, 16, 8, 2, 0, 255))),
 }
 _WEIGHT_TILES = {
-    "half": ((16, Tile(64, 64, 4, 3, 16)), (32, Tile(64, 64, 4, 3, 32)), (64, Tile(64, 64, 4, 3, 64)), (96, Tile(64, 128, 8, 3, 32)), (1024, Tile(64, 64, 4, 3, 64))),
+    "half": ((16, Tile(64, 64, 4, 3, 16, 255)), (32, Tile(64, 64, 4, 3, 32)), (64, Tile(64, 64, 4, 3, 64)), (96, Tile(64, 128, 8, 3, 32)), (1024, Tile(64, 64, 4, 3, 64))),
     "fp32": ((16, Tile(32, 32, 8, 2, 16)), (1024, Tile(32, 32, 8, 2, 32))),
 }
 _ROUTED_WEIGHT_TILES = {
@@ -541,7 +594,9 @@ _MASKED_TILES = {
     "gated_forward": (*_GATE_TILES["half"][:2], (256, Tile(32, 16, 8, 2)), *_GATE_TILES["half"][3:]),
 }
 """Of half precision with masks, where some activation on some architecture spills with the tile of the same number of registers without masks."""
-_REDUCE_TILE = Tile(0, 8, 8, 3, 128, 255)
+_REDUCE_TILE = Tile(16, 8, 8, 3, 128, 255)
+_REDUCE_COLUMNS = 64
+"""Column sums of this many columns a program, 16 partials a step."""
 MAX_RANK_GATED_FP32 = 256
 """Above it the gated kernels with fp32 products spill whatever the tile."""
 
@@ -657,9 +712,9 @@ class Routing(NamedTuple):
         """What kernels over rows take."""
         return {"ORDER": self.order, "STARTS": self.starts, "TASKS": self.tasks, **strides}
 
-    def by_task(self, shared: bool) -> dict[str, Any]:
-        """What kernels that add partials take."""
-        return {"STARTS": self.starts, "T": len(self.order), "SHARED": shared, "TASKS": self.tasks}
+    def by_task(self, **rows_of_pieces: int) -> dict[str, Any]:
+        """What the kernel that adds partials takes."""
+        return {"STARTS": self.starts, "T": len(self.order), "TASKS": self.tasks, **rows_of_pieces}
 
     def pieces(self, rows: int, size: int) -> int:
         """An upper bound: each stretch has at most one piece that is not full, and the last would be one anyway."""
@@ -683,14 +738,6 @@ class Projection(NamedTuple):
         return {"D_OUT": self.width, **({"SEED": self.seed, "threshold": threshold(self.dropout) - 2**31} if masks and self.seed is not None else {})}
 
 
-def column_sums(partials: Tensor, out: Tensor | None, rest: Tensor | None, width: int, routing: Routing | None = None, rows_per_part: int = 0) -> None:
-    """With ``routing``, of each task's partials into its row of ``out``, or of all into the only row."""
-    parts, columns = partials.shape
-    tasks = 1 if routing is None or out is None else len(out)
-    by_task = {} if routing is None else {**routing.by_task(tasks == 1), "rows_per_part": rows_per_part}
-    launch(columns_kernel, (cdiv(columns, 64), tasks), partials, partials, out, rest, parts, columns, width, BLOCK_N=16, BLOCK_C=64, **by_task)
-
-
 def task_stride(parameter: Tensor | None) -> int:
     """Elements from one task's to the next; 0 where all share one."""
     return 0 if parameter is None or len(parameter) == 1 else parameter.stride(0)
@@ -703,79 +750,155 @@ def token_splits(rows: int, programs: int) -> tuple[int, int]:
     return cdiv(rows, size), size
 
 
-def bottleneck_backward(
-    dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None,
-    scale: float, activation: int, add: float | None, needs: Sequence[bool], param_dtype: torch.dtype, routing: Routing | None = None,
-    projection: Projection | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x, as ``reference.backward`` returns them; w_down and w_up already rounded, vectors contiguous.
-    With ``projection`` those of s (D(x) Wd' Wu' + bu), in which dropout's D(x) is k M (.) x.
+class Bottleneck(NamedTuple):
+    """One y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x whose gradients are asked for: those of x, Wd, bd, Wu, bu, g and s that it ``needs``. w_down and w_up are rounded already,
+    vectors contiguous. Without needs dy may be None."""
 
-    With ``routing`` the parameters are banks of tasks, and there is neither gate nor scale tensor. A task's gradients have the bits of a call with its rows alone while the splits
-    of both have 256 rows; their size is one for all tasks, or each would have 192 programs.
+    dy: Any
+    x: Tensor
+    z: Tensor
+    w_down: Tensor
+    w_up: Tensor
+    b_up: Tensor | None
+    gate: Tensor | None
+    scale_tensor: Tensor | None
+    scale: float
+    add: float | None
+    needs: Sequence[bool]
+
+
+class Rows(NamedTuple):
+    """What `row_gradients` takes of a bottleneck. Kernels know the strides by their names."""
+
+    DY: Any
+    Z: Any
+    WD: Any
+    WU: Any
+    G: Any
+    S: Any
+    DX: Any
+    DZ: Any
+    A: Any
+    SUMS: Any
+    scale: float
+    add: float | None
+    stride_dy: int
+    stride_wd: int | None
+    stride_wu: int | None
+
+
+class Weights(NamedTuple):
+    """What `slab_sums` takes of a bottleneck."""
+
+    DY: Any
+    A: Any
+    X: Any
+    DZ: Any
+    P: Any
+    Q: Any
+    S: Any
+    stride_dy: int
+    stride_x: int
+
+
+class TileSums(NamedTuple):
+    """What `add_tiles` takes of a bottleneck."""
+
+    PARTIALS: Any
+    OUT: Any
+    REST: Any
+    parts: int
+    C: int
+    W: int
+
+
+def bottleneck_backward(
+    problems: Sequence[Bottleneck], activation: int, param_dtype: torch.dtype, routing: Routing | None = None, projection: Projection | None = None, sums: TileSums | None = None
+) -> list[tuple[Tensor, ...]]:
+    """The gradients of one bottleneck or two over the same number of rows, each as ``reference.backward`` returns them: a launch over row tiles, one over slabs of the width and
+    splits of the rows, and one to add partials, in which those of one bottleneck may have ``sums`` beside them. Two of different ranks share the last alone: kernels of every two
+    ranks would not all do without spills (96 and 16 on 10.0). With ``projection`` the one is s (D(x) Wd' Wu' + bu), in which dropout's D(x) is k M (.) x.
+
+    With ``routing`` the parameters of the one are banks of tasks, and there is neither gate nor scale tensor. A task's gradients have the bits of a call with its rows alone while
+    the splits of both have 256 rows; their size is one for all tasks, or each would have 192 programs.
     """
-    need_x, need_wd, need_bd, need_wu, need_bu, need_gate, need_scale = needs
-    (t, d), r, dtype, d_out = x.shape, z.shape[1], x.dtype, dy.shape[1]
+    x = problems[0].x
+    (t, d), dtype = x.shape, x.dtype
+    d_out = d if projection is None else projection.width
     even = math.gcd(d, d_out)
+    wd, bd, wu, bu = ((),) * 4 if routing is None else ((bank,) for bank in routing.banks)
 
     def new(needed: bool, *shape: int, of: torch.dtype = param_dtype) -> Any:
         return torch.empty(shape, dtype=of, device=x.device) if needed else None
 
-    wd, bd, wu, bu = ((),) * 4 if routing is None else ((bank,) for bank in routing.banks)
-    dx, dg = new(need_x, t, d, of=dtype), new(need_gate, d)
-    dwd, dbd, dwu, dbu = new(need_wd, *wd, r, d), new(need_bd, *bd, r), new(need_wu, *wu, d_out, r), new(need_bu, *bu, d_out)
-    ds = new(need_scale, d, of=torch.float32)
+    def options(*, masks: bool) -> dict[str, Any]:
+        return {**({} if routing is None else routing.by_row()), **({} if projection is None else projection.options(masks=masks)), "PRECISION": precision(dtype)}
+
+    gradients = []
+    for p in problems:
+        r, (need_x, need_wd, need_bd, need_wu, need_bu, need_gate, need_scale) = p.z.shape[1], p.needs
+        of_weights = new(need_wd, *wd, r, d), new(need_bd, *bd, r), new(need_wu, *wu, d_out, r), new(need_bu, *bu, d_out)
+        gradients.append([new(need_x, t, d, of=dtype), *of_weights, new(need_gate, d), new(need_scale, d, of=torch.float32)])
     if t == 0:
-        for gradient in (dwd, dbd, dwu, dbu, dg, ds):
-            if gradient is not None:
-                gradient.zero_()
+        for gradient in (g for of_one in gradients for g in of_one if g is not None):
+            gradient.zero_()
     else:
-        bracket = need_gate or need_scale
-        shared = {"R": r, "PRECISION": precision(dtype)}
-        activated, dz = new((need_wu or bracket) and activation != 0, t, r, of=dtype), new(need_wd, t, r, of=dtype)
-        a = z if (need_wu or bracket) and activation == 0 else activated
-        if need_x or need_wd or need_bd or activated is not None:
-            shape = tile("routed_rows" if routing is not None else "rows" if projection is None else "projection_rows", r, even, dtype)
-            tiles = cdiv(t, shape.block_t) if routing is None else routing.pieces(t, shape.block_t)
-            sums = new(need_bd, tiles, r, of=torch.float32)
-            by_row = {} if routing is None else routing.by_row(stride_wd=task_stride(w_down), stride_wu=task_stride(w_up))
-            by_row |= {} if projection is None else projection.options(masks=need_x)
-            constants = {"CHUNKS": chunks(r), "ACTIVATION": activation, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": even % shape.block_d == 0, **shared}
-            full = scale if projection is None else scale * projection.factor
-            args = (dy, z, w_down, w_up, gate, scale_tensor, dx, dz, activated, sums, full, add, t, d, dy.stride(0))
-            launch(rows_kernel, (tiles,), x, *args, tile=shape, **constants, **by_row)
-            if sums is not None:
-                column_sums(sums, dbd, None, r, routing, shape.block_t)
-        if a is not None or need_wd or need_bu:
-            shape = tile("routed_weights" if routing is not None else "weights" if projection is None else "projection_weights", r, even, dtype)
-            slabs, parts = cdiv(d, shape.block_d), cdiv(r, shape.block_r) if a is not None or need_wd else 1
-            slabs += 0 if projection is None else cdiv(d_out, shape.block_d)
+        kind = "routed_" if routing is not None else "projection_" if projection is not None else ""
+        partials: list[Any] = []
+        for r in dict.fromkeys(p.z.shape[1] for p in problems):
+            row_tile, slab_tile = (tile(kind + kernel, r, even, dtype) for kernel in ("rows", "weights"))
+            tiles = cdiv(t, row_tile.block_t) if routing is None else routing.pieces(t, row_tile.block_t)
+            slabs, parts = cdiv(d, slab_tile.block_d) + (0 if projection is None else cdiv(d_out, slab_tile.block_d)), cdiv(r, slab_tile.block_r)
             splits, size = token_splits(t, slabs * parts)
             splits = splits if routing is None else routing.pieces(t, size)
-            p, q = new(a is not None, splits, d_out, r, of=torch.float32), new(need_wd, splits, d, r, of=torch.float32)
-            s = new(need_bu or (bracket and b_up is not None), splits, d_out, of=torch.float32)
-            constants = {"BLOCK_R": shape.block_r, "BLOCK_T": shape.block_t, "BLOCK_D": shape.block_d, "EVEN": even % shape.block_d == 0, **shared}
-            by_row = {} if routing is None else routing.by_row()
-            by_row |= {} if projection is None else projection.options(masks=need_wd)
-            if routing is not None:  # loads at addresses that are loaded too: Triton shares the stages out among the two, and would leave half of them for the tiles
-                shape = shape._replace(stages=2 * shape.stages - 1)
-            launch(weights_kernel, (slabs, splits, parts), x, dy, a, x, dz, p, q, s, t, d, size, dy.stride(0), x.stride(0), tile=shape, **constants, **by_row)
+            by_row, by_slab, of_parts = [], [], []
+            for p, (dx, dwd, dbd, dwu, dbu, dg, ds) in zip(problems, gradients, strict=True):
+                if p.z.shape[1] != r:
+                    continue
+                bracket = dg is not None or ds is not None
+                activated, dz = new((dwu is not None or bracket) and activation != 0, t, r, of=dtype), new(dwd is not None, t, r, of=dtype)
+                a = p.z if (dwu is not None or bracket) and activation == 0 else activated
+                of_tiles = new(dbd is not None, tiles, r, of=torch.float32)
+                if any(v is not None for v in (dx, dwd, dbd, activated)):
+                    full = p.scale if projection is None else p.scale * projection.factor
+                    strides = (None, None) if routing is None else (task_stride(p.w_down), task_stride(p.w_up))
+                    by_row.append(Rows(p.dy, p.z, p.w_down, p.w_up, p.gate, p.scale_tensor, dx, dz, activated, of_tiles, full, p.add, p.dy.stride(0), *strides))
+                of_up, of_down = new(a is not None, splits, d_out, r, of=torch.float32), new(dwd is not None, splits, d, r, of=torch.float32)
+                of_bias = new(dbu is not None or (bracket and p.b_up is not None), splits, d_out, of=torch.float32)
+                if any(v is not None for v in (of_up, of_down, of_bias)):
+                    by_slab.append(Weights(p.dy, a, p.x, dz, of_up, of_down, of_bias, p.dy.stride(0), p.x.stride(0)))
+                    of_parts.append(1 if of_up is None and of_down is None else parts)
+                pairs = ((of_up, dwu), (of_down, dwd), (of_bias, dbu), (of_tiles, dbd))
+                for tasks in [1] if routing is None else dict.fromkeys(len(g) for _, g in pairs if g is not None):  # a problem for each number of tasks that have their own
+                    (u, du), (v, dv), (b, db), (s, dz_sums) = (pair if routing is None or (pair[1] is not None and len(pair[1]) == tasks) else (None, None) for pair in pairs)
+                    of_splits = (u, v, b, p.w_up, p.b_up, p.gate, p.scale_tensor, dv, du, db, dg, ds, p.scale, splits)
+                    given = None if u is None and v is None and b is None else of_splits, None if s is None else TileSums(s, dz_sums, None, tiles, r, r)
+                    partials += [(r, tasks, given)] if any(given) else []
+
+            if by_row:
+                constants = {"R": r, "CHUNKS": chunks(r), "ACTIVATION": activation, "BLOCK_T": row_tile.block_t, "BLOCK_D": row_tile.block_d, "EVEN": even % row_tile.block_d == 0}
+                constants |= options(masks=any(problem.DX is not None for problem in by_row))
+                launch(rows_kernel, (tiles, len(by_row)), x, tuple(by_row), t, d, tile=row_tile, **constants)
+            if by_slab:
+                constants = {"R": r, "PARTS": of_parts[0], "BLOCK_R": slab_tile.block_r, "BLOCK_T": slab_tile.block_t, "BLOCK_D": slab_tile.block_d}
+                constants |= {"EVEN": even % slab_tile.block_d == 0, **options(masks=any(problem.Q is not None for problem in by_slab))}
+                if routing is not None:  # loads at addresses that are loaded too: Triton shares the stages out among the two, and would leave half of them for the tiles
+                    slab_tile = slab_tile._replace(stages=2 * slab_tile.stages - 1)
+                launch(weights_kernel, (slabs, splits, sum(of_parts)), x, tuple(by_slab), t, d, size, tile=slab_tile, **constants)
+        partials += [] if sums is None else [(1, 1, (None, sums))]
+        if partials:
+            ranks, banks, of_partials = zip(*partials, strict=True)
             shape = _REDUCE_TILE
-            constants = {"BLOCK_R": min(shape.block_r, max(16, power_of_two(r))), "BLOCK_D": shape.block_d, "DTYPE": language_dtype(dtype), "R": r}
-            if routing is None:
-                args = (p, q, s, w_up, b_up, gate, scale_tensor, dwd, dwu, dbu, dg, ds, scale, splits, d)
-                constants |= {} if projection is None else projection.options(masks=False)
-                launch(reduce_kernel, (cdiv(max(d, d_out), shape.block_d),), x, *args, tile=shape, **constants)
-            else:  # one launch for the parameters that each task has its own of, and one for those that all share
-                pairs = ((p, dwu), (q, dwd), (s, dbu))
-                for tasks in {len(gradient): None for _, gradient in pairs if gradient is not None}:
-                    (of_up, up), (of_down, down), (of_bias, bias) = (pair if pair[1] is not None and len(pair[1]) == tasks else (None, None) for pair in pairs)
-                    args = (of_up, of_down, of_bias, w_up, None, None, None, down, up, bias, None, None, scale, splits, d)
-                    by_task = {**routing.by_task(tasks == 1), "rows_per_split": size}
-                    launch(reduce_kernel, (cdiv(d, shape.block_d), tasks), x, *args, tile=shape, **constants, **by_task)
-    if ds is not None and scale_tensor is not None:
-        ds = ds.sum().to(param_dtype).reshape(scale_tensor.shape)
-    return tuple(none(dy) if gradient is None else gradient for gradient in (dx, dwd, dbd, dwu, dbu, dg, ds))
+            slabs = cdiv(max(d, d_out), shape.block_d) if any(of_splits for of_splits, _ in of_partials) else 0
+            blocks = max(cdiv(of_tiles.C, _REDUCE_COLUMNS) if of_tiles else 0 for _, of_tiles in of_partials)
+            constants = {"RANKS": ranks, "BANKS": banks, "BLOCK_R": min(shape.block_r, max(16, power_of_two(max(ranks)))), "BLOCK_D": shape.block_d, "DTYPE": language_dtype(dtype)}
+            constants |= {"BLOCK_N": shape.block_t, "BLOCK_C": _REDUCE_COLUMNS, **({} if projection is None else projection.options(masks=False))}
+            constants |= {} if routing is None else routing.by_task(rows_per_split=size, rows_per_tile=row_tile.block_t)
+            launch(reduce_kernel, (slabs + blocks, sum(banks)), x, of_partials, slabs, d, tile=shape, **constants)
+    for p, of_one in zip(problems, gradients, strict=True):
+        if of_one[6] is not None and p.scale_tensor is not None:
+            of_one[6] = of_one[6].sum().to(param_dtype).reshape(p.scale_tensor.shape)
+    return [tuple(none(x) if gradient is None else gradient for gradient in of_one) for of_one in gradients]
 
 
 def language_dtype(dtype: torch.dtype) -> Any:

@@ -90,7 +90,7 @@ def reference(call: Call) -> Model:
     return Model(forward, backward, 3 * s.wide, 4 * s.wide)
 
 
-def triton(call: Call) -> Model:
+def triton(call: Call, *, biases: bool = True) -> Model:
     s = _cost.sizes(call)
     pack = [_cost.pack(s, [s.r])] if s.p != s.a else []
     tile = _cost.triton_tile("forward", s.r, call)
@@ -100,7 +100,7 @@ def triton(call: Call) -> Model:
         "forward", 2 * s.flops(padded), 2 * s.wide + s.thin(s.r), l2=s.wide + weights, blocks=tiles, steps=2 * cdiv(s.d, tile.block_d),
         unit=_cost.triton_unit(s), efficiency=_cost.triton_efficiency(s),
     )  # fmt: skip
-    return Model([*pack, forward], [*pack, *_cost.triton_bottleneck_backward(s, call, s.r)], 0.0, 2 * s.wide)
+    return Model([*pack, forward], [*pack, *_cost.triton_bottleneck_backward(s, call, [s.r], biases=biases)], 0.0, 2 * s.wide)
 
 
 def cuda(call: Call) -> Model:

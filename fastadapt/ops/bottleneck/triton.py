@@ -14,6 +14,7 @@ from torch import Tensor
 from fastadapt.ops import _triton
 from fastadapt.ops._library import none
 from fastadapt.ops._triton import (
+    Bottleneck,
     Projection,
     Routing,
     activate_chunks,
@@ -128,8 +129,8 @@ def backward(
     dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None,
     scale: float, activation: int, add_input: bool, needs: Sequence[bool], routing: Routing | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients that ``needs`` asks for, as ``reference.backward``: a launch over row tiles, one over slabs of D and splits of the rows, one or two to add partials."""
+    """The gradients that ``needs`` asks for, as ``reference.backward``: a launch over row tiles, one over slabs of D and splits of the rows, one to add partials."""
     rounded_down, rounded_up = rounded(x.dtype, w_down, w_up)
     b_up, gate = contiguous(b_up, gate)
-    add = 1.0 if add_input else None
-    return _triton.bottleneck_backward(dy, x, z, rounded_down, rounded_up, b_up, gate, scale_tensor, scale, activation, add, needs, w_down.dtype, routing)
+    problem = Bottleneck(dy, x, z, rounded_down, rounded_up, b_up, gate, scale_tensor, scale, 1.0 if add_input else None, needs)
+    return _triton.bottleneck_backward([problem], activation, w_down.dtype, routing)[0]

@@ -92,11 +92,8 @@ def triton(call: Call) -> Model:
     backward = [*pack, *_gates(kind, s, "gates", tiles, cdiv(s.d, tile.block_d), rank, gate_rank, unit, efficiency)]
     if small:
         backward += [means(), means()]
-    if kind in ("middleX", "middleY", "small"):
-        backward.append(Kernel("columns", l2=4.0 * tiles * s.d * (2 if small else 1), blocks=cdiv(s.d, 64), steps=cdiv(tiles, 16)))
-    backward += _cost.triton_bottleneck_backward(s, call, s.r, again=True, fresh=False)
-    if large:
-        backward += _cost.triton_bottleneck_backward(s, call, s.rg, again=True)
+    of_gate = (tiles, s.d * (2 if small else 1)) if kind in ("middleX", "middleY", "small") else (0, 0)
+    backward += _cost.triton_bottleneck_backward(s, call, [s.r, s.rg] if large else [s.r], again=True, fresh=large, beside=of_gate)
     return Model([*pack, *first], backward, 3 * s.wide, (5 if large else 3) * s.wide)
 
 

@@ -1,8 +1,9 @@
 """VL-PET's gated bottleneck on CUDA devices of compute capability 8.0 and newer.
 
 Forward is one launch; ``small``, whose gate needs the whole sequence, takes three: logits, their mean, the gated sum. Backward turns dy into dH' and the gradient before the gate's
-sigmoid, each (T, D) in the activations' dtype, with one kernel, and the rest is the backward of a plain bottleneck for each of the two projections. Keeping these two tensors costs
-8 of about 24 D bytes a row in half precision (eager: 97 D counted) and keeps every kernel to one pair of rank-wide tiles: nothing spills at ranks where one kernel for all would.
+sigmoid, each (T, D) in the activations' dtype, with one kernel, and the rest is the backward of a plain bottleneck for each of the projections, in launches that equal ranks share.
+Keeping these two tensors costs 8 of about 24 D bytes a row in half precision (eager: 97 D counted) and keeps every program to one pair of rank-wide tiles: nothing spills at ranks
+where one program for all would.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,6 +19,8 @@ from torch import Tensor
 from fastadapt.ops import _triton
 from fastadapt.ops._library import none
 from fastadapt.ops._triton import (
+    Bottleneck,
+    TileSums,
     activate_chunks,
     add_bias,
     cdiv,
@@ -305,7 +308,7 @@ def backward(
 
     inner, outer = (need_h, need_wd, need_bd, need_wu, need_bu), (need_x, need_g, need_gb, need_gu, need_gub)
     d_total, d_logits = new(any(inner), t, d), new((large and any(outer)) or (name == "logits" and need_x), t, d)
-    dx = new(rowwise and need_x, t, d)
+    dx, of_gate = new(rowwise and need_x, t, d), None
     dg, dgb = new(not large and need_g, *(() if g is None else g.shape), dtype=p_dtype), new(rowwise and need_gb, 1, dtype=p_dtype)
     if t:
         tile = _triton.tile("gates", max(r, rg), d, h.dtype)
@@ -329,18 +332,14 @@ def backward(
         else:
             run(None, None, None, d_total, d_logits, dx, sums)
         if sums is not None:
-            _triton.column_sums(sums, dg, dgb, sums.shape[1] - rowwise)
+            of_gate = TileSums(sums, dg, dgb, tiles, sums.shape[1], sums.shape[1] - rowwise)
     else:
         for gradient in (dg, dgb):
             if gradient is not None:
                 gradient.zero_()
-    dh = dwd = dbd = dwu = dbu = dgu = dgub = None
-    if d_total is not None:
-        of_inner = (d_total, h, z, w_down, w_up, b_up, None, None, adapter_scale, activation, input_scale)
-        dh, dwd, dbd, dwu, dbu, *_ = _triton.bottleneck_backward(*of_inner, (*inner, False, False), p_dtype)
-    if large and d_logits is not None and x is not None:
-        of_outer = (d_logits, x, zg, w_gate, g_up, g_up_bias, None, None, 1.0, activation, None)
-        dx, dg, dgb, dgu, dgub, *_ = _triton.bottleneck_backward(*of_outer, (*outer, False, False), p_dtype)
-    elif name == "logits":
-        dx = d_logits
+    problems = [Bottleneck(d_total, h, z, w_down, w_up, b_up, None, None, adapter_scale, input_scale, (*inner, False, False))]
+    if large and x is not None:
+        problems.append(Bottleneck(d_logits, x, zg, w_gate, g_up, g_up_bias, None, None, 1.0, None, (*outer, False, False)))
+    (dh, dwd, dbd, dwu, dbu, *_), *of_outer = _triton.bottleneck_backward(problems, activation, p_dtype, sums=of_gate)
+    dx, dg, dgb, dgu, dgub = of_outer[0][:5] if of_outer else (d_logits if name == "logits" else dx, dg, dgb, None, None)
     return tuple(none(dy) if gradient is None else gradient for gradient in (dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub))

@@ -54,10 +54,10 @@ def triton(call: Call) -> Model:
     out = call.option("out_width", call.width)
     mean = (call.width + out) // 2
     one = call._replace(width=mean | 1 if gcd(call.width, out) % 64 else 64 * cdiv(mean, 64))
-    s, model, parts = _cost.sizes(call), bottleneck.triton(one), cdiv(call.rank, _cost.triton_tile("weights", call.rank, one).block_r)
+    s, model, parts = _cost.sizes(call), bottleneck.triton(one, biases=False), cdiv(call.rank, _cost.triton_tile("weights", call.rank, one).block_r)
     beside = float(s.t) * out * s.a  # y, which the bottleneck has in x
     forward = [k._replace(hbm=k.hbm + beside) if k.name == "forward" else k for k in model.forward]
-    backward = [k._replace(hbm=k.hbm - 2 * s.thin(s.r)) if k.name == "rows" else k for k in model.backward if k.name != "columns"]
+    backward = [k._replace(hbm=k.hbm - 2 * s.thin(s.r)) if k.name == "rows" else k for k in model.backward]
     if call.option("dropout", False):
         elements = float(s.t) * s.d
         forward.append(Kernel("masks", MASK * elements, unit="fma", launches=0))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastadapt.ops import _triton
-from fastadapt.ops._triton import Projection, reasons, rounded
+from fastadapt.ops._triton import Bottleneck, Projection, reasons, rounded
 from fastadapt.ops.bottleneck import triton as bottleneck
 
 __all__ = ["backward", "forward", "reasons"]
@@ -23,6 +23,6 @@ def backward(dy: Tensor, x: Tensor, z: Tensor, w_down: Tensor, w_up: Tensor, see
     """The gradients that ``needs`` asks for, as ``reference.backward``: a launch over row tiles, one over slabs of the widths and splits of the rows, one to add partials."""
     need_x, need_wd, need_wu, need_bu = needs
     rounded_down, rounded_up = rounded(x.dtype, w_down, w_up)
-    asked, projection = (need_x, need_wd, False, need_wu, need_bu, False, False), Projection(dy.shape[1], seed, dropout)
-    dx, dwd, _, dwu, dbu, *_ = _triton.bottleneck_backward(dy, x, z, rounded_down, rounded_up, None, None, None, scale, 0, None, asked, w_down.dtype, projection=projection)
+    problem = Bottleneck(dy, x, z, rounded_down, rounded_up, None, None, None, scale, None, (need_x, need_wd, False, need_wu, need_bu, False, False))
+    ((dx, dwd, _, dwu, dbu, *_),) = _triton.bottleneck_backward([problem], 0, w_down.dtype, projection=Projection(dy.shape[1], seed, dropout))
     return dx, dwd, dwu, dbu

@@ -70,6 +70,6 @@ def backward(
     dy: Tensor, x: Tensor, task_ids: Tensor, z: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, b_up: Tensor | None,
     scale: float, activation: int, add_input: bool, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients that ``needs`` asks for, as ``reference.backward``: those of the bottleneck's launches, and one more where some parameters are shared and some not."""
+    """The gradients that ``needs`` asks for, as ``reference.backward``: those of the bottleneck's launches, behind one that sorts the rows."""
     by_task = routing(x, task_ids, w_down, b_down, w_up, b_up)
     return bottleneck.backward(dy, x, z, w_down, w_up, b_up, None, None, scale, activation, add_input, [*needs, False, False], by_task)[:5]

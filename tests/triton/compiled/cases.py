@@ -24,7 +24,8 @@ class Case(NamedTuple):
     """One call of an op; ``kind`` is None for the plain bottleneck, "routed" for samples of several tasks, "shared" where these share Wd and bd, "phm" for Compacter's, which
     alone has a division, a factor rank and numbers of gradients that nobody asks for, and "lora" for LoRA's, with a width of the output and, where ``dropout``, a mask on x.
     "layer", "rms" and "none" are `dropout_add_norm`'s, with a float32 residual where ``wide``, and weight, bias and a gradient of v where ``options``.
-    Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits. ``published``: of the options the biases alone, and no second residual."""
+    ``gate_rank``: of large, where it is another than ``rank``. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits. ``published``: of the options
+    the biases alone, and no second residual."""
 
     kind: str | None
     rank: int
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     dropout: bool = True
     wide: bool = False
     published: bool = False
+    gate_rank: int = 0
 
     @property
     def extra(self) -> bool:
@@ -58,6 +60,7 @@ class Case(NamedTuple):
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         extra = [f"d{self.width}"] * (self.width != 768) + [f"t{self.rows}"] * (self.rows != 4096) + [self.activation] * (self.activation != "gelu_new")
         extra += ["add"] * self.add + ["plain"] * (not self.options) + ["published"] * self.published + ["saved"] * self.save_gate + [f"g{self.tasks}"] * (self.tasks != 4)
+        extra += [f"rg{self.gate_rank}"] * (self.gate_rank > 0)
         extra += [f"n{self.division}k{self.factor_rank}"] * (self.kind == "phm") + [f"frozen{''.join(map(str, self.frozen))}"] * bool(self.frozen)
         extra += [f"o{self.out}", "dropout" if self.dropout else "kept"] * (self.kind == "lora")
         extra += ["dropout" if self.dropout else "kept", *["wide"] * self.wide] * (self.kind in NORMS)
@@ -66,7 +69,7 @@ class Case(NamedTuple):
 
 def launches(case: Case) -> list[Launch]:
     """What forward and backward of the case launch."""
-    t, d, r, activation = case.rows, case.width, case.rank, ACTIVATIONS.index(case.activation)
+    t, d, r, rg, activation = case.rows, case.width, case.rank, case.gate_rank or case.rank, ACTIVATIONS.index(case.activation)
 
     def parameter(*shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=case.param_dtype)
@@ -96,7 +99,7 @@ def launches(case: Case) -> list[Launch]:
             routed_bottleneck.backward(x, x, ids, torch.empty(t, r, dtype=case.dtype), wd, bd, wu, bu, 0.5, activation, True, needs)
         else:
             g, gb, gu, gub = {
-                "large": (parameter(r, d), optional(r), parameter(d, r), optional(d)),
+                "large": (parameter(rg, d), optional(rg), parameter(d, rg), optional(d)),
                 "logits": (None,) * 4,
                 "middleX": (parameter(d), optional(1), None, None),
                 "middleY": (parameter(d), None, None, None),

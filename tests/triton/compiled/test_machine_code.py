@@ -49,6 +49,7 @@ FULL = [
     (90, Case("large", 96, FP16, FP32)),
     *((a, Case(None, r, d, FP32)) for a in ARCHES for r in (1, 32, 48, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
     *((a, Case("large", r, d, FP32)) for a in ARCHES for r in (1, 64, 96, 128, 192, 256, 512) for d in (BF16, FP32) if d == BF16 or r <= _triton.MAX_RANK_GATED_FP32),
+    *((a, Case("large", r, d, FP32, gate_rank=rg)) for a in ARCHES for r, rg in ((96, 16), (64, 256)) for d in (BF16, FP32)),
     *((a, Case(k, 96, BF16, FP32, add=add, save_gate=s)) for a in ARCHES for k in ("large", "logits", "middleX", "middleY", "small") for add, s in ((False, False), (True, True))),
     *((a, Case("routed", r, d, FP32)) for a in ARCHES for r in (1, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
     *((a, Case("routed", r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for r in (7, 96, 192, 512)),

@@ -26,9 +26,9 @@ CASES = [
 def narrow_offsets(ttir: str, kernel: str) -> list[str]:
     """Lines in which a row stride or the program's place along the rows or tasks takes part in 32-bit arithmetic: rows x width and tasks x rank x width can pass 2^31, so these may
     only be widened."""
-    wide = re.findall(r"%stride_\w+(?=: i32)", ttir) + re.findall(rf"(%\w+) = tt.get_program_id {ROW_AXIS.get(kernel, 'y')} ", ttir)
+    wide = re.findall(r"%(?:[\w.]+\.)?stride_\w+(?=: i32)", ttir) + re.findall(rf"(%\w+) = tt.get_program_id {ROW_AXIS.get(kernel, 'y')} ", ttir)
     assert wide or kernel not in ROW_AXIS, "the intermediate code was not understood"
-    if kernel in ("columns_kernel", "sums_kernel") and not re.search(r"arith.extsi %C ", ttir):
+    if kernel in ("reduce_kernel", "sums_kernel") and not all(f"arith.extsi {columns} " in ttir for columns in re.findall(r"(%(?:[\w.]+\.)?C): i32", ttir)):
         return ["parts x columns"]
     if kernel == "sort_kernel":
         return [line.strip() for line in ttir.splitlines() if re.search(r"arith.muli .*i32", line)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
@@ -55,7 +56,7 @@ def install() -> None:
     run, load, store = GridExecutor.__call__, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def bounded_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        current.append(Regions([a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]))
+        current.append(Regions([a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]))
         try:
             return run(self, *args, **kwargs)
         finally:
