@@ -129,7 +129,7 @@ void run_forward(BottleneckParams& p) {
 
 void run_chunk(BottleneckParams p, int64_t chunk, float* partial) {
   p.partials = partial;
-  cpu::bottleneck_backward(p, chunk, chunk + 1);
+  cpu::bottleneck_backward(p, chunk);
 }
 
 // The scale's gradient, where it needs one, is the sum of what this returns.
@@ -436,7 +436,7 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
       [&](int64_t chunk, float* partial) {
         GatedParams own = p;
         own.partials = partial;
-        cpu::gated_backward(own, chunk, chunk + 1);
+        cpu::gated_backward(own, chunk);
       });
   if (needs > 3) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_reduce(p, b, e); });
   return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};

@@ -93,7 +93,7 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
 }
 
 template <class A, class P, class G>
-void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
+void backward(const BottleneckParams& p, int64_t chunk) {
   const Sizes s(p);
   const PartialLayout layout = s.partial(p);
   const RowIndex at{p.order};
@@ -104,38 +104,36 @@ void backward(const BottleneckParams& p, int64_t begin, int64_t end) {
   G *dz_tile = reinterpret_cast<G*>(room + mask_floats(p)), *turned = dz_tile + rank_floats, *dy_tile = turned + rank_floats, *x_tile = dy_tile + dy_floats, *panels = x_tile + x_floats;
   const int8_t* mask = reinterpret_cast<const int8_t*>(room);
   const float scale = thin_scale(p, s) * (p.seed ? p.kept : 1.f);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
-    float *dwd = p.partials + (chunk - begin) * layout.total, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
-    std::fill(sums, dbd + s.rank, 0.f);
-    for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
-      const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
-      const bool add = row != chunk_begin;
-      const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.out, dy_tile, s.out);
-      if (need_dz) mask_tile(p, row, m, room), matmul(height, p.out, p.rank, dy.data, dy.stride, reinterpret_cast<const G*>(p.packed_up), dz, s.rank, 0, p.rank);
-      if (need_dz && scale != 1.f) scale_by(scale, dz, m * s.rank);
-      backprop_rows<A>(static_cast<const A*>(p.z), need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd, at, row);
-      if (p.dx) {
-        const G* left = operand(dz, height * s.rank, dz_tile);
-        for (int64_t c = 0; c < p.width; c += kBlockColumns) {
-          const int64_t n = std::min(kBlockColumns, p.width - c);
-          matmul(height, p.rank, p.width, left, s.rank, reinterpret_cast<const G*>(p.packed_down), u_tile, kBlockColumns, c, c + n);
-          for (int64_t i = 0; i < m; ++i) {
-            float* u = u_tile + i * kBlockColumns;
-            if (p.seed) drop(u, mask + i * mask_stride(p.width) + c, u, n);
-            finish<A>(u, nullptr, p.add_input ? static_cast<const A*>(p.dy) + at(row + i) * p.dy_stride + c : nullptr, nullptr, static_cast<A*>(p.dx) + at(row + i) * p.width + c, n);
-          }
+  const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
+  float *dwd = p.partials, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
+  std::fill(sums, dbd + s.rank, 0.f);
+  for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
+    const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
+    const bool add = row != chunk_begin;
+    const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.out, dy_tile, s.out);
+    if (need_dz) mask_tile(p, row, m, room), matmul(height, p.out, p.rank, dy.data, dy.stride, reinterpret_cast<const G*>(p.packed_up), dz, s.rank, 0, p.rank);
+    if (need_dz && scale != 1.f) scale_by(scale, dz, m * s.rank);
+    backprop_rows<A>(static_cast<const A*>(p.z), need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd, at, row);
+    if (p.dx) {
+      const G* left = operand(dz, height * s.rank, dz_tile);
+      for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+        const int64_t n = std::min(kBlockColumns, p.width - c);
+        matmul(height, p.rank, p.width, left, s.rank, reinterpret_cast<const G*>(p.packed_down), u_tile, kBlockColumns, c, c + n);
+        for (int64_t i = 0; i < m; ++i) {
+          float* u = u_tile + i * kBlockColumns;
+          if (p.seed) drop(u, mask + i * mask_stride(p.width) + c, u, n);
+          finish<A>(u, nullptr, p.add_input ? static_cast<const A*>(p.dy) + at(row + i) * p.dy_stride + c : nullptr, nullptr, static_cast<A*>(p.dx) + at(row + i) * p.width + c, n);
         }
       }
-      if (need_p && scales_p(p)) scale_by(thin_scale(p, s), a, m * s.rank);
-      if (need_p || p.db_up) to_panels(dy, m, height, p.out, panels, p.db_up || p.dgate || p.need_scale ? sums : nullptr);
-      if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.out, add, in_partial(pt, p.rank), work, turned);
-      if (p.dw_down) {
-        Rows<G> x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
-        if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
-        to_panels(x, m, height, p.width, panels, nullptr);
-        accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, p.direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, turned);
-      }
+    }
+    if (need_p && scales_p(p)) scale_by(thin_scale(p, s), a, m * s.rank);
+    if (need_p || p.db_up) to_panels(dy, m, height, p.out, panels, p.db_up || p.dgate || p.need_scale ? sums : nullptr);
+    if (need_p) accumulate_outer(a, s.rank, panels, height, p.rank, p.out, add, in_partial(pt, p.rank), work, turned);
+    if (p.dw_down) {
+      Rows<G> x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
+      if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
+      to_panels(x, m, height, p.width, panels, nullptr);
+      accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, p.direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, turned);
     }
   }
   release<G>();
@@ -176,7 +174,7 @@ void bottleneck_prepare(const BottleneckParams& p) { FASTADAPT_DISPATCH(p, prepa
 void bottleneck_pack_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_forward, p, begin, end) }
 void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_backward, p, begin, end) }
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward, p, begin, end) }
-void bottleneck_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward, p, begin, end) }
+void bottleneck_backward(const BottleneckParams& p, int64_t chunk) { FASTADAPT_DISPATCH_GEMM(p, backward, p, chunk) }
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
 void add_partial(float* to, const float* from, int64_t n) { vectors(n, [&](int64_t i) { (Vec::loadu(to + i) + Vec::loadu(from + i)).store(to + i); }); }
 

@@ -288,7 +288,7 @@ void sample_gradients(const GatedParams& p, int64_t begin, int64_t end) {
 }
 
 template <class A, class P, class G>
-void backward(const GatedParams& p, int64_t begin, int64_t end) {
+void backward(const GatedParams& p, int64_t chunk) {
   const Sizes s(p);
   const GatedVectors v = s.vectors(p);
   const GatedPacks<G> w = s.packs<G>(p);
@@ -307,130 +307,127 @@ void backward(const GatedParams& p, int64_t begin, int64_t end) {
   G *thin = reinterpret_cast<G*>(g_block + block_floats), *thin_g = thin + rank_floats, *dy_tile = thin_g + rank_floats, *h_tile = dy_tile + tile_floats, *x_tile = h_tile + tile_floats,
     *panels = x_tile + tile_floats;
   const auto [pack_up, pack_gate_up] = s.recompute_packs<G>(p);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
-    float* partial = p.partials + (chunk - begin) * layout.total;
-    float *dwd = partial, *pt = dwd + layout.adapter.p, *sums = dwd + layout.adapter.sums, *dbd = dwd + layout.adapter.db_down;
-    float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.p, *sums_g = dwg + layout.gate.sums, *dbg = dwg + layout.gate.db_down;
-    float *dw_x = partial + layout.w_x, *dw_h = partial + layout.w_h, *bias = partial + layout.bias;
-    std::fill(sums, dbd + s.rank, 0.f);
-    std::fill(sums_g, bias + 16, 0.f);
-    for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
-      const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
-      const bool add = row != chunk_begin;
-      const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
-      Rows<G> h{}, x{};
-      if (need_h) h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
-      if (need_x) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
-      const A *z = static_cast<const A*>(p.z) + row * p.rank, *zg = large ? static_cast<const A*>(p.zg) + row * p.gate_rank : nullptr;
-      const G *again = nullptr, *gate_again = nullptr;
-      if (need_total && !p.total) backprop_rows<A>(z, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr), again = operand(a, height * s.rank, thin);
-      if (large && !p.gate)
-        backprop_rows<A>(zg, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr), gate_again = operand(ag, height * s.gate_rank, thin_g);
+  const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
+  float *partial = p.partials, *dwd = partial, *pt = dwd + layout.adapter.p, *sums = dwd + layout.adapter.sums, *dbd = dwd + layout.adapter.db_down;
+  float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.p, *sums_g = dwg + layout.gate.sums, *dbg = dwg + layout.gate.db_down;
+  float *dw_x = partial + layout.w_x, *dw_h = partial + layout.w_h, *bias = partial + layout.bias;
+  std::fill(sums, dbd + s.rank, 0.f);
+  std::fill(sums_g, bias + 16, 0.f);
+  for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
+    const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
+    const bool add = row != chunk_begin;
+    const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
+    Rows<G> h{}, x{};
+    if (need_h) h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
+    if (need_x) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
+    const A *z = static_cast<const A*>(p.z) + row * p.rank, *zg = large ? static_cast<const A*>(p.zg) + row * p.gate_rank : nullptr;
+    const G *again = nullptr, *gate_again = nullptr;
+    if (need_total && !p.total) backprop_rows<A>(z, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr), again = operand(a, height * s.rank, thin);
+    if (large && !p.gate)
+      backprop_rows<A>(zg, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr), gate_again = operand(ag, height * s.gate_rank, thin_g);
 
-      // dt := dH' without the row gates' share, dl := gradient of the gate's pre-activation (large, logits) or H' itself (row gates).
-      const int64_t ld = s.width;
-      for (int64_t c = 0; c < p.width; c += kBlockColumns) {
-        const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
-        float* total = row_gate ? dl_tile + c : block;
-        const int64_t total_ld = row_gate ? ld : kBlockColumns;
-        if (need_total) load_total<A>(p, s, row, m, height, h, again, c, n, total, total_ld);
-        if (large && !p.gate) matmul(height, p.gate_rank, p.width, gate_again, s.gate_rank, static_cast<const G*>(pack_gate_up), g_block, kBlockColumns, c, c + n);
-        if (row_gate) continue;
-        for (int64_t i = 0; i < m; ++i) {
-          const G *e = dy.data + i * dy.stride + c, *logits = x.data ? x.data + i * x.stride + c : nullptr;
-          const float* t = total + i * total_ld;
-          float *g = g_block + i * kBlockColumns, *dt = dt_tile + i * ld + c, *dl = dl_tile + i * ld + c;
-          if (large && p.gate) widen(static_cast<const A*>(p.gate) + (row + i) * p.width + c, g, n, whole);
-          vectors(whole, [&](int64_t j) {
-            const Vec grad = Vec(p.scale) * load(e + j), gate_gradient = p.add || !need_total ? grad : grad * Vec::loadu(t + j);
-            Vec gate;
-            if (p.kind == kMiddleY) {
-              gate = Vec::loadu(v.w_h + c + j);
-              (Vec::loadu(dw_x + c + j) + gate_gradient).store(dw_x + c + j);
-            } else {
-              gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
-              (gate_gradient * gate * (Vec(1.f) - gate)).store(dl + j);
-            }
-            (p.add ? grad : grad * gate).store(dt + j);
-          });
-        }
-      }
-      double bias_gradient = 0;
-      if (row_gate)
-        for (int64_t i = 0; i < m; ++i) {
-          const G *e = dy.data + i * dy.stride, *in = x.data ? x.data + i * x.stride : nullptr;
-          const float* t = dl_tile + i * ld;
-          float* dt = dt_tile + i * ld;
-          float gate, dl;
-          if (p.kind == kSmall) {
-            gate = p.sample_gates[(row + i) / (p.rows / p.samples)], dl = p.row_gradients[row + i];
+    // dt := dH' without the row gates' share, dl := gradient of the gate's pre-activation (large, logits) or H' itself (row gates).
+    const int64_t ld = s.width;
+    for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+      const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
+      float* total = row_gate ? dl_tile + c : block;
+      const int64_t total_ld = row_gate ? ld : kBlockColumns;
+      if (need_total) load_total<A>(p, s, row, m, height, h, again, c, n, total, total_ld);
+      if (large && !p.gate) matmul(height, p.gate_rank, p.width, gate_again, s.gate_rank, static_cast<const G*>(pack_gate_up), g_block, kBlockColumns, c, c + n);
+      if (row_gate) continue;
+      for (int64_t i = 0; i < m; ++i) {
+        const G *e = dy.data + i * dy.stride + c, *logits = x.data ? x.data + i * x.stride + c : nullptr;
+        const float* t = total + i * total_ld;
+        float *g = g_block + i * kBlockColumns, *dt = dt_tile + i * ld + c, *dl = dl_tile + i * ld + c;
+        if (large && p.gate) widen(static_cast<const A*>(p.gate) + (row + i) * p.width + c, g, n, whole);
+        vectors(whole, [&](int64_t j) {
+          const Vec grad = Vec(p.scale) * load(e + j), gate_gradient = p.add || !need_total ? grad : grad * Vec::loadu(t + j);
+          Vec gate;
+          if (p.kind == kMiddleY) {
+            gate = Vec::loadu(v.w_h + c + j);
+            (Vec::loadu(dw_x + c + j) + gate_gradient).store(dw_x + c + j);
           } else {
-            gate = logistic(p.logits[row + i]);
-            double sum = 0;
-            for (int64_t j = 0; j < p.width; ++j) sum += static_cast<float>(e[j]) * (p.add ? 1.f : t[j]);
-            dl = static_cast<float>(p.scale * sum) * logistic_derivative(p.logits[row + i]);
+            gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+            (gate_gradient * gate * (Vec(1.f) - gate)).store(dl + j);
           }
-          bias_gradient += dl;
-          const Vec factor(p.add ? p.scale : p.scale * gate), d(dl);
-          vectors(round_up(p.width, 8), [&](int64_t j) {
-            (factor * load(e + j) + d * Vec::loadu(v.w_h + j)).store(dt + j);
-            if (!p.dgate_weight) return;
-            at::vec::fmadd(d, load(in + j), Vec::loadu(dw_x + j)).store(dw_x + j);
-            at::vec::fmadd(d, Vec::loadu(t + j), Vec::loadu(dw_h + j)).store(dw_h + j);
-          });
-          if (p.dx) {
-            vectors(round_up(p.width, 8), [&](int64_t j) { (d * Vec::loadu(v.w_x + j)).store(dl_tile + i * ld + j); });
-            narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
-          }
+          (p.add ? grad : grad * gate).store(dt + j);
+        });
+      }
+    }
+    double bias_gradient = 0;
+    if (row_gate)
+      for (int64_t i = 0; i < m; ++i) {
+        const G *e = dy.data + i * dy.stride, *in = x.data ? x.data + i * x.stride : nullptr;
+        const float* t = dl_tile + i * ld;
+        float* dt = dt_tile + i * ld;
+        float gate, dl;
+        if (p.kind == kSmall) {
+          gate = p.sample_gates[(row + i) / (p.rows / p.samples)], dl = p.row_gradients[row + i];
+        } else {
+          gate = logistic(p.logits[row + i]);
+          double sum = 0;
+          for (int64_t j = 0; j < p.width; ++j) sum += static_cast<float>(e[j]) * (p.add ? 1.f : t[j]);
+          dl = static_cast<float>(p.scale * sum) * logistic_derivative(p.logits[row + i]);
         }
-      bias[0] += static_cast<float>(bias_gradient);
-      if (p.kind == kLogits && p.dx)
-        for (int64_t i = 0; i < m; ++i) narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
-      for (float* tile : {dt_tile, dl_tile}) std::fill(tile + m * ld, tile + height * ld, 0.f);
+        bias_gradient += dl;
+        const Vec factor(p.add ? p.scale : p.scale * gate), d(dl);
+        vectors(round_up(p.width, 8), [&](int64_t j) {
+          (factor * load(e + j) + d * Vec::loadu(v.w_h + j)).store(dt + j);
+          if (!p.dgate_weight) return;
+          at::vec::fmadd(d, load(in + j), Vec::loadu(dw_x + j)).store(dw_x + j);
+          at::vec::fmadd(d, Vec::loadu(t + j), Vec::loadu(dw_h + j)).store(dw_h + j);
+        });
+        if (p.dx) {
+          vectors(round_up(p.width, 8), [&](int64_t j) { (d * Vec::loadu(v.w_x + j)).store(dl_tile + i * ld + j); });
+          narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
+        }
+      }
+    bias[0] += static_cast<float>(bias_gradient);
+    if (p.kind == kLogits && p.dx)
+      for (int64_t i = 0; i < m; ++i) narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
+    for (float* tile : {dt_tile, dl_tile}) std::fill(tile + m * ld, tile + height * ld, 0.f);
 
-      G* wide = dy_tile;  // dy is not needed any more
-      if (need_total_gradient) {
-        const Rows<G> dt{operand(dt_tile, height * ld, wide), ld};
-        if (need_dz) matmul(height, p.width, p.rank, dt.data, ld, w.up, dz, s.rank, 0, p.rank);
-        backprop_rows<A>(z, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
-        if (p.dh) {
-          const G* left = operand(dz, height * s.rank, thin);
-          for (int64_t c = 0; c < p.width; c += kBlockColumns) {
-            const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
-            matmul(height, p.rank, p.width, left, s.rank, w.down, block, kBlockColumns, c, c + n);
-            for (int64_t i = 0; i < m; ++i) {
-              float* u = block + i * kBlockColumns;
-              vectors(whole, [&](int64_t j) { at::vec::fmadd(Vec(p.input_scale), Vec::loadu(dt_tile + i * ld + c + j), Vec::loadu(u + j)).store(u + j); });
-              narrow(u, static_cast<A*>(p.dh) + (row + i) * p.width + c, n);
-            }
+    G* wide = dy_tile;  // dy is not needed any more
+    if (need_total_gradient) {
+      const Rows<G> dt{operand(dt_tile, height * ld, wide), ld};
+      if (need_dz) matmul(height, p.width, p.rank, dt.data, ld, w.up, dz, s.rank, 0, p.rank);
+      backprop_rows<A>(z, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
+      if (p.dh) {
+        const G* left = operand(dz, height * s.rank, thin);
+        for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+          const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
+          matmul(height, p.rank, p.width, left, s.rank, w.down, block, kBlockColumns, c, c + n);
+          for (int64_t i = 0; i < m; ++i) {
+            float* u = block + i * kBlockColumns;
+            vectors(whole, [&](int64_t j) { at::vec::fmadd(Vec(p.input_scale), Vec::loadu(dt_tile + i * ld + c + j), Vec::loadu(u + j)).store(u + j); });
+            narrow(u, static_cast<A*>(p.dh) + (row + i) * p.width + c, n);
           }
         }
-        if (p.dw_up || p.db_up) to_panels(dt, m, height, p.width, panels, p.db_up ? sums : nullptr);
-        if (p.dw_up) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, in_partial(pt, p.rank), work, thin);
-        if (p.dw_down) {
-          to_panels(h, m, height, p.width, panels, nullptr);
-          accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, thin);
-        }
       }
-      if (!large || !need_gate) continue;
-      const Rows<G> dl{operand(dl_tile, height * ld, wide), ld};
-      if (need_dzg) matmul(height, p.width, p.gate_rank, dl.data, ld, w.gate_up, dzg, s.gate_rank, 0, p.gate_rank);
-      backprop_rows<A>(zg, need_dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
-      if (p.dx) {
-        const G* left = operand(dzg, height * s.gate_rank, thin_g);
-        for (int64_t c = 0; c < p.width; c += kBlockColumns) {
-          const int64_t n = std::min(kBlockColumns, p.width - c);
-          matmul(height, p.gate_rank, p.width, left, s.gate_rank, w.gate_down, block, kBlockColumns, c, c + n);
-          for (int64_t i = 0; i < m; ++i) narrow(block + i * kBlockColumns, static_cast<A*>(p.dx) + (row + i) * p.width + c, n);
-        }
+      if (p.dw_up || p.db_up) to_panels(dt, m, height, p.width, panels, p.db_up ? sums : nullptr);
+      if (p.dw_up) accumulate_outer(a, s.rank, panels, height, p.rank, p.width, add, in_partial(pt, p.rank), work, thin);
+      if (p.dw_down) {
+        to_panels(h, m, height, p.width, panels, nullptr);
+        accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, thin);
       }
-      if (p.dgate_up_weight || p.dgate_up_bias) to_panels(dl, m, height, p.width, panels, p.dgate_up_bias ? sums_g : nullptr);
-      if (p.dgate_up_weight) accumulate_outer(ag, s.gate_rank, panels, height, p.gate_rank, p.width, add, in_partial(ptg, p.gate_rank), work, thin);
-      if (p.dgate_weight) {
-        to_panels(x, m, height, p.width, panels, nullptr);
-        accumulate_outer(dzg, s.gate_rank, panels, height, p.gate_rank, p.width, add, direct ? in_gradient(p.dgate_weight, p.width) : in_partial(dwg, p.gate_rank), work, thin);
+    }
+    if (!large || !need_gate) continue;
+    const Rows<G> dl{operand(dl_tile, height * ld, wide), ld};
+    if (need_dzg) matmul(height, p.width, p.gate_rank, dl.data, ld, w.gate_up, dzg, s.gate_rank, 0, p.gate_rank);
+    backprop_rows<A>(zg, need_dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
+    if (p.dx) {
+      const G* left = operand(dzg, height * s.gate_rank, thin_g);
+      for (int64_t c = 0; c < p.width; c += kBlockColumns) {
+        const int64_t n = std::min(kBlockColumns, p.width - c);
+        matmul(height, p.gate_rank, p.width, left, s.gate_rank, w.gate_down, block, kBlockColumns, c, c + n);
+        for (int64_t i = 0; i < m; ++i) narrow(block + i * kBlockColumns, static_cast<A*>(p.dx) + (row + i) * p.width + c, n);
       }
+    }
+    if (p.dgate_up_weight || p.dgate_up_bias) to_panels(dl, m, height, p.width, panels, p.dgate_up_bias ? sums_g : nullptr);
+    if (p.dgate_up_weight) accumulate_outer(ag, s.gate_rank, panels, height, p.gate_rank, p.width, add, in_partial(ptg, p.gate_rank), work, thin);
+    if (p.dgate_weight) {
+      to_panels(x, m, height, p.width, panels, nullptr);
+      accumulate_outer(dzg, s.gate_rank, panels, height, p.gate_rank, p.width, add, direct ? in_gradient(p.dgate_weight, p.width) : in_partial(dwg, p.gate_rank), work, thin);
     }
   }
   release<G>();
@@ -441,26 +438,25 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const GatedPartial layout = s.partial(p);
   const bool direct = is_direct(p);
-  float* panel = scratch(std::max(s.rank, s.gate_rank) * kPanel + 2 * s.width + s.rank + s.gate_rank + kPanel);
-  float *scales = panel + std::max(s.rank, s.gate_rank) * kPanel, *work = scales + s.width, *sums = work + s.width + s.rank + s.gate_rank;
+  float* line = scratch(s.width);
   const float* gate = p.partials + layout.gate_at;
   for (int64_t q = begin; q < end; ++q) {
-    std::fill(scales, scales + s.width, p.adapter_scale);
-    reduce_pair<P>(p.partials, layout.adapter, layout.total, 1, q, p.width, p.width, p.rank, scales, p.adapter_scale == 1.f, direct ? nullptr : p.dw_down, p.dw_up, p.db_up, false, false, panel, sums);
+    std::fill(line, line + s.width, p.adapter_scale);
+    reduce_pair<P>(p.partials, layout.adapter, layout.total, 1, q, p.width, p.width, p.rank, line, p.adapter_scale == 1.f, direct ? nullptr : p.dw_down, p.dw_up, p.db_up, false, false, nullptr, nullptr);
     if (p.kind != kLarge) continue;
-    std::fill(scales, scales + s.width, 1.f);
-    reduce_pair<P>(gate, layout.gate, layout.total, 1, q, p.width, p.width, p.gate_rank, scales, true, direct ? nullptr : p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, panel, sums);
+    std::fill(line, line + s.width, 1.f);
+    reduce_pair<P>(gate, layout.gate, layout.total, 1, q, p.width, p.width, p.gate_rank, line, true, direct ? nullptr : p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, false, false, nullptr, nullptr);
   }
   if (begin != 0) return;
-  reduce_vector<P>(p.partials + layout.adapter.db_down, layout.total, 1, p.rank, p.db_down, work);
-  if (p.kind == kLarge) reduce_vector<P>(gate + layout.gate.db_down, layout.total, 1, p.gate_rank, p.dgate_bias, work);
-  if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, layout.total, 1, 1, p.dgate_bias, work);
+  reduce_vector<P>(p.partials + layout.adapter.db_down, layout.total, 1, p.rank, p.db_down, nullptr);
+  if (p.kind == kLarge) reduce_vector<P>(gate + layout.gate.db_down, layout.total, 1, p.gate_rank, p.dgate_bias, nullptr);
+  if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, layout.total, 1, 1, p.dgate_bias, nullptr);
   if (p.kind == kLarge || !p.dgate_weight) return;
   P* dw = static_cast<P*>(p.dgate_weight);
   const float *dw_x = p.partials + layout.w_x, *dw_h = p.partials + layout.w_h;
   if (p.kind == kMiddleX) {
-    vectors(s.width, [&](int64_t j) { (Vec::loadu(dw_x + j) + Vec::loadu(dw_h + j)).store(work + j); });
-    dw_x = work;
+    vectors(s.width, [&](int64_t j) { (Vec::loadu(dw_x + j) + Vec::loadu(dw_h + j)).store(line + j); });
+    dw_x = line;
   }
   narrow(dw_x, dw, p.width);
   if (p.kind == kSmall) narrow(dw_h, dw + p.width, p.width);
@@ -477,7 +473,7 @@ void gated_sample_gates(const GatedParams& p, int64_t begin, int64_t end) { samp
 void gated_apply(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, apply, p, begin, end) }
 void gated_row_gradients(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, row_gradients, p, begin, end) }
 void gated_sample_gradients(const GatedParams& p, int64_t begin, int64_t end) { sample_gradients(p, begin, end); }
-void gated_backward(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward, p, begin, end) }
+void gated_backward(const GatedParams& p, int64_t chunk) { FASTADAPT_DISPATCH_GEMM(p, backward, p, chunk) }
 void gated_reduce(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
 
 }  // namespace fastadapt::cpu

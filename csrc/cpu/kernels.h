@@ -1,4 +1,4 @@
-// The CPU kernels, as functions of ranges: [begin, end) are panels for pack and reduce, row tiles for forward, chunks of rows for backward.
+// The CPU kernels, as functions of ranges: [begin, end) are panels for pack and reduce, row tiles for forward. Backward is of one chunk of rows.
 #pragma once
 #include "../include/bottleneck.h"
 #include "../include/gated_bottleneck.h"
@@ -9,7 +9,7 @@ void bottleneck_prepare(const BottleneckParams& p);
 void bottleneck_pack_forward(const BottleneckParams& p, int64_t begin, int64_t end);
 void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t end);
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end);
-void bottleneck_backward(const BottleneckParams& p, int64_t begin, int64_t end);
+void bottleneck_backward(const BottleneckParams& p, int64_t chunk);
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end);
 void add_partial(float* to, const float* from, int64_t n);  // n: a multiple of 8
 
@@ -22,7 +22,7 @@ void gated_sample_gates(const GatedParams& p, int64_t begin, int64_t end);   // 
 void gated_apply(const GatedParams& p, int64_t begin, int64_t end);          // small: rows
 void gated_row_gradients(const GatedParams& p, int64_t begin, int64_t end);  // small: row tiles
 void gated_sample_gradients(const GatedParams& p, int64_t begin, int64_t end);
-void gated_backward(const GatedParams& p, int64_t begin, int64_t end);
+void gated_backward(const GatedParams& p, int64_t chunk);
 void gated_reduce(const GatedParams& p, int64_t begin, int64_t end);
 
 }  // namespace fastadapt::cpu

@@ -501,7 +501,7 @@ inline void accumulate_outer(const float* left, int64_t ld, const G* right, int6
                                 product.to + j / kPanel * product.panel, kPair<G> > 1);
 }
 
-// Sum of n numbers over the chunks, in order: in `out`, or where the only chunk has them.
+// Sum of n numbers over the chunks, in order: in `out`, or where the only chunk has them, and `out` may be null.
 inline const float* sum_chunks(const float* partial, int64_t chunk_stride, int64_t chunks, int64_t n, float* out) {
   if (chunks == 1) return partial;
   const float* sum = partial;

@@ -30,7 +30,7 @@ struct BottleneckParams {
   bool need_scale;
   // Scratch of one call, filled by prepare_*: packed weights and fp32 vectors padded to whole panels.
   float *packed_down, *packed_up, *vectors;
-  // One partial per chunk of rows, see PartialLayout: in backward those of the chunks that it is given.
+  // Partials, see PartialLayout: in backward that of its chunk of rows, in the reduction `chunks` of them.
   float* partials;
   float* dscale_panels;  // one summand per panel of columns
 };

@@ -20,7 +20,7 @@ struct GatedParams {
   void *y, *z, *zg, *total, *gate;  // z, zg, total, gate: written by forward if not null, read by backward (total, gate: recomputed if null)
   float *logits, *sample_gates;     // middleX and small: one logit a row; small: one gate a sample
   void *dh, *dx, *dw_down, *db_down, *dw_up, *db_up, *dgate_weight, *dgate_bias, *dgate_up_weight, *dgate_up_bias;
-  float *packed, *vectors, *partials, *row_gradients;  // partials: in backward those of the chunks that it is given, in the reduction one
+  float *packed, *vectors, *partials, *row_gradients;  // partials: in backward that of its chunk of rows, in the reduction the sum of all
 };
 
 // Vectors of one call in fp32, padded to whole panels.

@@ -547,7 +547,7 @@ class Tile(NamedTuple):
 # The first entry whose bound is not below the padded rank is taken; wider ranks leave registers for fewer rows. A width that 64 does not divide needs masks and narrow loads, and
 # with them the registers of twice the rank, at least 128. fp32 products run on FMA units unless tf32 is allowed.
 _ROW_TILES = {
-    "half": ((64, Tile(64, 64, 4, 3)), (192, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (512, Tile(32, 32, 8, 2)), (1024, Tile(16, 32, 8, 2))),
+    "half": ((16, Tile(64, 64, 4, 3, 0, 255)), (64, Tile(64, 64, 4, 3)), (192, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (512, Tile(32, 32, 8, 2)), (1024, Tile(16, 32, 8, 2))),
     "fp32": ((192, Tile(32, 32, 8, 2, 0, 255)), (256, Tile(16, 32, 8, 2, 0, 255)), (1024, Tile(16, 16, 8, 2, 0, 255))),
 }
 _SLOPE_TILES = {
@@ -584,9 +584,9 @@ _PROJECTION_WEIGHT_TILES = {
 }
 """Of `weights_kernel` where a program does one of the two products."""
 _MASKED_TILES = {
-    "forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:]),
-    "routed_forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:-1], (1024, Tile(16, 16, 8, 2))),
-    "dropout_forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][2:-1], (1024, Tile(16, 16, 8, 2))),
+    "forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][3:]),
+    "routed_forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][3:-1], (1024, Tile(16, 16, 8, 2))),
+    "dropout_forward": ((192, Tile(64, 32, 8, 2, 0, 255)), *_ROW_TILES["half"][3:-1], (1024, Tile(16, 16, 8, 2))),
     "rows": (*_SLOPE_TILES["half"][:-1], (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2))),
     "projection_rows": tuple((bound, shape._replace(registers=255)) for bound, shape in (*_SLOPE_TILES["half"][:-1], (512, Tile(16, 32, 8, 2)), (1024, Tile(16, 16, 8, 2)))),
     "weights": _PROJECTION_WEIGHT_TILES["half"],

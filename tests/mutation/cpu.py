@@ -142,7 +142,8 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("condition", "p.add || !need_total"): "need_total is false where the gate is added, and what is not needed is not read",
     ("condition", "p.kind == kLogits && p.dx"): "for the other granularities dx is written again afterwards, or was written with the same numbers",
     ("condition", "!large || !need_gate"): MORE,
-    ("offset", "sums = work + s.width + s.rank + s.gate_rank"): SHARE,
+    ("offset", "float *wu = panel + p.rank * kPanel, *sums"): SHARE,
+    ("bias", "float *wu = panel + p.rank * kPanel, *sums"): SHARE,
     ("offset", "kTileRows * mask_stride(p.width) / "): "more room than is used",
     ("offset", "kMultiplier1) * row_high"): "rows from 2^32 on, more than a test's memory has",
     ("loop", "i <= kRegister / 8"): "the compiler drops a write beyond a register",
@@ -224,7 +225,7 @@ SPECS: list[Spec] = [
     over(FP32, Routed, lead=(5, 23), width=33, rank=7, outside=True, residual="other"),
     over(FP32, Routed, lead=(6, 64), width=64, rank=32),
     over(FP32, Routed, lead=(300,), width=40, rank=20, ids="row", tasks=2, residual=None),
-    over(MIXED, Routed, lead=(130,), width=72, rank=20, ids="row", shared="down"),
+    *(over(d, Routed, lead=(130,), width=72, rank=20, ids="row", shared=s) for d, s in ((MIXED, "down"), (MIXED, "up"), (FP32, "up"))),
     # x narrower and wider than y, by more than a panel; masks of several tiles, of rows of several vectors and of a part of one, in place and copied.
     over(FP32, Lora, lead=(130,), width=40, out=72, rank=7, biases="up", scale=0.7, dropout=0.3),
     over(MIXED, Lora, lead=(65,), width=160, out=33, rank=20, scale=0.7, dropout=0.3),
