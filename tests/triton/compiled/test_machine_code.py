@@ -55,7 +55,7 @@ FULL = [
     *((a, Case("routed", r, FP16, FP16, activation="gelu", width=770)) for a in ARCHES for r in (7, 96, 192, 512)),
     *((a, Case("shared", 96, BF16, FP32, tasks=64)) for a in ARCHES),
     *((a, Case("lora", r, d, FP32)) for a in ARCHES for r in (4, 8, 16, 64, 96, 128, 192, 256, 384, 512) for d in (BF16, FP32)),
-    *((a, Case("lora", r, BF16, FP32, dropout=False)) for a in ARCHES for r in (4, 64, 256)),
+    *((a, Case(kind, r, BF16, FP32, dropout=False, options=o)) for a in ARCHES for kind in ("lora", None) for r in (4, 16, 64, 256) for o in (True, False)),
     *((a, Case("lora", r, FP16, FP16, width=770, out=1030, dropout=p)) for a in ARCHES for r in (7, 96, 192, 512) for p in (True, False)),
     *(
         (a, Case(kind, 0, d, FP32, width=w, wide=d == BF16))
