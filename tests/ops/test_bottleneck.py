@@ -14,7 +14,7 @@ from fastadapt import functional
 from tests import golden
 from tests.golden import Case, load_case
 from tests.ops import checks
-from tests.ops.checks import CPU, REFERENCE, TRITON, every_backend, every_kernel, every_pair
+from tests.ops.checks import CPU, REFERENCE, TRITON, every_backend, every_kernel, every_pair, runs_on
 from tests.ops.specs import ACTIVATIONS, DTYPES, FP32, MIXED, Bottleneck, random_specs, specs
 from tests.tolerance import assert_close_to_f64
 
@@ -268,3 +268,27 @@ def test_recorded_cases_by_backend() -> None:
     print("\n".join(f"{case:55} {name:10} {what}" for (case, name), what in table.items()))
     assert len(RECORDED) == 15
     assert all(what == f"backward {name} x1, forward {name} x1" for (_, name), what in table.items())
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_saturated_and_undefined_numbers(activation: str, dtype: torch.dtype, name: str, device: str) -> None:
+    """Far from zero an activation is 0 or its argument, and its slope 0 or 1; what is no number in a row stays in that row, in the output and in the gradient."""
+    width, far = 24, 1e4
+    x = torch.zeros(5, width, dtype=dtype, device=device)
+    x[0, 0], x[1, 0], x[2, 0] = far, -far, float("nan")
+    x.requires_grad_()
+    identity = torch.eye(width, dtype=dtype, device=device)
+    with runs_on("bottleneck", name):
+        y = functional.bottleneck(x, identity, identity, activation=activation, residual=None)
+        y.sum().backward()
+    assert x.grad is not None
+    even, expected, slopes = activation == "identity", x.detach().clone(), torch.ones_like(x)
+    if not even:
+        expected[1, 0] = slopes[1, 0] = 0.0
+        slopes[[0, 3, 4]], slopes[0, 0] = x.grad[3], 1.0  # at zero
+        slopes[1, 1:] = x.grad[3, 1:]
+    rest = [0, 1, 3, 4]
+    assert (y[rest] - expected[rest]).abs().max() < 1e-6 and (x.grad[rest] - slopes[rest]).abs().max() < 1e-6
+    assert x.grad[3].isfinite().all() and y[2].isnan().any() and (even or activation == "relu" or x.grad[2].isnan().any())

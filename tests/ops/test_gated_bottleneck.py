@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastadapt import functional
 from tests import golden
 from tests.golden import Case, load_case
 from tests.ops import checks
-from tests.ops.checks import CPU, REFERENCE, TRITON, every_backend, every_kernel, every_pair
+from tests.ops.checks import CPU, REFERENCE, TRITON, every_backend, every_kernel, every_pair, runs_on
 from tests.ops.specs import ACTIVATIONS, DTYPES, FP32, GRANULARITIES, MIXED, Gated, random_specs, specs
 from tests.ops.test_bottleneck import stacked_heads
 
@@ -273,3 +274,21 @@ def test_recorded_cases_by_backend() -> None:
     print("\n".join(f"{case:55} {name:10} {what}" for (case, name), what in table.items()))
     assert len(RECORDED) == 21
     assert all(what == f"backward {name} x1, forward {name} x1" for (_, name), what in table.items())
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gates_saturate_and_keep_what_is_no_number(dtype: torch.dtype, name: str, device: str) -> None:
+    """Far from zero a gate is 0 or 1 and has no gradient; an undefined logit makes its row undefined."""
+    width, rank = 40, 8
+    h, x = (torch.randn(4, width, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in range(2))
+    x[3, 0] = float("nan")
+    down, up = torch.full((rank, width), 0.1, dtype=dtype, device=device), torch.full((width, rank), 0.1, dtype=dtype, device=device)
+    bias = torch.cat([torch.full((width // 2,), sign * 1e4) for sign in (1, -1)]).to(device, dtype).requires_grad_()
+    gate = {"granularity": "large", "gate_weight": down, "gate_up_weight": up, "gate_up_bias": bias}
+    with runs_on("gated_bottleneck", name):
+        y = functional.gated_bottleneck(h, x, down, up, **gate)  # type: ignore[arg-type]
+        y[:3].sum().backward()
+    total = functional.bottleneck(h, down, up)
+    assert torch.equal(y[:3, : width // 2], total[:3, : width // 2]) and y[:3, width // 2 :].abs().max() < 1e-6 and y[3].isnan().all()
+    assert bias.grad is not None and bias.grad.nan_to_num().abs().max() < 1e-6

@@ -24,8 +24,8 @@ class Case(NamedTuple):
     """One call of an op; ``kind`` is None for the plain bottleneck, "routed" for samples of several tasks, "shared" where these share Wd and bd, "phm" for Compacter's, which
     alone has a division, a factor rank and numbers of gradients that nobody asks for, and "lora" for LoRA's, with a width of the output and, where ``dropout``, a mask on x.
     "layer", "rms" and "none" are `dropout_add_norm`'s, with a float32 residual where ``wide``, and weight, bias and a gradient of v where ``options``.
-    ``gate_rank``: of large, where it is another than ``rank``. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits. ``published``: of the options
-    the biases alone, and no second residual."""
+    ``gate_rank``: of large, where it is another than ``rank``. Widths that 64 does not divide need masks; 4096 rows are many tiles and several splits. ``published``: of the
+    options the biases alone, and no second residual."""
 
     kind: str | None
     rank: int
