@@ -547,9 +547,11 @@ class Tile(NamedTuple):
 # The first entry whose bound is not below the padded rank is taken; wider ranks leave registers for fewer rows. A width that 64 does not divide needs masks and narrow loads, and
 # with them the registers of twice the rank, at least 128. fp32 products run on FMA units unless tf32 is allowed.
 _ROW_TILES = {
-    "half": ((16, Tile(64, 64, 4, 3, 0, 255)), (64, Tile(64, 64, 4, 3)), (192, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (512, Tile(32, 32, 8, 2)), (1024, Tile(16, 32, 8, 2))),
+    "half": (
+        (16, Tile(64, 64, 4, 3, 0, 255)), (64, Tile(64, 64, 4, 3)), (192, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (512, Tile(32, 32, 8, 2)), (1024, Tile(16, 32, 8, 2)),
+    ),
     "fp32": ((192, Tile(32, 32, 8, 2, 0, 255)), (256, Tile(16, 32, 8, 2, 0, 255)), (1024, Tile(16, 16, 8, 2, 0, 255))),
-}
+}  # fmt: skip
 _SLOPE_TILES = {
     "half": ((64, Tile(64, 64, 4, 3)), (128, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (1024, Tile(16, 32, 8, 2))),
     "fp32": _ROW_TILES["fp32"],
