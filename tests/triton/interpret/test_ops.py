@@ -55,7 +55,7 @@ SCALES: dict[str, Any] = {"input_scale": 0.5, "adapter_scale": -1.5, "scale": 0.
 WIDE: dict[str, Any] = {"lead": (3, 23), "rank": 96, "gate_rank": 72, "width": 96}
 GATED = [
     *(over(FP32, Gated, granularity=g, gate_bias=g == "large", save_gate=False, **WIDE, **SCALES) for g in ("large", "small")),
-    *(over(FP32, Gated, lead=(37,), rank=r, gate_rank=rg, width=96, biases="up", gate_bias=False) for r, rg in ((24, 72), (72, 24))),
+    *(over(FP32, Gated, lead=(37,), rank=r, gate_rank=rg, width=96, biases="up", gate_bias=False) for r, rg in ((24, 72), (72, 24), (40, 40))),
     *(over(MIXED, Gated, granularity=g, gate_bias=g == "large", save_gate=False, combine="add", **WIDE, **SCALES) for g in GRANULARITIES),
     *(over(BF16, Gated, granularity=g, gate_bias=g == "large", save_gate=True, **WIDE, **SCALES) for g in GRANULARITIES),
 ]
