@@ -158,7 +158,8 @@ def once(module: Any, given: Sequence[Tensor], make: Callable[[], Made]) -> Made
     # A tensor of inference mode has no version; a fake one, a shard and one of a functorch transform have no address.
     changing = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if changing or any(type(p) not in (Tensor, nn.Parameter) or p.is_inference() for p in given):
-        module._kept = None
+        if module._kept is not None:  # nn.Module's way of setting an attribute is long
+            module._kept = None
         return make()
     # The address too: `.to()` gives a parameter new storage under its old version.
     state = tuple((p._version, p.data_ptr()) for p in given)
