@@ -26,7 +26,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
-LEVELS = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c"}
+LEVELS = {"avx2": "-mavx2 -mfma -mf16c -mprfchw", "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c -mprfchw"}
 WANTED = [level for level in os.environ.get("FASTADAPT_CPU_LEVELS", ",".join(LEVELS)).split(",") if level]
 REGISTERED = ("cpu_ops", "cpu_entrance")  # the files that register ops
 KERNELS = ("bottleneck", "dropout_add_norm", "gated_bottleneck", "phm_bottleneck")

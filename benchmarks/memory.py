@@ -56,7 +56,10 @@ def kept(f: Callable[[], Any], own: Iterable[Tensor]) -> int:
 
 
 def peak(f: Callable[[], Any], device: str = "cpu") -> int:
-    """The most bytes that ``f`` holds at a time, above what there was before; the second call of two, so that nothing made once counts."""
+    """The most bytes that ``f`` holds at a time, above what there was before; the second call of two, so that nothing made once counts.
+
+    What the CPU kernels work in counts for each call, although a thread keeps it for the next: they keep nothing where torch fills new memory.
+    """
     f()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -65,8 +68,13 @@ def peak(f: Callable[[], Any], device: str = "cpu") -> int:
         f()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        f()
+    settings = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            f()
+    finally:
+        torch.use_deterministic_algorithms(settings[0], warn_only=settings[1])
     events = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(recorded.profiler.kineto_results.events()) if e.name() == "[memory]")  # type: ignore[union-attr]
     return max(accumulate((size for _, _, size in events), initial=0))
 

@@ -83,13 +83,31 @@ void parallel(int64_t n, Range&& range) {
 
 Tensor floats(int64_t n) { return fresh({n}, at::TensorOptions().dtype(at::kFloat)); }
 
+// Working memory of a call, up to 32 MB of which a thread keeps for its next ones: the first touch of new pages took longer than all the rest of VL-PET-large's backward at 128 rows (bf16,
+// measured on CPU). A block is free when nobody else holds it. Where torch fills new memory, nothing is kept, so that it is filled.
+Tensor working_memory(int64_t n) {
+  static thread_local std::vector<Tensor> kept;
+  if (n == 0 || (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())) return floats(n);
+  const auto free = [](const Tensor& t) { return t.use_count() == 1; };
+  Tensor* best = nullptr;
+  for (Tensor& t : kept)
+    if (free(t) && t.numel() >= n && (!best || t.numel() < best->numel())) best = &t;
+  if (best) return *best;
+  kept.erase(std::remove_if(kept.begin(), kept.end(), free), kept.end());  // too small, all of them
+  int64_t sum = n;
+  for (const Tensor& t : kept) sum += t.numel();
+  Tensor t = floats(n);
+  if (sum <= (32 << 20) / static_cast<int64_t>(sizeof(float))) kept.push_back(t);
+  return t;
+}
+
 // Backward over chunks of rows, whose partials of `size` floats are added in order: run(chunk, partial) for each, where total(chunk) says which partial it belongs to, and that of a
 // total's first chunk is the total itself. So a thread has one partial beside it: one a chunk would be memory that is touched once, by products that took 1.4 times as long (VL-PET-large
 // in bf16, 2048 rows, measured on CPU). A thread whose turn to add has not come waits; chunks are handed out in order, so somebody works on that whose turn it is.
 template <class Total, class Run>
 void over_chunks(int64_t chunks, int64_t totals, int64_t size, Total&& total, Run&& run) {
   const int64_t workers = std::min<int64_t>(at::get_num_threads(), chunks), own = std::min(workers, chunks - totals);
-  Tensor storage = floats(own * size);
+  Tensor storage = working_memory(own * size);
   float* const partials = storage.mutable_data_ptr<float>();
   std::atomic<int64_t> next{0}, turn{0}, taken{0};
   std::atomic<bool> failed{false};
@@ -117,7 +135,7 @@ void over_chunks(int64_t chunks, int64_t totals, int64_t size, Total&& total, Ru
 void carve(BottleneckParams& p, Tensor& storage) {
   const int64_t width = padded(p.width), out = padded(p.out), rank = padded(p.rank);
   const int64_t size = p.native ? 2 : 1;  // numbers in the place of a float
-  storage = floats((width + out) * rank / size + rank + 2 * out);
+  storage = working_memory((width + out) * rank / size + rank + 2 * out);
   p.packed_down = storage.mutable_data_ptr<float>(), p.packed_up = p.packed_down + width * rank / size, p.vectors = p.packed_up + out * rank / size;
 }
 
@@ -152,7 +170,7 @@ Tensor run_backward(BottleneckParams& p, bool parameters) {
   Tensor storage;
   carve(p, storage);
   const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), size = PartialLayout(padded(p.width), padded(p.out), p.rank, padded(p.rank)).total;
-  Tensor total = floats(size), dscale = floats(panels_of(p.out));
+  Tensor total = working_memory(size), dscale = floats(panels_of(p.out));
   p.chunks = 1, p.direct = chunks == 1 && p.parameter_type == kFloat;
   p.partials = total.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
   cpu::bottleneck_prepare(p);
@@ -330,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
   if (routed.calls.empty()) return {dx, dwd, dbd, dwu, dbu};
   const int64_t width = padded(x.size(1)), rank = w_down.size(1), partial = PartialLayout(width, width, rank, padded(rank)).total;
   const int64_t calls = static_cast<int64_t>(routed.calls.size());
-  Tensor totals = floats(calls * partial);
+  Tensor totals = working_memory(calls * partial);
   float* at = totals.mutable_data_ptr<float>();
   std::vector<std::pair<int64_t, int64_t>> chunks;  // of all calls: which call's, and which of its own
   for (BottleneckParams& p : routed.calls) {
@@ -365,7 +383,7 @@ struct GatedWorkspace {
     const int64_t width = padded(p.width), rank = padded(p.rank), gate_rank = padded(p.gate_rank), vectors = GatedVectors::size(width, rank, gate_rank);
     const int64_t again = backward ? width * ((p.total ? 0 : rank) + (p.gate ? 0 : gate_rank)) : 0;
     const int64_t packs = (GatedPacks<float>::size(width, rank, gate_rank) + again) / (p.native ? 2 : 1);
-    floats_ = floats(packs + vectors + p.samples + 2 * p.rows);
+    floats_ = working_memory(packs + vectors + p.samples + 2 * p.rows);
     p.packed = floats_.mutable_data_ptr<float>(), p.vectors = p.packed + packs;
     p.sample_gates = p.vectors + vectors, p.row_gradients = p.sample_gates + p.samples;
     if (!p.logits) p.logits = p.row_gradients + p.rows;
@@ -436,7 +454,7 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   GatedWorkspace workspace(p, true);
   const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows)), tiles = ceil_div(p.rows, kTileRows);
   const int64_t size = GatedPartial(padded(p.width), p.rank, padded(p.rank), p.gate_rank, padded(p.gate_rank)).total;
-  Tensor sum = floats(size);
+  Tensor sum = working_memory(size);
   p.partials = sum.mutable_data_ptr<float>();
   cpu::gated_prepare(p);
   parallel(panels * (p.kind == kLarge ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_backward(p, b, e); });
@@ -477,7 +495,7 @@ std::tuple<Tensor, Tensor> phm_bottleneck(const Tensor& x, const Tensor& rule_do
   Tensor y = output(true, {p.rows, p.width}, x), z = save ? fresh({p.rows, p.rank}, x.options()) : output(false, {}, x);
   if (p.rows == 0) return {y, z};
   p.y = y.mutable_data_ptr(), p.z = pointer(save, z);
-  Tensor packed = floats(PhmNumbers::size(p));
+  Tensor packed = working_memory(PhmNumbers::size(p));
   p.packed = packed.mutable_data_ptr<float>();
   cpu::phm_prepare(p);
   parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::phm_forward(p, b, e); });
@@ -502,7 +520,7 @@ NineTensors phm_bottleneck_backward(const Tensor& dy, const Tensor& x, const Ten
   p.up.drule = to(5, dru), p.up.dleft = to(6, dlu), p.up.dright = to(7, drtu), p.db_up = to(8, dbu);
   p.dy = data(dy), p.dy_stride = dy.stride(0), p.z = const_cast<void*>(data(z));
   const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), size = PhmNumbers::size(p);
-  Tensor packed = floats(size), partials = floats(chunks * size);
+  Tensor packed = working_memory(size), partials = working_memory(chunks * size);
   p.packed = packed.mutable_data_ptr<float>(), p.partials = partials.mutable_data_ptr<float>();
   cpu::phm_prepare(p);
   parallel(chunks, [&](int64_t b, int64_t e) { cpu::phm_backward(p, b, e); });
@@ -550,7 +568,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm_backward(const optio
     return {dx, dresidual, dweight, dbias};
   }
   p.dx = pointer(need(0), dx), p.dresidual = pointer(need(1), dresidual), p.dweight = pointer(need(2), dweight), p.dbias = pointer(need(3), dbias);
-  Tensor partials = floats(need(2) || need(3) ? 2 * p.padded() * ceil_div(p.rows, chunk_rows(p.rows)) : 0);
+  Tensor partials = working_memory(need(2) || need(3) ? 2 * p.padded() * ceil_div(p.rows, chunk_rows(p.rows)) : 0);
   p.partials = partials.numel() ? partials.mutable_data_ptr<float>() : nullptr;
   parallel(ceil_div(p.rows, p.unit_rows()), [&](int64_t b, int64_t e) { cpu::norm_backward(p, b, e); });
   if (p.partials) cpu::norm_reduce(p);

@@ -1,6 +1,8 @@
 """The CPU kernels under every vector level that this machine has, each in a process of its own: torch chooses a level once, at start."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from fastadapt import backend, functional
 from fastadapt.ops import _cpu
 from tests.ops import checks
 from tests.ops.specs import BF16, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, specs
@@ -142,3 +146,33 @@ def test_thread_count_does_not_change_a_bit(spec: Spec) -> None:
     torch.set_num_threads(before)
     for other in results[1:]:
         checks.assert_same_bits(results[0], other)
+
+
+KEPT: list[Spec] = [
+    *(kind(lead=(70,), width=40, rank=12) for kind in (Bottleneck, Routed, Lora, PHM, Norm)),
+    Bottleneck(lead=(70,), width=40, rank=12, dtype=MIXED[0], param_dtype=MIXED[1], scale="tensor", gate=True),
+    *(Gated(lead=(2, 35), width=40, rank=12, gate_rank=7, dtype=BF16[0], param_dtype=BF16[1], granularity=g) for g in GRANULARITIES),
+]
+
+
+@specs(KEPT)
+def test_what_is_left_in_working_memory_changes_no_bit(spec: Spec, request: pytest.FixtureRequest) -> None:
+    """A thread keeps it from call to call: here a larger call of NaN alone leaves it to this one; where torch fills new memory, each call has its own."""
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    larger = dataclasses.replace(spec, lead=(*spec.lead[:-1], 700), width=104)
+    checks.fused(larger, "cpu", {n: torch.full_like(t, math.nan) if t.is_floating_point() else t for n, t in larger.draw(0).items()}, larger.cotangent(0))
+    got = checks.fused(spec, "cpu", tensors, dy)
+    request.getfixturevalue("poisoned_empty")
+    checks.assert_same_bits(got, checks.fused(spec, "cpu", tensors, dy))
+
+
+def test_calls_share_their_working_memory() -> None:
+    """The second call of a thread allocates what it returns, and nothing else."""
+    spec = Bottleneck(lead=(64,), width=768, rank=96)
+    tensors = spec.draw(0)
+    with backend.use("cpu"), torch.no_grad():
+        spec.call(functional, tensors)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            y = spec.call(functional, tensors)
+    allocated = [e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
+    assert sum(allocated) == y.nbytes

@@ -70,6 +70,7 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   float *u_tile = z_tile + kTileRows * s.rank, *room = u_tile + kTileRows * kBlockColumns;
   G *x_tile = reinterpret_cast<G*>(room + mask_floats(p)), *a_tile = x_tile + kTileRows * s.width;
   const int8_t* mask = reinterpret_cast<const int8_t*>(room);
+  const auto later = [&](int64_t i) { return at(std::min(i, p.rows - 1)); };
   const float *bd = p.vectors, *bias = bd + s.rank + s.out, scale = thin_scale(p, s);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t row = tile * kTileRows, m = std::min(kTileRows, p.rows - row), height = tile_height(m);
@@ -84,9 +85,16 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < p.out; c += kBlockColumns) {
       const int64_t n = std::min(kBlockColumns, p.out - c);
       matmul(height, p.rank, p.out, a, s.rank, reinterpret_cast<const G*>(p.packed_up), u_tile, kBlockColumns, c, c + n);
-      for (int64_t i = 0; i < m; ++i)
-        finish(u_tile + i * kBlockColumns, bias + c, p.add_input ? static_cast<const A*>(p.x) + at(row + i) * p.x_stride + c : nullptr,
-               p.residual ? static_cast<const A*>(p.residual) + at(row + i) * p.residual_stride + c : nullptr, static_cast<A*>(p.y) + at(row + i) * p.out + c, n);
+      for (int64_t i = 0; i < m; ++i) {
+        const A *x_row = static_cast<const A*>(p.x) + c, *residual = static_cast<const A*>(p.residual) + c;
+        A* y = static_cast<A*>(p.y) + c;
+        const int64_t ahead = later(row + i + kAhead);
+        if (c < p.width) fetch(x_row + later(row + i + kTileRows) * p.x_stride, n);
+        if (p.residual) fetch(residual + ahead * p.residual_stride, n);
+        fetch<1>(y + ahead * p.out, n);
+        finish(u_tile + i * kBlockColumns, bias + c, p.add_input ? x_row + at(row + i) * p.x_stride : nullptr, p.residual ? residual + at(row + i) * p.residual_stride : nullptr,
+               y + at(row + i) * p.out, n);
+      }
     }
   }
   release<G>();
@@ -103,6 +111,7 @@ void backward(const BottleneckParams& p, int64_t chunk) {
   float *a = dz + rank_floats, *work = a + rank_floats, *u_tile = work + rank_floats, *room = u_tile + kTileRows * kBlockColumns;
   G *dz_tile = reinterpret_cast<G*>(room + mask_floats(p)), *turned = dz_tile + rank_floats, *dy_tile = turned + rank_floats, *x_tile = dy_tile + dy_floats, *panels = x_tile + x_floats;
   const int8_t* mask = reinterpret_cast<const int8_t*>(room);
+  const auto later = [&](int64_t i) { return at(std::min(i, p.rows - 1)); };
   const float scale = thin_scale(p, s) * (p.seed ? p.kept : 1.f);
   const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
   float *dwd = p.partials, *pt = dwd + layout.p, *sums = dwd + layout.sums, *dbd = dwd + layout.db_down;
@@ -121,8 +130,13 @@ void backward(const BottleneckParams& p, int64_t chunk) {
         matmul(height, p.rank, p.width, left, s.rank, reinterpret_cast<const G*>(p.packed_down), u_tile, kBlockColumns, c, c + n);
         for (int64_t i = 0; i < m; ++i) {
           float* u = u_tile + i * kBlockColumns;
+          const A* dy_row = static_cast<const A*>(p.dy) + c;
+          A* dx = static_cast<A*>(p.dx) + c;
+          if (c < p.out) fetch(dy_row + later(row + i + kTileRows) * p.dy_stride, n);
+          if (p.dw_down) fetch(static_cast<const A*>(p.x) + at(row + i) * p.x_stride + c, n);
+          fetch<1>(dx + later(row + i + kAhead) * p.width, n);
           if (p.seed) drop(u, mask + i * mask_stride(p.width) + c, u, n);
-          finish<A>(u, nullptr, p.add_input ? static_cast<const A*>(p.dy) + at(row + i) * p.dy_stride + c : nullptr, nullptr, static_cast<A*>(p.dx) + at(row + i) * p.width + c, n);
+          finish<A>(u, nullptr, p.add_input ? dy_row + at(row + i) * p.dy_stride : nullptr, nullptr, dx + at(row + i) * p.width, n);
         }
       }
     }

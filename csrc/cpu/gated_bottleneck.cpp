@@ -171,6 +171,12 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
       if (p.kind == kLarge) matmul(height, p.gate_rank, p.width, ag, s.gate_rank, w.gate_up, g_tile, kBlockColumns, c, c + n);
       for (int64_t i = 0; i < m; ++i) {
         float *u = u_block + i * ld, *g = g_tile + i * kBlockColumns;
+        const int64_t ahead = (row + i + kAhead) * p.width + c;
+        fetch(h.data + (kTileRows + i) * h.stride + c, n);
+        if (x.data) fetch(x.data + (kTileRows + i) * x.stride + c, n);
+        if (!row_gate) fetch<1>(static_cast<A*>(p.y) + ahead, n);
+        if (total_out) fetch<1>(total_out + ahead, n);
+        if (p.gate) fetch<1>(static_cast<A*>(p.gate) + ahead, n);
         finish_total(u, h.data + i * h.stride + c, v.b_up + c, p.input_scale, whole);
         if (total_out) narrow(u, total_out + (row + i) * p.width + c, n);
         if (row_gate) continue;
@@ -238,7 +244,11 @@ void apply(const GatedParams& p, int64_t begin, int64_t end) {
 template <class A, class G>
 void load_total(const GatedParams& p, const Sizes& s, int64_t row, int64_t m, int64_t height, Rows<G> h, const G* a, int64_t c, int64_t n, float* buffer, int64_t ld) {
   if (p.total) {
-    for (int64_t i = 0; i < m; ++i) widen(static_cast<const A*>(p.total) + (row + i) * p.width + c, buffer + i * ld, n, round_up(n, kPanel));
+    for (int64_t i = 0; i < m; ++i) {
+      const A* from = static_cast<const A*>(p.total) + (row + i) * p.width + c;
+      fetch(from + kAhead * p.width, n);
+      widen(from, buffer + i * ld, n, round_up(n, kPanel));
+    }
     return;
   }
   matmul(height, p.rank, p.width, a, s.rank, static_cast<const G*>(s.recompute_packs<G>(p).first), buffer, ld, c, c + n);
@@ -337,9 +347,14 @@ void backward(const GatedParams& p, int64_t chunk) {
       if (row_gate) continue;
       for (int64_t i = 0; i < m; ++i) {
         const G *e = dy.data + i * dy.stride + c, *logits = x.data ? x.data + i * x.stride + c : nullptr;
+        fetch(e + kAhead * dy.stride, n);
         const float* t = total + i * total_ld;
         float *g = g_block + i * kBlockColumns, *dt = dt_tile + i * ld + c, *dl = dl_tile + i * ld + c;
-        if (large && p.gate) widen(static_cast<const A*>(p.gate) + (row + i) * p.width + c, g, n, whole);
+        if (large && p.gate) {
+          const A* from = static_cast<const A*>(p.gate) + (row + i) * p.width + c;
+          fetch(from + kAhead * p.width, n);
+          widen(from, g, n, whole);
+        }
         vectors(whole, [&](int64_t j) {
           const Vec grad = Vec(p.scale) * load(e + j), gate_gradient = p.add || !need_total ? grad : grad * Vec::loadu(t + j);
           Vec gate;
@@ -399,6 +414,8 @@ void backward(const GatedParams& p, int64_t chunk) {
           matmul(height, p.rank, p.width, left, s.rank, w.down, block, kBlockColumns, c, c + n);
           for (int64_t i = 0; i < m; ++i) {
             float* u = block + i * kBlockColumns;
+            fetch<1>(static_cast<A*>(p.dh) + (row + i + kAhead) * p.width + c, n);
+            if (p.dw_down) fetch(h.data + i * h.stride + c, n);
             vectors(whole, [&](int64_t j) { at::vec::fmadd(Vec(p.input_scale), Vec::loadu(dt_tile + i * ld + c + j), Vec::loadu(u + j)).store(u + j); });
             narrow(u, static_cast<A*>(p.dh) + (row + i) * p.width + c, n);
           }
@@ -420,7 +437,12 @@ void backward(const GatedParams& p, int64_t chunk) {
       for (int64_t c = 0; c < p.width; c += kBlockColumns) {
         const int64_t n = std::min(kBlockColumns, p.width - c);
         matmul(height, p.gate_rank, p.width, left, s.gate_rank, w.gate_down, block, kBlockColumns, c, c + n);
-        for (int64_t i = 0; i < m; ++i) narrow(block + i * kBlockColumns, static_cast<A*>(p.dx) + (row + i) * p.width + c, n);
+        for (int64_t i = 0; i < m; ++i) {
+          A* out = static_cast<A*>(p.dx) + (row + i) * p.width + c;
+          fetch<1>(out + kAhead * p.width, n);
+          if (p.dgate_weight) fetch(x.data + i * x.stride + c, n);
+          narrow(block + i * kBlockColumns, out, n);
+        }
       }
     }
     if (p.dgate_up_weight || p.dgate_up_bias) to_panels(dl, m, height, p.width, panels, p.dgate_up_bias ? sums_g : nullptr);
