@@ -152,10 +152,20 @@ BottleneckParams common(const Tensor& x, const Tensor& w_down, const Tensor& w_u
   return p;
 }
 
+// Panels of 32 columns, of weights of 32 x `depth` numbers, as many a thread as make it worth one.
+template <class Range>
+void parallel_panels(int64_t panels, int64_t depth, Range&& range) {
+  at::parallel_for(0, panels, ceil_div(2048, depth), [&](int64_t begin, int64_t end) { range(begin, end); });
+}
+
 void run_forward(BottleneckParams& p) {
   Tensor storage;
   carve(p, storage);
   cpu::bottleneck_prepare(p);
+  if (are_few(p.rows, p.rank) && !p.seed) {
+    parallel_panels(panels_of(p.rank), p.width, [&](int64_t b, int64_t e) { cpu::bottleneck_few_down(p, b, e); });
+    return parallel_panels(panels_of(p.out), p.rank, [&](int64_t b, int64_t e) { cpu::bottleneck_few_up(p, b, e); });
+  }
   parallel(panels_of(p.rank) + panels_of(p.out), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_forward(p, b, e); });
   parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
 }

@@ -100,6 +100,48 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   release<G>();
 }
 
+// Rows of a call that has few, or their z, as `products` takes them.
+int64_t few_stride(int64_t n) { return round_up(n, 2 * Vec::size()); }
+
+template <class P, class A>
+void few_products(int64_t m, const float* rows, int64_t ld, int64_t k, const void* w, int64_t begin, int64_t end, float* out, int64_t ld_out) {
+  const auto run = [&](auto product) { product(rows, ld, k, static_cast<const P*>(w), begin, end, out, ld_out); };
+  switch (few_height(m)) {
+    case 1: return run(products<1, P, A>);
+    case 2: return run(products<2, P, A>);
+    case 4: return run(products<4, P, A>);
+    default: return run(products<8, P, A>);
+  }
+}
+
+template <class A, class P>
+void few_down(const BottleneckParams& p, int64_t begin, int64_t end) {
+  const int64_t ld = few_stride(p.width);
+  float* x = scratch(kFewRows * ld);
+  std::fill(x + p.rows * ld, x + kFewRows * ld, 0.f);
+  for (int64_t i = 0; i < p.rows; ++i) widen(static_cast<const A*>(p.x) + i * p.x_stride, x + i * ld, p.width, ld);
+  few_products<P, A>(p.rows, x, ld, p.width, p.w_down, begin * kPanel, std::min(p.rank, end * kPanel), p.packed_down, padded(p.rank));
+}
+
+template <class A, class P>
+void few_up(const BottleneckParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const int64_t ld = few_stride(p.rank), first = begin * kPanel, n = std::min(p.out, end * kPanel) - first;
+  float *a = scratch(kFewRows * (ld + s.out)), *u = a + kFewRows * ld;
+  const float *bd = p.vectors, *gs = bd + s.rank, *bias = gs + s.out, scale = thin_scale(p, s);
+  std::fill(a, a + kFewRows * ld, 0.f);
+  for (int64_t i = 0; i < p.rows; ++i) copy(p.packed_down + i * s.rank, a + i * ld, p.rank);
+  activate_rows<A>(a, p.rows, p.rank, ld, bd, p.activation, begin == 0 ? static_cast<A*>(p.z) : nullptr);
+  if (scale != 1.f) scale_by(scale, a, p.rows * ld);
+  few_products<P, A>(p.rows, a, ld, p.rank, p.w_up, first, first + n, u, s.out);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    float* row = u + i * s.out + first;
+    if (p.gate) vectors(round_up(n, 8), [&](int64_t j) { (Vec::loadu(row + j) * Vec::loadu(gs + first + j)).store(row + j); });
+    finish(row, bias + first, p.add_input ? static_cast<const A*>(p.x) + i * p.x_stride + first : nullptr,
+           p.residual ? static_cast<const A*>(p.residual) + i * p.residual_stride + first : nullptr, static_cast<A*>(p.y) + i * p.out + first, n);
+  }
+}
+
 template <class A, class P, class G>
 void backward(const BottleneckParams& p, int64_t chunk) {
   const Sizes s(p);
@@ -188,6 +230,8 @@ void bottleneck_prepare(const BottleneckParams& p) { FASTADAPT_DISPATCH(p, prepa
 void bottleneck_pack_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_forward, p, begin, end) }
 void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, pack_backward, p, begin, end) }
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward, p, begin, end) }
+void bottleneck_few_down(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, few_down, p, begin, end) }
+void bottleneck_few_up(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, few_up, p, begin, end) }
 void bottleneck_backward(const BottleneckParams& p, int64_t chunk) { FASTADAPT_DISPATCH_GEMM(p, backward, p, chunk) }
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
 void add_partial(float* to, const float* from, int64_t n) { vectors(n, [&](int64_t i) { (Vec::loadu(to + i) + Vec::loadu(from + i)).store(to + i); }); }

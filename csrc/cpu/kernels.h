@@ -9,6 +9,8 @@ void bottleneck_prepare(const BottleneckParams& p);
 void bottleneck_pack_forward(const BottleneckParams& p, int64_t begin, int64_t end);
 void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t end);
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end);
+void bottleneck_few_down(const BottleneckParams& p, int64_t begin, int64_t end);  // z, in packed_down: panels of the rank
+void bottleneck_few_up(const BottleneckParams& p, int64_t begin, int64_t end);    // panels of the output
 void bottleneck_backward(const BottleneckParams& p, int64_t chunk);
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end);
 void add_partial(float* to, const float* from, int64_t n);  // n: a multiple of 8

@@ -356,6 +356,53 @@ inline void pack_transposed(const void* w, int64_t n, int64_t k, const float* sc
   }
 }
 
+// Two vectors of a weight.
+template <class P, class A>
+inline std::pair<Vec, Vec> weights(const P* src) {
+  constexpr int64_t n = 2 * Vec::size();
+  if constexpr (!std::is_same_v<P, float>)
+    return {load(src), load(src + Vec::size())};
+  else if constexpr (std::is_same_v<A, float>)
+    return {load(src), load(src + Vec::size())};
+  else {
+    A rounded[n];
+    narrow<A>(load(src), load(src + Vec::size())).store(rounded);
+    return {load(rounded), load(rounded + Vec::size())};
+  }
+}
+
+// out[i][n] = rows[i] . W[n] for M rows and n in [begin, end): weights where they lie, W row-major N x K. Rows are zero from K to a multiple of two vectors.
+template <int M, class P, class A>
+inline void products(const float* rows, int64_t ld, int64_t k, const P* w, int64_t begin, int64_t end, float* out, int64_t ld_out) {
+  constexpr int64_t v = Vec::size(), group = v / M;
+  for (int64_t n = begin; n < end; n += group) {
+    Vec sums[v];
+#pragma GCC unroll 16
+    for (int64_t g = 0; g < v; ++g) sums[g] = Vec(0.f);
+    const P* of[group];
+    for (int64_t g = 0; g < group; ++g) of[g] = w + std::min(n + g, end - 1) * k;
+    for (int64_t j = 0; j < k; j += 2 * v) {
+      P last[group][2 * v];
+      if (j + 2 * v > k)
+        for (int64_t g = 0; g < group; ++g) std::fill(std::copy(of[g] + j, of[g] + k, last[g]), last[g] + 2 * v, P(0.f)), of[g] = last[g] - j;
+#pragma GCC unroll 16
+      for (int64_t g = 0; g < group; ++g) {
+        const auto [low, high] = weights<P, A>(of[g] + j);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < M; ++i) sums[g * M + i] = at::vec::fmadd(high, Vec::loadu(rows + i * ld + j + v), at::vec::fmadd(low, Vec::loadu(rows + i * ld + j), sums[g * M + i]));
+      }
+    }
+    float block[v * v], turned[v * v];
+    for (int64_t i = 0; i < v; ++i) sums[i].store(block + i * v);
+    transpose_block(block, v, turned, v);
+    Vec total = Vec::loadu(turned);
+    for (int64_t i = 1; i < v; ++i) total = total + Vec::loadu(turned + i * v);
+    total.store(block);
+    for (int64_t g = 0; g < std::min(group, end - n); ++g)
+      for (int64_t i = 0; i < M; ++i) out[i * ld_out + n + g] = block[g * M + i];
+  }
+}
+
 // C[:, n0:n1] (m x N, row-major from column n0) = A (m x K) . operand[:, n0:n1]. Long sums are cut: a panel of 192 x 32 floats stays in L1, and sums of sums round less.
 template <class G>
 inline void matmul(int64_t m, int64_t k, int64_t n, const G* a, int64_t lda, const G* packed, float* c, int64_t ldc, int64_t n0, int64_t n1) {

@@ -55,7 +55,11 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("loop", "i + 4 * v < n in"): TAIL,
     ("loop", "i + Vec::size() < n in"): TAIL,
     ("deleted", "load_fp32_from_fp16"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the ops see it",
-    **{(kind, "__builtin_prefetch("): "prefetching, from any address, changes the speed alone" for kind in ("condition", "offset", "sign", "deleted")},
+    **{
+        (kind, line): "prefetching, from any address, changes the speed alone"
+        for kind in ("bound", "condition", "constant", "offset", "sign", "loop", "product", "scale", "deleted")
+        for line in ("__builtin_prefetch(", " fetch(", " fetch<1>(", "const int64_t ahead = ", "const auto later = ", "const T* at, int64_t n")
+    },
     ("bound", "in if (i + v <= rows && j + v <= cols)"): SAME,
     ("constant", "1.f -> 1.1f in } else if (scale != 1.f) {"): ONE,
     ("constant", "1.f -> 1.1f in if (scale != 1.f) scale_by("): ONE,
@@ -214,6 +218,14 @@ SPECS: list[Spec] = [
     *(over(d, lead=(64,), width=64, rank=32, gate=True) for d in BOTH),
     over(MIXED, lead=(64,), width=48, rank=16, scale=0.7),
     over(FP32, lead=(4,), width=48, rank=20, scale=0.7),
+    # Few rows, whose weights are not packed: each number of rows that they are rounded up to, panels and vectors that are not full, the last row at a page's end.
+    over(FP32, lead=(1,), width=40, rank=33, residual="other", scale="tensor", gate=True),
+    over(MIXED, lead=(2,), width=72, rank=36, scale=0.7),
+    over(FP32, lead=(3,), width=36, rank=64, activation="silu", biases="none"),
+    over(FP32, lead=(4,), width=256, rank=64, scale=0.7),
+    over(MIXED, lead=(7,), width=33, rank=130, residual="other", gate=True),
+    over(FP32, lead=(8,), width=64, rank=128, residual=None, scale="tensor"),
+    over(MIXED, Lora, lead=(1,), width=77, out=160, rank=16, biases="up", scale=0.7),
     over(FP32, lead=(64,), width=36, rank=36, gate=True, scale=0.7),
     over(FP32, lead=(9,), width=40, rank=20, scale="tensor"),
     *(over(FP32, lead=(65,), width=40, rank=35, activation=a, scale=0.7) for a in ACTIVATIONS),

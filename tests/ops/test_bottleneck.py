@@ -40,6 +40,12 @@ SHAPES = [over(d, lead=(t,), rank=r, width=64) for d in (FP32, MIXED) for t in (
     over(d, width=w, rank=r) for d in (FP32, MIXED) for w in (1, 33, 768) for r in (7, 96)
 ]
 ALL_SHAPES = [over(d, lead=(t,), rank=r, width=w) for d in DTYPES for t in (0, 1, 63, 65, 300) for r in (1, 7, 24, 96, 100) for w in (1, 33, 64, 768)]
+FEW = [
+    over(d, lead=lead, width=w, rank=r, **options)
+    for d in (FP32, MIXED, DTYPES[4])
+    for lead, r in (((1,), 16), ((1, 2), 33), ((3,), 64), ((4,), 100), ((5,), 128), ((8,), 130))
+    for w, options in ((40, {}), (77, {"residual": "other", "scale": "tensor", "gate": True}), (264, {"residual": None, "biases": "none", "scale": 0.3}))
+]
 REAL = [over(d, lead=(2, 65), width=w, rank=r) for d in (FP32, MIXED, DTYPES[4]) for w in (768, 1024) for r in (96, 192)]
 ALL_REAL = [over(d, lead=(2, 165), width=w, rank=r, scale="tensor", gate=True) for d in DTYPES for w in (768, 1024) for r in (96, 192)]
 
@@ -75,6 +81,12 @@ def test_random_on_reference(spec: Bottleneck) -> None:
 @every_kernel
 @specs(SHAPES)
 def test_shapes(spec: Bottleneck, name: str, device: str) -> None:
+    checks.assert_within_rule(spec, name, device)
+
+
+@every_kernel
+@specs(FEW)
+def test_few_rows(spec: Bottleneck, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
