@@ -79,6 +79,15 @@ inline void draw_mask(uint64_t seed, uint32_t threshold, int64_t row, int64_t m,
   }
 }
 
+// One vector of numbers, where the mask keeps them.
+inline Vec masked(Vec v, const int8_t* mask) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(mask)))));
+#else
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask)))));
+#endif
+}
+
 // dst = mask (.) src, n numbers.
 template <class G>
 inline void drop(const G* src, const int8_t* mask, G* dst, int64_t n) {

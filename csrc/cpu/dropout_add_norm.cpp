@@ -35,7 +35,7 @@ struct Block {
   explicit Block(const Half* src) : Block(src, 0) {}
   void store(float* dst) const { a.store(dst), b.store(dst + Vec::size()); }
   template <class T>
-  void store(T* dst) const { at::vec::convert_from_float<T>(a, b).store(dst); }
+  void store(T* dst) const { narrow<T>(a, b).store(dst); }
   friend Block operator+(Block x, Block y) { return {x.a + y.a, x.b + y.b}; }
   friend Block operator-(Block x, Block y) { return {x.a - y.a, x.b - y.b}; }
   friend Block operator*(Block x, Block y) { return {x.a * y.a, x.b * y.b}; }
@@ -77,17 +77,13 @@ inline void store(Block v, T* dst, int64_t i, int64_t n) {
 template <class T>
 inline Block rounded(Block v) {
   if constexpr (std::is_same_v<T, float>) return v;
-  T stored[kBlock];
-  v.store(stored);
-  return Block(stored);
+  else {
+    const auto [a, b] = at::vec::convert_to_float<T>(narrow<T>(v.a, v.b));
+    return {a, b};
+  }
 }
 
-inline Block dropped(Block v, const int8_t* mask) {
-  alignas(64) float numbers[kBlock];
-  v.store(numbers);
-  drop(numbers, mask, numbers, kBlock);
-  return Block(numbers);
-}
+inline Block dropped(Block v, const int8_t* mask) { return {masked(v.a, mask), masked(v.b, mask + Vec::size())}; }
 
 // Masks of the rows of one tile.
 struct Masks {
