@@ -6,7 +6,6 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #ifdef __linux__
 #include <sys/mman.h>

@@ -1,6 +1,7 @@
 // Fused bottleneck, forward and backward, on ranges of row tiles, chunks and column panels; cpu_ops.cpp runs the ranges in parallel.
 //
 // Forward per tile of 64 rows: z = x Wd' + bd and a = phi(z) stay in L1, the up-projection is finished and stored in blocks of 128 columns.
+// Where rows are few, both projections take the weights where they lie, each split by columns.
 // Backward per tile: da = dy (s g Wu), dz = da phi'(z), dx = dz Wd (+ dy); dWd += dz' x and P += a' dy go to the chunk's partial. With P and S = column sums of dy the gradients of
 // w_up, b_up, gate and scale need no up-projection: dWu = s g P, dbu = s g S, dg = s b, ds = sum g b, b = rowsum(Wu P) + bu S.
 // A routed call is one call a task, over its rows wherever they lie. LoRA is a call whose x and y may differ in width and whose x may be dropped in part: with mask M and k = 1 / (1 - p)
@@ -86,21 +87,20 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
       const int64_t n = std::min(kBlockColumns, p.out - c);
       matmul(height, p.rank, p.out, a, s.rank, reinterpret_cast<const G*>(p.packed_up), u_tile, kBlockColumns, c, c + n);
       for (int64_t i = 0; i < m; ++i) {
-        const A *x_row = static_cast<const A*>(p.x) + c, *residual = static_cast<const A*>(p.residual) + c;
-        A* y = static_cast<A*>(p.y) + c;
+        const int64_t to = at(row + i);
         const int64_t ahead = later(row + i + kAhead);
-        if (c < p.width) fetch(x_row + later(row + i + kTileRows) * p.x_stride, n);
-        if (p.residual) fetch(residual + ahead * p.residual_stride, n);
-        fetch<1>(y + ahead * p.out, n);
-        finish(u_tile + i * kBlockColumns, bias + c, p.add_input ? x_row + at(row + i) * p.x_stride : nullptr, p.residual ? residual + at(row + i) * p.residual_stride : nullptr,
-               y + at(row + i) * p.out, n);
+        if (c < p.width) fetch(static_cast<const A*>(p.x) + later(row + i + kTileRows) * p.x_stride + c, n);
+        if (p.residual) fetch(static_cast<const A*>(p.residual) + ahead * p.residual_stride + c, n);
+        fetch<1>(static_cast<A*>(p.y) + ahead * p.out + c, n);
+        finish(u_tile + i * kBlockColumns, bias + c, p.add_input ? static_cast<const A*>(p.x) + to * p.x_stride + c : nullptr,
+               p.residual ? static_cast<const A*>(p.residual) + to * p.residual_stride + c : nullptr, static_cast<A*>(p.y) + to * p.out + c, n);
       }
     }
   }
   release<G>();
 }
 
-// Rows of a call that has few, or their z, as `products` takes them.
+// Rows of a call that has few, or their z, as `products` takes them; it also multiplies what lies behind them, for nobody.
 int64_t few_stride(int64_t n) { return round_up(n, 2 * Vec::size()); }
 
 template <class P, class A>
@@ -118,9 +118,8 @@ template <class A, class P>
 void few_down(const BottleneckParams& p, int64_t begin, int64_t end) {
   const int64_t ld = few_stride(p.width);
   float* x = scratch(kFewRows * ld);
-  std::fill(x + p.rows * ld, x + kFewRows * ld, 0.f);
   for (int64_t i = 0; i < p.rows; ++i) widen(static_cast<const A*>(p.x) + i * p.x_stride, x + i * ld, p.width, ld);
-  few_products<P, A>(p.rows, x, ld, p.width, p.w_down, begin * kPanel, std::min(p.rank, end * kPanel), p.packed_down, padded(p.rank));
+  few_products<P, A>(p.rows, x, ld, p.width, p.w_down, begin * kPanel, std::min(p.rank, end * kPanel), p.packed_down, Sizes(p).rank);
 }
 
 template <class A, class P>
@@ -129,8 +128,7 @@ void few_up(const BottleneckParams& p, int64_t begin, int64_t end) {
   const int64_t ld = few_stride(p.rank), first = begin * kPanel, n = std::min(p.out, end * kPanel) - first;
   float *a = scratch(kFewRows * (ld + s.out)), *u = a + kFewRows * ld;
   const float *bd = p.vectors, *gs = bd + s.rank, *bias = gs + s.out, scale = thin_scale(p, s);
-  std::fill(a, a + kFewRows * ld, 0.f);
-  for (int64_t i = 0; i < p.rows; ++i) copy(p.packed_down + i * s.rank, a + i * ld, p.rank);
+  for (int64_t i = 0; i < p.rows; ++i) widen(p.packed_down + i * s.rank, a + i * ld, p.rank, ld);
   activate_rows<A>(a, p.rows, p.rank, ld, bd, p.activation, begin == 0 ? static_cast<A*>(p.z) : nullptr);
   if (scale != 1.f) scale_by(scale, a, p.rows * ld);
   few_products<P, A>(p.rows, a, ld, p.rank, p.w_up, first, first + n, u, s.out);
@@ -172,13 +170,12 @@ void backward(const BottleneckParams& p, int64_t chunk) {
         matmul(height, p.rank, p.width, left, s.rank, reinterpret_cast<const G*>(p.packed_down), u_tile, kBlockColumns, c, c + n);
         for (int64_t i = 0; i < m; ++i) {
           float* u = u_tile + i * kBlockColumns;
-          const A* dy_row = static_cast<const A*>(p.dy) + c;
-          A* dx = static_cast<A*>(p.dx) + c;
-          if (c < p.out) fetch(dy_row + later(row + i + kTileRows) * p.dy_stride, n);
-          if (p.dw_down) fetch(static_cast<const A*>(p.x) + at(row + i) * p.x_stride + c, n);
-          fetch<1>(dx + later(row + i + kAhead) * p.width, n);
+          const int64_t to = at(row + i);
+          if (c < p.out) fetch(static_cast<const A*>(p.dy) + later(row + i + kTileRows) * p.dy_stride + c, n);
+          if (p.dw_down) fetch(static_cast<const A*>(p.x) + to * p.x_stride + c, n);
+          fetch<1>(static_cast<A*>(p.dx) + later(row + i + kAhead) * p.width + c, n);
           if (p.seed) drop(u, mask + i * mask_stride(p.width) + c, u, n);
-          finish<A>(u, nullptr, p.add_input ? dy_row + at(row + i) * p.dy_stride : nullptr, nullptr, dx + at(row + i) * p.width, n);
+          finish<A>(u, nullptr, p.add_input ? static_cast<const A*>(p.dy) + to * p.dy_stride + c : nullptr, nullptr, static_cast<A*>(p.dx) + to * p.width + c, n);
         }
       }
     }

@@ -172,8 +172,8 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < m; ++i) {
         float *u = u_block + i * ld, *g = g_tile + i * kBlockColumns;
         const int64_t ahead = (row + i + kAhead) * p.width + c;
-        fetch(h.data + (kTileRows + i) * h.stride + c, n);
-        if (x.data) fetch(x.data + (kTileRows + i) * x.stride + c, n);
+        fetch(static_cast<const A*>(p.h) + (row + kTileRows + i) * p.h_stride + c, n);
+        if (x.data) fetch(static_cast<const A*>(p.x) + (row + kTileRows + i) * p.x_stride + c, n);
         if (!row_gate) fetch<1>(static_cast<A*>(p.y) + ahead, n);
         if (total_out) fetch<1>(total_out + ahead, n);
         if (p.gate) fetch<1>(static_cast<A*>(p.gate) + ahead, n);

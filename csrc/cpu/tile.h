@@ -359,13 +359,10 @@ inline void pack_transposed(const void* w, int64_t n, int64_t k, const float* sc
 // Two vectors of a weight.
 template <class P, class A>
 inline std::pair<Vec, Vec> weights(const P* src) {
-  constexpr int64_t n = 2 * Vec::size();
-  if constexpr (!std::is_same_v<P, float>)
-    return {load(src), load(src + Vec::size())};
-  else if constexpr (std::is_same_v<A, float>)
+  if constexpr (std::is_same_v<P, A>)
     return {load(src), load(src + Vec::size())};
   else {
-    A rounded[n];
+    A rounded[2 * Vec::size()];
     narrow<A>(load(src), load(src + Vec::size())).store(rounded);
     return {load(rounded), load(rounded + Vec::size())};
   }
@@ -376,9 +373,7 @@ template <int M, class P, class A>
 inline void products(const float* rows, int64_t ld, int64_t k, const P* w, int64_t begin, int64_t end, float* out, int64_t ld_out) {
   constexpr int64_t v = Vec::size(), group = v / M;
   for (int64_t n = begin; n < end; n += group) {
-    Vec sums[v];
-#pragma GCC unroll 16
-    for (int64_t g = 0; g < v; ++g) sums[g] = Vec(0.f);
+    Vec sums[v];  // they begin as zero
     const P* of[group];
     for (int64_t g = 0; g < group; ++g) of[g] = w + std::min(n + g, end - 1) * k;
     for (int64_t j = 0; j < k; j += 2 * v) {

@@ -60,6 +60,13 @@ EXPLAINED: dict[tuple[str, str], str] = {
         for kind in ("bound", "condition", "constant", "offset", "sign", "loop", "product", "scale", "deleted")
         for line in ("__builtin_prefetch(", " fetch(", " fetch<1>(", "const int64_t ahead = ", "const auto later = ", "const T* at, int64_t n")
     },
+    ("bound", "j + 2 * v >= k in if (j + 2 * v > k)"): "the last whole vectors then go through a copy: the same numbers",
+    ("constant", "std::fill(std::copy(of[g] + j"): ZERO,
+    ("loop", "n <= end in for (int64_t n = begin"): LAST,
+    ("loop", "i <= v in for (int64_t i = 0; i < v; ++i) sums[i]"): "reads and writes behind local arrays, by an address that no check watches",
+    ("sign", "end + n in for (int64_t g = 0; g < std::min(group, end - n)"): "columns behind the last lie in the padding: 32 is a multiple of a group's",
+    ("bound", "in for (int64_t g = 0; g < std::min(group, end - n)"): "columns behind the last lie in the padding: 32 is a multiple of a group's",
+    ("loop", "i <= p.rows in for (int64_t i = 0; i < p.rows; ++i) widen(p.packed_down"): "one more row, of those that are multiplied for nobody",
     ("bound", "in if (i + v <= rows && j + v <= cols)"): SAME,
     ("constant", "1.f -> 1.1f in } else if (scale != 1.f) {"): ONE,
     ("constant", "1.f -> 1.1f in if (scale != 1.f) scale_by("): ONE,
@@ -188,6 +195,7 @@ PHM_EXPLAINED: dict[tuple[str, str], str] = {
 }
 NORM_EXPLAINED: dict[tuple[str, str], str] = {
     ("deleted", "widen(static_cast<const Half*>(src)"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the op see it",
+    ("product", "begin * kNormRows -> begin in for (int64_t row"): "also computes rows of other ranges, with masks that may be wrong: their own range mostly writes them last",
     ("bound", "n < v -> n <= v"): "a whole vector, kept as it is or as its first numbers: the same",
     ("bound", "i + kBlock <= n -> i + kBlock < n"): "the last whole block then goes through a copy: the same numbers",
     ("bound", "i + kBlock > n -> i + kBlock >= n"): "all numbers of a whole block are its first ones",
@@ -265,6 +273,9 @@ CALLS: list[Spec] = [
     over(MIXED, lead=(70,), width=33, rank=7, residual="other", scale="tensor", gate=True),
     over(FP32, lead=(70,), width=40, rank=7),
     over(FP32, Routed, lead=(70,), width=40, rank=7, residual="other"),
+    # Few rows, whose panels two threads share.
+    over(FP32, lead=(3,), width=600, rank=288),
+    over(MIXED, lead=(3,), width=600, rank=288, residual="other", scale="tensor", gate=True),
     over(FP32, Lora, lead=(70,), width=40, out=72, rank=7, dropout=0.3),
     over(MIXED, Lora, lead=(70,), width=72, out=33, rank=7, biases="up", dropout=0.3),
     *(
