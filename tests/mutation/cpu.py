@@ -67,6 +67,10 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("sign", "end + n in for (int64_t g = 0; g < std::min(group, end - n)"): "columns behind the last lie in the padding: 32 is a multiple of a group's",
     ("bound", "in for (int64_t g = 0; g < std::min(group, end - n)"): "columns behind the last lie in the padding: 32 is a multiple of a group's",
     ("loop", "i <= p.rows in for (int64_t i = 0; i < p.rows; ++i) widen(p.packed_down"): "one more row, of those that are multiplied for nobody",
+    **{
+        ("offset", f"begin * kPanel -> begin in {line}"): "also computes columns of other ranges, the same numbers"
+        for line in ("few_products<P, A>(p.rows, x", "const int64_t ld = few_stride(p.rank)")
+    },
     ("bound", "in if (i + v <= rows && j + v <= cols)"): SAME,
     ("constant", "1.f -> 1.1f in } else if (scale != 1.f) {"): ONE,
     ("constant", "1.f -> 1.1f in if (scale != 1.f) scale_by("): ONE,
