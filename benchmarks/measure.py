@@ -85,7 +85,7 @@ SAMPLE = 2e-3  # seconds that a sample on a CPU takes at least, in up to CALLS c
 def timed(f: Callable[[], object], device: str, calls: int = 1) -> float:
     """Seconds of one call, the mean of ``calls`` in a row; on a CUDA device of CALLS between two events: the device's time, or the host's where the device waits for it.
 
-    On a CPU one more goes before them, untimed: it finds memory and caches as its rivals left them, the others as the same work did a moment ago, which is how a training loop runs.
+    On a CPU one more goes before them, untimed: it finds memory and caches as its rivals left them, the others as the same work did a moment ago, as in a training loop.
     """
     if device == "cpu":
         f()
