@@ -79,13 +79,13 @@ def machine(device: str | torch.device = "cpu") -> str:
 
 CALLS = 20  # between two events on a CUDA device: the first call's launch latency, some 10 us, is then below a microsecond of the mean
 SETTLED = 0.02  # of a median ratio: quartiles no wider apart, after at least nine rounds, need no more of them
-SAMPLE = 2e-3  # seconds that a sample on a CPU takes at least, in up to CALLS calls: the clock and a cold cache are then below a percent
+SAMPLE = 2e-3  # seconds that a sample on a CPU takes at least, in up to CALLS calls: the clock is then below a percent
 
 
 def timed(f: Callable[[], object], device: str, calls: int = 1) -> float:
     """Seconds of one call, the mean of ``calls`` in a row; on a CUDA device of CALLS between two events: the device's time, or the host's where the device waits for it.
 
-    On a CPU one more goes before them, untimed: it finds memory and caches as its rivals left them, the others as the same work did a moment ago, as in a training loop.
+    On a CPU one more goes before them, untimed, which finds memory and caches as its rivals left them.
     """
     if device == "cpu":
         f()

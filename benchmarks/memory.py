@@ -60,8 +60,8 @@ def peak(f: Callable[[], Any], device: str = "cpu") -> int:
 
     What the CPU kernels work in counts for each call, although a thread keeps it for the next: they keep nothing where torch fills new memory.
     """
-    f()
     if device == "cuda":
+        f()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -71,6 +71,7 @@ def peak(f: Callable[[], Any], device: str = "cpu") -> int:
     settings = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
+        f()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             f()
     finally:

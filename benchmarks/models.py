@@ -1,9 +1,9 @@
 """Whole training steps and generation of VL-BART, VL-T5, BLIP and a LLaVA-shaped model, each with the published methods. ``python -m benchmarks.models [--quick]``
 
 Random weights, fp32, no dropout. Rivals: the frozen base without adapters, whose backward goes as far down as theirs; the method in the authors' eager code (`tests.eager`), and
-under torch.compile; for LoRA, PEFT. AdapterHub is none: it cannot be installed beside the transformers that the hosts need. A step is forward, backward and AdamW over the trained
-parameters; generation is greedy with a cache, and not compiled, since transformers' cache grows with every token. Also where the time of a step goes. One of several threads has
-the quick list alone: nobody leaves cores idle under a whole model.
+under torch.compile, against ours under it; for LoRA, PEFT. AdapterHub is none: it cannot be installed beside the transformers that the hosts need. A step is forward, backward and
+AdamW over the trained parameters; generation is greedy with a cache, and not compiled, since transformers' cache grows with every token. Also where the time of a step goes. One of
+several threads has the quick list alone: nobody leaves cores idle under a whole model.
 """
 
 from __future__ import annotations
@@ -238,6 +238,9 @@ def wrong_tokens(models: dict[str, nn.Module], inputs: dict[str, Any], count: in
     return "" if torch.equal(*told) else "generated other tokens"
 
 
+COMPILED = "ours, compiled"
+
+
 def compare(name: str, method: str, s: Sizes, args: argparse.Namespace, compiled: bool = True) -> list[measure.Row]:
     """Rows of one host with one method."""
     host, rows = HOSTS[name], []
@@ -257,7 +260,8 @@ def compare(name: str, method: str, s: Sizes, args: argparse.Namespace, compiled
         runs = dict(models)
         if compiled:
             rival = next(who for who in models if who not in ("ours", "base"))
-            runs["compile"] = torch.compile(copy.deepcopy(models[rival]), dynamic=False)  # type: ignore[assignment]
+            for who, of in ((COMPILED, "ours"), ("compile", rival)):  # the whole model, its base included: compiled against compiled
+                runs[who] = torch.compile(copy.deepcopy(models[of]), dynamic=False)  # type: ignore[assignment]
         for who, model in runs.items():
             optimizer = torch.optim.AdamW(trained(model), lr=1e-4) if who != "base" else None
             steps[who] = functools.partial(training_step, model, inputs, optimizer)
@@ -266,14 +270,16 @@ def compare(name: str, method: str, s: Sizes, args: argparse.Namespace, compiled
             for model in models.values():
                 model.train(direction != "generation")
             with torch.set_grad_enabled(direction != "generation"):
-                timed = {who: f if who in ("ours", "base") else _as_authors(f) for who, f in candidates.items()}
+                timed = {who: f if who in ("ours", "base", COMPILED) else _as_authors(f) for who, f in candidates.items()}
+                rivals = [who for who in candidates if who not in ("ours", COMPILED)]
                 if reasons[direction]:
                     print(f"{name} {method}, {direction}: no speed is shown. {reasons[direction]}", file=sys.stderr)
-                    rows += [row(rival, direction, None, (None, None, None), False) for rival in candidates if rival != "ours"]
+                    rows += [row(rival, direction, None, (None, None, None), False) for rival in rivals]
                     continue
                 times = measure.interleave(timed, args.rounds, args.device, args.seconds)
-            ms = statistics.median(times["ours"]) * 1e3
-            rows += [row(rival, direction, ms, measure.ratios(times["ours"], times[rival]), True) for rival in candidates if rival != "ours"]
+            for rival in rivals:
+                own = times[COMPILED if rival == "compile" else "ours"]
+                rows.append(row(rival, direction, statistics.median(own) * 1e3, measure.ratios(own, times[rival]), True))
     return rows
 
 

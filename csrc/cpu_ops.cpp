@@ -86,7 +86,8 @@ Tensor floats(int64_t n) { return fresh({n}, at::TensorOptions().dtype(at::kFloa
 // measured on CPU). A block is free when nobody else holds it. Where torch fills new memory, nothing is kept, so that it is filled.
 Tensor working_memory(int64_t n) {
   static thread_local std::vector<Tensor> kept;
-  if (n == 0 || (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())) return floats(n);
+  constexpr int64_t most = (32 << 20) / sizeof(float);
+  if (n == 0 || n > most || (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())) return floats(n);
   const auto free = [](const Tensor& t) { return t.use_count() == 1; };
   Tensor* best = nullptr;
   for (Tensor& t : kept)
@@ -96,7 +97,7 @@ Tensor working_memory(int64_t n) {
   int64_t sum = n;
   for (const Tensor& t : kept) sum += t.numel();
   Tensor t = floats(n);
-  if (sum <= (32 << 20) / static_cast<int64_t>(sizeof(float))) kept.push_back(t);
+  if (sum <= most) kept.push_back(t);
   return t;
 }
 
@@ -159,12 +160,16 @@ void parallel_panels(int64_t panels, int64_t depth, Range&& range) {
 
 void run_forward(BottleneckParams& p) {
   Tensor storage;
-  carve(p, storage);
-  cpu::bottleneck_prepare(p);
   if (are_few(p.rows, p.rank) && !p.seed) {
+    const int64_t z = kFewRows * padded(p.rank);
+    storage = working_memory(z + padded(p.rank) + 2 * padded(p.out));
+    p.packed_down = storage.mutable_data_ptr<float>(), p.vectors = p.packed_down + z;
+    cpu::bottleneck_prepare(p);
     parallel_panels(panels_of(p.rank), p.width, [&](int64_t b, int64_t e) { cpu::bottleneck_few_down(p, b, e); });
     return parallel_panels(panels_of(p.out), p.rank, [&](int64_t b, int64_t e) { cpu::bottleneck_few_up(p, b, e); });
   }
+  carve(p, storage);
+  cpu::bottleneck_prepare(p);
   parallel(panels_of(p.rank) + panels_of(p.out), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_forward(p, b, e); });
   parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
 }

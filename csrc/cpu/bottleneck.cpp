@@ -1,7 +1,7 @@
 // Fused bottleneck, forward and backward, on ranges of row tiles, chunks and column panels; cpu_ops.cpp runs the ranges in parallel.
 //
 // Forward per tile of 64 rows: z = x Wd' + bd and a = phi(z) stay in L1, the up-projection is finished and stored in blocks of 128 columns.
-// Where rows are few, both projections take the weights where they lie, each split by columns.
+// Where rows are few (plan.h) and none is dropped in part, both projections take the weights where they lie, each split by columns.
 // Backward per tile: da = dy (s g Wu), dz = da phi'(z), dx = dz Wd (+ dy); dWd += dz' x and P += a' dy go to the chunk's partial. With P and S = column sums of dy the gradients of
 // w_up, b_up, gate and scale need no up-projection: dWu = s g P, dbu = s g S, dg = s b, ds = sum g b, b = rowsum(Wu P) + bu S.
 // A routed call is one call a task, over its rows wherever they lie. LoRA is a call whose x and y may differ in width and whose x may be dropped in part: with mask M and k = 1 / (1 - p)
@@ -100,8 +100,15 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
   release<G>();
 }
 
-// Rows of a call that has few, or their z, as `products` takes them; it also multiplies what lies behind them, for nobody.
+// Rows of a call that has few, or their z, as `products` takes them: zeros behind a row, and rows of zeros up to the height.
 int64_t few_stride(int64_t n) { return round_up(n, 2 * Vec::size()); }
+
+template <class T>
+void few_rows(const BottleneckParams& p, const void* src, int64_t stride, int64_t n, float* to) {
+  const int64_t ld = few_stride(n);
+  for (int64_t i = 0; i < p.rows; ++i) widen(static_cast<const T*>(src) + i * stride, to + i * ld, n, ld);
+  std::fill(to + p.rows * ld, to + few_height(p.rows) * ld, 0.f);
+}
 
 template <class P, class A>
 void few_products(int64_t m, const float* rows, int64_t ld, int64_t k, const void* w, int64_t begin, int64_t end, float* out, int64_t ld_out) {
@@ -118,7 +125,7 @@ template <class A, class P>
 void few_down(const BottleneckParams& p, int64_t begin, int64_t end) {
   const int64_t ld = few_stride(p.width);
   float* x = scratch(kFewRows * ld);
-  for (int64_t i = 0; i < p.rows; ++i) widen(static_cast<const A*>(p.x) + i * p.x_stride, x + i * ld, p.width, ld);
+  few_rows<A>(p, p.x, p.x_stride, p.width, x);
   few_products<P, A>(p.rows, x, ld, p.width, p.w_down, begin * kPanel, std::min(p.rank, end * kPanel), p.packed_down, Sizes(p).rank);
 }
 
@@ -127,14 +134,13 @@ void few_up(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const int64_t ld = few_stride(p.rank), first = begin * kPanel, n = std::min(p.out, end * kPanel) - first;
   float *a = scratch(kFewRows * (ld + s.out)), *u = a + kFewRows * ld;
-  const float *bd = p.vectors, *gs = bd + s.rank, *bias = gs + s.out, scale = thin_scale(p, s);
-  for (int64_t i = 0; i < p.rows; ++i) widen(p.packed_down + i * s.rank, a + i * ld, p.rank, ld);
+  const float *bd = p.vectors, *gs = bd + s.rank, *bias = gs + s.out;
+  few_rows<float>(p, p.packed_down, s.rank, p.rank, a);
   activate_rows<A>(a, p.rows, p.rank, ld, bd, p.activation, begin == 0 ? static_cast<A*>(p.z) : nullptr);
-  if (scale != 1.f) scale_by(scale, a, p.rows * ld);
   few_products<P, A>(p.rows, a, ld, p.rank, p.w_up, first, first + n, u, s.out);
   for (int64_t i = 0; i < p.rows; ++i) {
     float* row = u + i * s.out + first;
-    if (p.gate) vectors(round_up(n, 8), [&](int64_t j) { (Vec::loadu(row + j) * Vec::loadu(gs + first + j)).store(row + j); });
+    vectors(round_up(n, 8), [&](int64_t j) { (Vec::loadu(row + j) * Vec::loadu(gs + first + j)).store(row + j); });
     finish(row, bias + first, p.add_input ? static_cast<const A*>(p.x) + i * p.x_stride + first : nullptr,
            p.residual ? static_cast<const A*>(p.residual) + i * p.residual_stride + first : nullptr, static_cast<A*>(p.y) + i * p.out + first, n);
   }

@@ -373,16 +373,18 @@ template <int M, class P, class A>
 inline void products(const float* rows, int64_t ld, int64_t k, const P* w, int64_t begin, int64_t end, float* out, int64_t ld_out) {
   constexpr int64_t v = Vec::size(), group = v / M;
   for (int64_t n = begin; n < end; n += group) {
-    Vec sums[v];  // they begin as zero
+    Vec sums[v];
+    std::fill(sums, sums + v, Vec(0.f));
     const P* of[group];
     for (int64_t g = 0; g < group; ++g) of[g] = w + std::min(n + g, end - 1) * k;
     for (int64_t j = 0; j < k; j += 2 * v) {
       P last[group][2 * v];
       if (j + 2 * v > k)
-        for (int64_t g = 0; g < group; ++g) std::fill(std::copy(of[g] + j, of[g] + k, last[g]), last[g] + 2 * v, P(0.f)), of[g] = last[g] - j;
+        for (int64_t g = 0; g < group; ++g) std::fill(std::copy(of[g], of[g] + k - j, last[g]), last[g] + 2 * v, P(0.f)), of[g] = last[g];
 #pragma GCC unroll 16
       for (int64_t g = 0; g < group; ++g) {
-        const auto [low, high] = weights<P, A>(of[g] + j);
+        const auto [low, high] = weights<P, A>(of[g]);
+        of[g] += 2 * v;
 #pragma GCC unroll 16
         for (int64_t i = 0; i < M; ++i) sums[g * M + i] = at::vec::fmadd(high, Vec::loadu(rows + i * ld + j + v), at::vec::fmadd(low, Vec::loadu(rows + i * ld + j), sums[g * M + i]));
       }

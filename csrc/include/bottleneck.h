@@ -28,7 +28,7 @@ struct BottleneckParams {
   void* dx;
   void *dw_down, *db_down, *dw_up, *db_up, *dgate;
   bool need_scale;
-  // Scratch of one call, filled by prepare_*: packed weights and fp32 vectors padded to whole panels.
+  // Scratch of one call: packed weights (where rows are few, their z without its bias in packed_down) and fp32 vectors, padded to whole panels.
   float *packed_down, *packed_up, *vectors;
   // Partials, see PartialLayout: in backward that of its chunk of rows, in the reduction `chunks` of them.
   float* partials;

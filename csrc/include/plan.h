@@ -29,8 +29,8 @@ constexpr int64_t chunk_rows(int64_t rows) {
 // Each distinct row count is a JIT compilation of brgemm per thread (0.1-0.2 ms), so a ragged tile is padded with zero rows to one of five heights.
 constexpr int64_t tile_height(int64_t rows) { return rows > 32 ? kTileRows : rows > 16 ? 32 : rows > 8 ? 16 : rows > 4 ? 8 : 4; }
 
-// Few rows meet the weights where they lie: packing these takes longer than the products. Their sums are spread over the lanes of vectors, one for each row and column, and adding up the
-// lanes costs as much as 16 times as many ranks as there are rows.
+// Few rows meet the weights where they lie: packing these takes longer than the products. Each row's sum for each column is spread over the lanes of a vector, and adding these up is worth
+// it from ranks of about 16 times the rows on: width 768, rank 96, one row 9 us in place of 22, 4 rows 13 and 23; rank 16, 4 rows, 10 and 7 (fp32, measured on CPU).
 constexpr int64_t kFewRows = 8;
 constexpr int64_t few_height(int64_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 constexpr bool are_few(int64_t rows, int64_t rank) { return rows <= kFewRows && 16 * few_height(rows) <= rank; }

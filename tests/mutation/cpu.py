@@ -61,12 +61,14 @@ EXPLAINED: dict[tuple[str, str], str] = {
         for line in ("__builtin_prefetch(", " fetch(", " fetch<1>(", "const int64_t ahead = ", "const auto later = ", "const T* at, int64_t n")
     },
     ("bound", "j + 2 * v >= k in if (j + 2 * v > k)"): "the last whole vectors then go through a copy: the same numbers",
-    ("constant", "std::fill(std::copy(of[g] + j"): ZERO,
+    ("constant", "std::fill(std::copy(of[g], of[g] + k - j"): ZERO,
     ("loop", "n <= end in for (int64_t n = begin"): LAST,
     ("loop", "i <= v in for (int64_t i = 0; i < v; ++i) sums[i]"): "reads and writes behind local arrays, by an address that no check watches",
     ("sign", "end + n in for (int64_t g = 0; g < std::min(group, end - n)"): "columns behind the last lie in the padding: 32 is a multiple of a group's",
     ("bound", "in for (int64_t g = 0; g < std::min(group, end - n)"): "columns behind the last lie in the padding: 32 is a multiple of a group's",
-    ("loop", "i <= p.rows in for (int64_t i = 0; i < p.rows; ++i) widen(p.packed_down"): "one more row, of those that are multiplied for nobody",
+    ("loop", "i <= p.rows in for (int64_t i = 0; i < p.rows; ++i) widen(static_cast<const T*>(src)"): "one more row, of those that are multiplied for nobody",
+    **{(kind, "std::fill(to + p.rows * ld"): "rows that are multiplied for nobody" for kind in ("constant", "deleted", "offset")},
+    ("deleted", "std::fill(sums, sums + v, Vec(0.f))"): "a Vec begins as zero",
     **{
         ("offset", f"begin * kPanel -> begin in {line}"): "also computes columns of other ranges, the same numbers"
         for line in ("few_products<P, A>(p.rows, x", "const int64_t ld = few_stride(p.rank)")
@@ -199,7 +201,7 @@ PHM_EXPLAINED: dict[tuple[str, str], str] = {
 }
 NORM_EXPLAINED: dict[tuple[str, str], str] = {
     ("deleted", "widen(static_cast<const Half*>(src)"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the op see it",
-    ("product", "begin * kNormRows -> begin in for (int64_t row"): "also computes rows of other ranges, with masks that may be wrong: their own range mostly writes them last",
+    ("product", "begin * kNormRows -> begin in for (int64_t row"): "also computes rows of other ranges, with masks that may be wrong: only where it writes them last is it seen",
     ("bound", "n < v -> n <= v"): "a whole vector, kept as it is or as its first numbers: the same",
     ("bound", "i + kBlock <= n -> i + kBlock < n"): "the last whole block then goes through a copy: the same numbers",
     ("bound", "i + kBlock > n -> i + kBlock >= n"): "all numbers of a whole block are its first ones",

@@ -42,7 +42,7 @@ SHAPES = [over(d, lead=(t,), rank=r, width=64) for d in (FP32, MIXED) for t in (
 ALL_SHAPES = [over(d, lead=(t,), rank=r, width=w) for d in DTYPES for t in (0, 1, 63, 65, 300) for r in (1, 7, 24, 96, 100) for w in (1, 33, 64, 768)]
 FEW = [
     over(d, lead=lead, width=w, rank=r, **options)
-    for d in (FP32, MIXED, DTYPES[4])
+    for d in DTYPES
     for lead, r in (((1,), 16), ((1, 2), 33), ((3,), 64), ((4,), 100), ((5,), 128), ((8,), 130))
     for w, options in ((40, {}), (77, {"residual": "other", "scale": "tensor", "gate": True}), (264, {"residual": None, "biases": "none", "scale": 0.3}))
 ]

@@ -30,8 +30,12 @@ OPTIONS = [Lora(biases=b, scale=s, dropout=p) for b in ("none", "up") for s in (
 EVERYTHING = Lora(lead=(7, 23), biases="up", scale=0.7, dropout=0.3)
 WIDTHS = ((40, 64), (64, 40), (72, 72), (1, 33), (33, 1))
 SHAPES = [
-    over(d, lead=(t,), width=w, out=o, rank=r, dropout=p) for d in (FP32, MIXED) for t, p in ((1, 0.5), (63, 0.0), (65, 0.1), (300, 0.1)) for w, o in WIDTHS for r in (1, 16, 33)
-]
+    over(d, lead=(t,), width=w, out=o, rank=r, dropout=p)
+    for d in (FP32, MIXED)
+    for t, p in ((1, 0.0), (1, 0.5), (63, 0.0), (65, 0.1), (300, 0.1))
+    for w, o in WIDTHS
+    for r in (1, 16, 33)
+] + [over(d, lead=(3,), width=77, out=40, rank=64, biases="up", scale=0.7) for d in DTYPES]
 ALL_SHAPES = [
     over(d, lead=(t,), width=w, out=o, rank=r, dropout=p)
     for d in DTYPES
