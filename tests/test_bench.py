@@ -121,8 +121,8 @@ def test_interleaving() -> None:
     called: list[str] = []
     times = measure.interleave({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 6)
     assert [len(seconds) for seconds in times.values()] == [6, 6]
-    assert called[:4] == ["b", "a", "a", "b"], "the order alternates"
-    assert len(called) == 2 * (2 + 6 * measure.CALLS), "what takes microseconds is called often enough for the clock"
+    assert called[:8] == ["b", "b", "a", "a", "a", "a", "b", "b"], "the order alternates, and each sample follows a call of its own that is not timed"
+    assert len(called) == 2 * (2 * 2 + 6 * (1 + measure.CALLS)), "what takes microseconds is called often enough for the clock"
     assert [len(seconds) for seconds in measure.interleave({"a": lambda: None}, 50, seconds=0.0).values()] == [5]
 
 
