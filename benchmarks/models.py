@@ -257,11 +257,11 @@ def compare(name: str, method: str, s: Sizes, args: argparse.Namespace, compiled
         reasons = {"training step": wrong(models, inputs), "generation": wrong_tokens(models, inputs, s.answer)}  # before the steps change each one's weights
         torch.compiler.reset()
         steps: dict[str, Callable[[], object]] = {}
-        runs = dict(models)
+        runs: dict[str, Any] = dict(models)
         if compiled:
             rival = next(who for who in models if who not in ("ours", "base"))
             for who, of in ((COMPILED, "ours"), ("compile", rival)):  # the whole model, its base included: compiled against compiled
-                runs[who] = torch.compile(copy.deepcopy(models[of]), dynamic=False)  # type: ignore[assignment]
+                runs[who] = torch.compile(copy.deepcopy(models[of]), dynamic=False)
         for who, model in runs.items():
             optimizer = torch.optim.AdamW(trained(model), lr=1e-4) if who != "base" else None
             steps[who] = functools.partial(training_step, model, inputs, optimizer)
