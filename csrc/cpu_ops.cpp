@@ -158,6 +158,17 @@ void parallel_panels(int64_t panels, int64_t depth, Range&& range) {
   at::parallel_for(0, panels, ceil_div(2048, depth), [&](int64_t begin, int64_t end) { range(begin, end); });
 }
 
+// A call by columns: thin(begin, end) over panels of the rank, then wide(begin, end) over `panels`.
+template <class Range>
+void by_columns(BottleneckParams& p, int64_t panels, Range&& thin, Range&& wide) {
+  const int64_t tall = round_up(p.rows, kTileRows), numbers = tall * (padded(p.dy ? p.out : p.width) + 3 * padded(p.rank));
+  Tensor between = working_memory(numbers / (p.native ? 2 : 1) + (p.seed ? tall * round_up(p.width, 64) / 4 : 0));
+  p.between = between.mutable_data_ptr<float>();
+  const auto run = [&p](int64_t n, Range& range) { parallel(n, [&](int64_t b, int64_t e) { range(p, b, e); }); };
+  if (cpu::bottleneck_needs_load(p)) run(ceil_div(p.rows, kTileRows), cpu::bottleneck_load);
+  run(panels_of(p.rank), thin), run(panels, wide);
+}
+
 void run_forward(BottleneckParams& p) {
   Tensor storage;
   if (are_few(p.rows, p.rank) && !p.seed) {
@@ -170,6 +181,7 @@ void run_forward(BottleneckParams& p) {
   }
   carve(p, storage);
   cpu::bottleneck_prepare(p);
+  if (go_by_columns(p.rows, p.rank)) return by_columns(p, panels_of(p.out), cpu::bottleneck_forward_thin, cpu::bottleneck_forward_wide);
   parallel(panels_of(p.rank) + panels_of(p.out), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_forward(p, b, e); });
   parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
 }
@@ -183,14 +195,20 @@ void run_chunk(BottleneckParams p, int64_t chunk, float* partial) {
 Tensor run_backward(BottleneckParams& p, bool parameters) {
   Tensor storage;
   carve(p, storage);
+  const bool columns = go_by_columns(p.rows, p.rank);
   const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), size = PartialLayout(padded(p.width), padded(p.out), p.rank, padded(p.rank)).total;
+  const int64_t panels = std::max(panels_of(p.width), panels_of(p.out));
   Tensor total = working_memory(size), dscale = floats(panels_of(p.out));
-  p.chunks = 1, p.direct = chunks == 1 && p.parameter_type == kFloat;
+  p.chunks = 1, p.direct = columns && p.parameter_type == kFloat;
   p.partials = total.mutable_data_ptr<float>(), p.dscale_panels = dscale.mutable_data_ptr<float>();
   cpu::bottleneck_prepare(p);
+  if (columns) {
+    by_columns(p, panels, cpu::bottleneck_backward_thin, cpu::bottleneck_backward_wide);
+    return dscale;
+  }
   parallel(panels_of(p.rank) + panels_of(p.width), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_backward(p, b, e); });
   over_chunks(chunks, 1, size, [&](int64_t chunk) { return std::pair(p.partials, chunk == 0); }, [&](int64_t chunk, float* partial) { run_chunk(p, chunk, partial); });
-  if (parameters) parallel(std::max(panels_of(p.width), panels_of(p.out)), [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(p, b, e); });
+  if (parameters) parallel(panels, [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(p, b, e); });
   return dscale;
 }
 

@@ -503,7 +503,7 @@ ANCHORS: list[tuple[tuple[str, str, int, int, int, torch.dtype], tuple[str, ...]
     (("gated_bottleneck", "large", 16384, 768, 96, BF16), CUDA),
     (("bottleneck", "", 1024, 768, 96, BF16), CUDA),
     (("bottleneck", "", 1, 768, 96, BF16), CUDA),
-    (("gated_bottleneck", "small", 4096, 1024, 192, BF16), CUDA),
+    (("gated_bottleneck", "small", 4096, 1024, 192, BF16), ("cuda", "triton", *("cuda",) * 4)),
     (("gated_bottleneck", "middleX", 4096, 768, 7, BF16), CUDA),
     (("bottleneck", "", 16384, 768, 96, FP32), TRITON),
     (("bottleneck", "", 16384, 770, 96, BF16), TRITON),

@@ -136,9 +136,18 @@ def test_another_torch_version_is_refused(tmp_path, monkeypatch) -> None:
     assert "built with torch 2.12" in reason and "to build it" in reason
 
 
-@specs([*(kind(lead=(1500,), width=96, rank=24) for kind in (Bottleneck, PHM)), Norm(lead=(1500,), width=96, dropout=0.1), Bottleneck(lead=(3,), width=600, rank=288)])
+# Few rows and few tiles, whose columns threads share.
+SHARED: list[Spec] = [
+    Bottleneck(lead=(3,), width=600, rank=288),
+    Bottleneck(lead=(40,), width=200, rank=100, scale="tensor", gate=True),
+    Bottleneck(lead=(150,), width=200, rank=100, dtype=MIXED[0], param_dtype=MIXED[1], scale="tensor", gate=True),
+    Lora(lead=(70,), width=200, out=160, rank=70, dropout=0.3, biases="up"),
+]
+
+
+@specs([*(kind(lead=(1500,), width=96, rank=24) for kind in (Bottleneck, PHM)), Norm(lead=(1500,), width=96, dropout=0.1), *SHARED])
 def test_thread_count_does_not_change_a_bit(spec: Spec) -> None:
-    """One partial per chunk of rows, added in order: 1,500 rows are three chunks. Threads share the columns of few rows."""
+    """One partial per chunk of rows, added in order: 1,500 rows are three chunks."""
     tensors, dy = spec.draw(0), spec.cotangent(0)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):

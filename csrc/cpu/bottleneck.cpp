@@ -6,6 +6,7 @@
 // w_up, b_up, gate and scale need no up-projection: dWu = s g P, dbu = s g S, dg = s b, ds = sum g b, b = rowsum(Wu P) + bu S.
 // A routed call is one call a task, over its rows wherever they lie. LoRA is a call whose x and y may differ in width and whose x may be dropped in part: with mask M and k = 1 / (1 - p)
 // z = k (M x) Wd', dz gets the same k, and dx = M (dz Wd).
+// Few tiles go by columns (plan.h), their weight gradients from product to place.
 // Memory traffic a row of D: forward reads x, writes y; backward reads x and dy, writes dx; weights come from L2/L3.
 #include "dropout.h"
 #include "kernels.h"
@@ -80,7 +81,7 @@ void forward(const BottleneckParams& p, int64_t begin, int64_t end) {
     if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
     matmul(height, p.width, p.rank, x.data, x.stride, reinterpret_cast<const G*>(p.packed_down), z_tile, s.rank, 0, p.rank);
     if (p.seed) scale_by(p.kept, z_tile, m * s.rank);
-    activate_rows<A>(z_tile, m, p.rank, s.rank, bd, p.activation, static_cast<A*>(p.z), at, row);
+    activate_rows<A>(z_tile, m, p.rank, s.rank, bd, p.activation, static_cast<A*>(p.z), p.rank, at, row);
     if (scale != 1.f) scale_by(scale, z_tile, m * s.rank);
     const G* a = operand(z_tile, height * s.rank, a_tile);
     for (int64_t c = 0; c < p.out; c += kBlockColumns) {
@@ -136,7 +137,7 @@ void few_up(const BottleneckParams& p, int64_t begin, int64_t end) {
   float *a = scratch(kFewRows * (ld + s.out)), *u = a + kFewRows * ld;
   const float *bd = p.vectors, *gs = bd + s.rank, *bias = gs + s.out;
   few_rows<float>(p, p.packed_down, s.rank, p.rank, a);
-  activate_rows<A>(a, p.rows, p.rank, ld, bd, p.activation, begin == 0 ? static_cast<A*>(p.z) : nullptr);
+  activate_rows<A>(a, p.rows, p.rank, ld, bd, p.activation, begin == 0 ? static_cast<A*>(p.z) : nullptr, p.rank);
   few_products<P, A>(p.rows, a, ld, p.rank, p.w_up, first, first + n, u, s.out);
   for (int64_t i = 0; i < p.rows; ++i) {
     float* row = u + i * s.out + first;
@@ -168,7 +169,7 @@ void backward(const BottleneckParams& p, int64_t chunk) {
     const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, at, row, m, height, p.out, dy_tile, s.out);
     if (need_dz) mask_tile(p, row, m, room), matmul(height, p.out, p.rank, dy.data, dy.stride, reinterpret_cast<const G*>(p.packed_up), dz, s.rank, 0, p.rank);
     if (need_dz && scale != 1.f) scale_by(scale, dz, m * s.rank);
-    backprop_rows<A>(static_cast<const A*>(p.z), need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd, at, row);
+    backprop_rows<A>(static_cast<const A*>(p.z), p.rank, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd, at, row);
     if (p.dx) {
       const G* left = operand(dz, height * s.rank, dz_tile);
       for (int64_t c = 0; c < p.width; c += kBlockColumns) {
@@ -192,7 +193,7 @@ void backward(const BottleneckParams& p, int64_t chunk) {
       Rows<G> x = load_rows<A>(p.x, p.x_stride, at, row, m, height, p.width, x_tile, s.width);
       if (p.seed) x = drop(x, mask, m, p.width, x_tile, s.width);
       to_panels(x, m, height, p.width, panels, nullptr);
-      accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, p.direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, turned);
+      accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, in_partial(dwd, p.rank), work, turned);
     }
   }
   release<G>();
@@ -227,6 +228,171 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
   if (begin == 0) reduce_vector<P>(p.partials + layout.db_down, layout.total, p.chunks, p.rank, p.db_down, wu);
 }
 
+// ---- A call by columns (plan.h): first those of the rank, then those of x and y, for all tiles of rows.
+
+template <class F>
+void over_tiles(int64_t rows, F&& f) {
+  for (int64_t row = 0; row < rows; row += kTileRows) f(row, std::min(kTileRows, rows - row), tile_height(std::min(kTileRows, rows - row)));
+}
+
+// What is handed on from phase to phase. A tile's numbers begin at its first row times a row's.
+template <class A, class G>
+struct Between {
+  const void* input;  // x in forward, dy in backward
+  int64_t stride, columns, ld;
+  bool dropped;
+  G *rows, *thin, *a, *dz;  // the input where it is no operand in its place; a (backward: dz) by rows; a and dz transposed
+  int8_t* mask;
+  explicit Between(const BottleneckParams& p)
+      : input(p.dy ? p.dy : p.x), stride(p.dy ? p.dy_stride : p.x_stride), columns(p.dy ? p.out : p.width), ld(padded(columns)), dropped(p.seed && !p.dy) {
+    const int64_t tall = round_up(p.rows, kTileRows), floats = tall * padded(p.rank);
+    rows = reinterpret_cast<G*>(p.between), thin = rows + tall * ld, a = thin + floats, dz = a + floats, mask = reinterpret_cast<int8_t*>(dz + floats);
+  }
+  bool in_place(int64_t m, int64_t height) const { return is_operand<A, G>(m, height, columns) && !dropped; }
+  Rows<G> operator()(int64_t row, int64_t m, int64_t height) const {
+    if constexpr (std::is_same_v<A, G>)
+      if (in_place(m, height)) return {static_cast<const A*>(input) + row * stride, stride};
+    return {rows + row * ld, ld};
+  }
+};
+
+template <class A, class P, class G>
+bool needs_load(const BottleneckParams& p) {
+  const int64_t m = (p.rows - 1) % kTileRows + 1;  // the last tile's
+  return p.seed || !Between<A, G>(p).in_place(m, tile_height(m));
+}
+
+template <class A, class P, class G>
+void load_tiles(const BottleneckParams& p, int64_t begin, int64_t end) {
+  const Between<A, G> b(p);
+  for (int64_t row = begin * kTileRows; row < std::min(p.rows, end * kTileRows); row += kTileRows) {
+    const int64_t m = std::min(kTileRows, p.rows - row);
+    const Rows<G> from = load_rows<A>(b.input, b.stride, row, m, tile_height(m), b.columns, b.rows + row * b.ld, b.ld);
+    int8_t* mask = b.mask + row * mask_stride(p.width);
+    if (p.seed) draw_mask(static_cast<uint64_t>(*p.seed), p.threshold, row, m, p.width, mask);
+    if (b.dropped) drop(from, mask, m, p.width, b.rows + row * b.ld, b.ld);
+  }
+}
+
+template <class A, class P, class G>
+void forward_thin(const BottleneckParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const Between<A, G> b(p);
+  G* packed = reinterpret_cast<G*>(p.packed_down);
+  float* z = scratch(kTileRows * kPanel);
+  const float *bd = p.vectors, scale = thin_scale(p, s);
+  for (int64_t q = begin; q < end; ++q) {
+    const int64_t c = q * kPanel, n = std::min(kPanel, p.rank - c);
+    pack_transposed<P, A>(p.w_down, p.rank, p.width, nullptr, packed, q, q + 1);
+    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
+      const Rows<G> x = b(row, m, height);
+      matmul(height, p.width, p.rank, x.data, x.stride, packed, z, kPanel, c, c + n);
+      if (p.seed) scale_by(p.kept, z, m * kPanel);
+      activate_rows<A>(z, m, n, kPanel, bd + c, p.activation, p.z ? static_cast<A*>(p.z) + row * p.rank + c : nullptr, p.rank);
+      if (scale != 1.f) scale_by(scale, z, m * kPanel);
+      for (int64_t i = 0; i < height; ++i) narrow(z + i * kPanel, b.thin + (row + i) * s.rank + c, kPanel);
+    });
+  }
+  release<G>();
+}
+
+template <class A, class P, class G>
+void forward_wide(const BottleneckParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const Between<A, G> b(p);
+  G* packed = reinterpret_cast<G*>(p.packed_up);
+  float* u = scratch(kTileRows * kBlockColumns);
+  const float* bias = p.vectors + s.rank + s.out;
+  for (int64_t q = begin; q < end; q += kBlockPanels) {
+    const int64_t last = std::min(end, q + kBlockPanels), c = q * kPanel, n = std::min(p.out, last * kPanel) - c;
+    pack_transposed<P, A>(p.w_up, p.out, p.rank, weight_scale(p, s), packed, q, last);
+    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
+      matmul(height, p.rank, p.out, b.thin + row * s.rank, s.rank, packed, u, kBlockColumns, c, c + n);
+      for (int64_t i = 0; i < m; ++i)
+        finish(u + i * kBlockColumns, bias + c, p.add_input ? static_cast<const A*>(p.x) + (row + i) * p.x_stride + c : nullptr,
+               p.residual ? static_cast<const A*>(p.residual) + (row + i) * p.residual_stride + c : nullptr, static_cast<A*>(p.y) + (row + i) * p.out + c, n);
+    });
+  }
+  release<G>();
+}
+
+template <class A, class P, class G>
+void backward_thin(const BottleneckParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const Between<A, G> b(p);
+  const bool need_dz = p.dx || p.dw_down || p.db_down, need_p = p.dw_up || p.dgate || p.need_scale;
+  G* packed = reinterpret_cast<G*>(p.packed_up);
+  float* dz = scratch(3 * kTileRows * kPanel);
+  float *a = dz + kTileRows * kPanel, *work = a + kTileRows * kPanel, *dbd = p.partials + s.partial(p).db_down;
+  const float scale = thin_scale(p, s) * (p.seed ? p.kept : 1.f);
+  for (int64_t q = begin; q < end; ++q) {
+    const int64_t c = q * kPanel, n = std::min(kPanel, p.rank - c);
+    std::fill(dbd + c, dbd + c + kPanel, 0.f);
+    if (need_dz) pack<P, A>(p.w_up, p.out, p.rank, weight_scale(p, s), packed, q, q + 1);
+    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
+      const Rows<G> dy = b(row, m, height);
+      if (need_dz) matmul(height, p.out, p.rank, dy.data, dy.stride, packed, dz, kPanel, c, c + n);
+      if (need_dz && scale != 1.f) scale_by(scale, dz, m * kPanel);
+      backprop_rows<A>(static_cast<const A*>(p.z) + row * p.rank + c, p.rank, need_dz ? dz : nullptr, a, m, height, n, kPanel, p.activation, dbd + c);
+      if (need_p && scales_p(p)) scale_by(thin_scale(p, s), a, m * kPanel);
+      if (p.dx)
+        for (int64_t i = 0; i < height; ++i) narrow(dz + i * kPanel, b.thin + (row + i) * s.rank + c, kPanel);
+      const auto turn = [&](const float* from, G* to) {
+        transpose(from, kPanel, work, height, height, round_up(n, 8));
+        narrow(work, to + row * s.rank + c * height, n * height);
+      };
+      if (need_p) turn(a, b.a);
+      if (p.dw_down) turn(dz, b.dz);
+    });
+  }
+  release<G>();
+}
+
+template <class A, class P, class G>
+void backward_wide(const BottleneckParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const Between<A, G> b(p);
+  const PartialLayout layout = s.partial(p);
+  const bool need_p = p.dw_up || p.dgate || p.need_scale, need_sums = p.db_up || p.dgate || p.need_scale;
+  G* packed = reinterpret_cast<G*>(p.packed_down);
+  for (int64_t q = begin; q < end; q += kBlockPanels) {
+    const int64_t last = std::min(end, q + kBlockPanels), c = q * kPanel, c_end = last * kPanel;
+    const int64_t of_x = std::max<int64_t>(0, std::min(p.width, c_end) - c), of_dy = std::max<int64_t>(0, std::min(p.out, c_end) - c);
+    float *u = scratch(2 * kTileRows * kBlockColumns), *sums = p.partials + layout.sums + c;
+    G *panels = reinterpret_cast<G*>(u + kTileRows * kBlockColumns), *x_tile = reinterpret_cast<G*>(u);
+    if (p.dx) pack<P, A>(p.w_down, p.rank, p.width, nullptr, packed, q, std::min(last, s.width / kPanel));
+    std::fill(sums, sums + padded(of_dy), 0.f);
+    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
+      const int8_t* mask = b.mask + row * mask_stride(p.width) + c;
+      if (p.dx) {
+        matmul(height, p.rank, p.width, b.thin + row * s.rank, s.rank, packed, u, kBlockColumns, c, c + of_x);
+        for (int64_t i = 0; i < m; ++i) {
+          float* line = u + i * kBlockColumns;
+          if (p.seed) drop(line, mask + i * mask_stride(p.width), line, of_x);
+          finish<A>(line, nullptr, p.add_input ? static_cast<const A*>(p.dy) + (row + i) * p.dy_stride + c : nullptr, nullptr, static_cast<A*>(p.dx) + (row + i) * p.width + c, of_x);
+        }
+      }
+      if (need_p || need_sums) {
+        const Rows<G> dy = b(row, m, height);
+        to_panels(Rows<G>{dy.data + c, dy.stride}, m, height, of_dy, panels, need_sums ? sums : nullptr);
+        if (need_p) multiply(b.a + row * s.rank, panels, height, p.rank, of_dy, row > 0, in_partial(p.partials + layout.p + c * p.rank, p.rank));
+      }
+      if (p.dw_down) {
+        Rows<G> x = load_rows<A>(static_cast<const A*>(p.x) + c, p.x_stride, row, m, height, of_x, x_tile, kBlockColumns);
+        if (p.seed) {
+          for (int64_t i = 0; i < m; ++i) drop(x.data + i * x.stride, mask + i * mask_stride(p.width), x_tile + i * kBlockColumns, of_x);
+          x = {x_tile, kBlockColumns};
+        }
+        to_panels(x, m, height, of_x, panels, nullptr);
+        multiply(b.dz + row * s.rank, panels, height, p.rank, of_x, row > 0,
+                 p.direct ? in_gradient(static_cast<float*>(p.dw_down) + c, p.width) : in_partial(p.partials + c * p.rank, p.rank));
+      }
+    });
+    reduce<A, P>(p, q, last);
+  }
+  release<G>();
+}
+
 }  // namespace
 
 void bottleneck_prepare(const BottleneckParams& p) { FASTADAPT_DISPATCH(p, prepare_vectors, p) }
@@ -235,6 +401,12 @@ void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t 
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward, p, begin, end) }
 void bottleneck_few_down(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, few_down, p, begin, end) }
 void bottleneck_few_up(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, few_up, p, begin, end) }
+bool bottleneck_needs_load(const BottleneckParams& p) { FASTADAPT_DISPATCH_GEMM(p, needs_load, p) }
+void bottleneck_load(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, load_tiles, p, begin, end) }
+void bottleneck_forward_thin(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward_thin, p, begin, end) }
+void bottleneck_forward_wide(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward_wide, p, begin, end) }
+void bottleneck_backward_thin(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward_thin, p, begin, end) }
+void bottleneck_backward_wide(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward_wide, p, begin, end) }
 void bottleneck_backward(const BottleneckParams& p, int64_t chunk) { FASTADAPT_DISPATCH_GEMM(p, backward, p, chunk) }
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
 void add_partial(float* to, const float* from, int64_t n) { vectors(n, [&](int64_t i) { (Vec::loadu(to + i) + Vec::loadu(from + i)).store(to + i); }); }

@@ -157,11 +157,11 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
     Rows<G> x{};
     if (p.kind != kMiddleY) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
     matmul(height, p.width, p.rank, h.data, h.stride, w.down, z_tile, s.rank, 0, p.rank);
-    activate_rows<A>(z_tile, m, p.rank, s.rank, v.b_down, p.activation, p.z ? static_cast<A*>(p.z) + row * p.rank : nullptr);
+    activate_rows<A>(z_tile, m, p.rank, s.rank, v.b_down, p.activation, p.z ? static_cast<A*>(p.z) + row * p.rank : nullptr, p.rank);
     const G *a = operand(z_tile, height * s.rank, a_tile), *ag = nullptr;
     if (p.kind == kLarge) {
       matmul(height, p.width, p.gate_rank, x.data, x.stride, w.gate_down, zg_tile, s.gate_rank, 0, p.gate_rank);
-      activate_rows<A>(zg_tile, m, p.gate_rank, s.gate_rank, v.gate_bias, p.activation, p.zg ? static_cast<A*>(p.zg) + row * p.gate_rank : nullptr);
+      activate_rows<A>(zg_tile, m, p.gate_rank, s.gate_rank, v.gate_bias, p.activation, p.zg ? static_cast<A*>(p.zg) + row * p.gate_rank : nullptr, p.gate_rank);
       ag = operand(zg_tile, height * s.gate_rank, ag_tile);
     }
     for (int64_t c = 0; c < p.width; c += kBlockColumns) {
@@ -268,7 +268,7 @@ void row_gradients(const GatedParams& p, int64_t begin, int64_t end) {
     const G* left = nullptr;
     if (!p.total && !p.add) {
       h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
-      backprop_rows<A>(static_cast<const A*>(p.z) + row * p.rank, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr);
+      backprop_rows<A>(static_cast<const A*>(p.z) + row * p.rank, p.rank, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr);
       left = operand(a, height * s.rank, a_tile);
     }
     std::fill(p.row_gradients + row, p.row_gradients + row + m, 0.f);
@@ -332,9 +332,9 @@ void backward(const GatedParams& p, int64_t chunk) {
     if (need_x) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
     const A *z = static_cast<const A*>(p.z) + row * p.rank, *zg = large ? static_cast<const A*>(p.zg) + row * p.gate_rank : nullptr;
     const G *again = nullptr, *gate_again = nullptr;
-    if (need_total && !p.total) backprop_rows<A>(z, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr), again = operand(a, height * s.rank, thin);
+    if (need_total && !p.total) backprop_rows<A>(z, p.rank, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr), again = operand(a, height * s.rank, thin);
     if (large && !p.gate)
-      backprop_rows<A>(zg, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr), gate_again = operand(ag, height * s.gate_rank, thin_g);
+      backprop_rows<A>(zg, p.gate_rank, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr), gate_again = operand(ag, height * s.gate_rank, thin_g);
 
     // dt := dH' without the row gates' share, dl := gradient of the gate's pre-activation (large, logits) or H' itself (row gates).
     const int64_t ld = s.width;
@@ -406,7 +406,7 @@ void backward(const GatedParams& p, int64_t chunk) {
     if (need_total_gradient) {
       const Rows<G> dt{operand(dt_tile, height * ld, wide), ld};
       if (need_dz) matmul(height, p.width, p.rank, dt.data, ld, w.up, dz, s.rank, 0, p.rank);
-      backprop_rows<A>(z, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
+      backprop_rows<A>(z, p.rank, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
       if (p.dh) {
         const G* left = operand(dz, height * s.rank, thin);
         for (int64_t c = 0; c < p.width; c += kBlockColumns) {
@@ -431,7 +431,7 @@ void backward(const GatedParams& p, int64_t chunk) {
     if (!large || !need_gate) continue;
     const Rows<G> dl{operand(dl_tile, height * ld, wide), ld};
     if (need_dzg) matmul(height, p.width, p.gate_rank, dl.data, ld, w.gate_up, dzg, s.gate_rank, 0, p.gate_rank);
-    backprop_rows<A>(zg, need_dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
+    backprop_rows<A>(zg, p.gate_rank, need_dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
     if (p.dx) {
       const G* left = operand(dzg, height * s.gate_rank, thin_g);
       for (int64_t c = 0; c < p.width; c += kBlockColumns) {

@@ -11,6 +11,12 @@ void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t 
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end);
 void bottleneck_few_down(const BottleneckParams& p, int64_t begin, int64_t end);  // z, in packed_down: panels of the rank
 void bottleneck_few_up(const BottleneckParams& p, int64_t begin, int64_t end);    // panels of the output
+bool bottleneck_needs_load(const BottleneckParams& p);
+void bottleneck_load(const BottleneckParams& p, int64_t begin, int64_t end);           // a call by columns: row tiles
+void bottleneck_forward_thin(const BottleneckParams& p, int64_t begin, int64_t end);   // panels of the rank
+void bottleneck_forward_wide(const BottleneckParams& p, int64_t begin, int64_t end);   // panels of the output
+void bottleneck_backward_thin(const BottleneckParams& p, int64_t begin, int64_t end);
+void bottleneck_backward_wide(const BottleneckParams& p, int64_t begin, int64_t end);  // with the reduction: panels of x and of the output
 void bottleneck_backward(const BottleneckParams& p, int64_t chunk);
 void bottleneck_reduce(const BottleneckParams& p, int64_t begin, int64_t end);
 void add_partial(float* to, const float* from, int64_t n);  // n: a multiple of 8

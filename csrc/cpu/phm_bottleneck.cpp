@@ -271,9 +271,12 @@ void forward(const PhmParams& p, int64_t begin, int64_t end) {
     mix(w.up.rule, false, p.factor_rank, inner, s, mixed);
     for (int64_t r = 0; r < m; r += kBlock) {
       expand(mixed + r, w.up.right, w.up.out, p.up.out, s, sums);
-      for (int64_t i = r; i < std::min(m, r + kBlock); ++i)
+      for (int64_t i = r; i < std::min(m, r + kBlock); ++i) {
+        A* y = static_cast<A*>(p.y) + (row + i) * p.width;
+        fetch<1>(y + kBlock * p.width, p.width);
         finish<A>(sums + (i - r) * s.line, w.b_up, p.add_input ? static_cast<const A*>(p.x) + (row + i) * p.x_stride : nullptr,
-                  p.residual ? static_cast<const A*>(p.residual) + (row + i) * p.residual_stride : nullptr, static_cast<A*>(p.y) + (row + i) * p.width, p.width, kBlock * p.width);
+                  p.residual ? static_cast<const A*>(p.residual) + (row + i) * p.residual_stride : nullptr, y, p.width);
+      }
     }
   }
 }
@@ -330,9 +333,11 @@ void backward(const PhmParams& p, int64_t begin, int64_t end) {
           });
         if (!p.dx) continue;
         expand(d_inner + r, w.down.left, w.down.in, p.down.in, s, sums);
-        for (int64_t i = r; i < std::min(m, r + kBlock); ++i)
-          finish<A>(sums + (i - r) * s.line, nullptr, p.add_input ? static_cast<const A*>(p.dy) + (row + i) * p.dy_stride : nullptr, nullptr,
-                    static_cast<A*>(p.dx) + (row + i) * p.width, p.width, kBlock * p.width);
+        for (int64_t i = r; i < std::min(m, r + kBlock); ++i) {
+          A* dx = static_cast<A*>(p.dx) + (row + i) * p.width;
+          fetch<1>(dx + kBlock * p.width, p.width);
+          finish<A>(sums + (i - r) * s.line, nullptr, p.add_input ? static_cast<const A*>(p.dy) + (row + i) * p.dy_stride : nullptr, nullptr, dx, p.width);
+        }
       }
       if (p.down.drule) mix_outer(inner, d_mixed, p.factor_rank, s, drule_down);
       if (p.down.dright) mix(w.down.rule, false, p.factor_rank, inner, s, mixed), thin_outer(dz, mixed, dright_down, w.down.out, p.down.out, s);

@@ -133,9 +133,9 @@ inline Vec load(const Half* from) {
   return v;
 }
 
-// out = sum [+ bias] [+ in] [+ other], a row of n numbers; prefetches what is written `ahead` numbers later.
+// out = sum [+ bias] [+ in] [+ other], a row of n numbers.
 template <class A>
-inline void finish(const float* sum, const float* bias, const A* in, const A* other, A* out, int64_t n, int64_t ahead = 0) {
+inline void finish(const float* sum, const float* bias, const A* in, const A* other, A* out, int64_t n) {
   constexpr int64_t step = at::vec::Vectorized<A>::size(), count = step / Vec::size();
   const auto add = [](const auto* src, Vec(&v)[count]) {
     for (int64_t j = 0; j < count; ++j) v[j] = v[j] + load(src + j * Vec::size());
@@ -143,7 +143,6 @@ inline void finish(const float* sum, const float* bias, const A* in, const A* ot
   int64_t i = 0;
   for (; i + step <= n; i += step) {
     Vec v[count];
-    if (ahead) __builtin_prefetch(out + ahead + i, 1);
     for (int64_t j = 0; j < count; ++j) v[j] = Vec::loadu(sum + i + j * Vec::size());
     if (bias) add(bias + i, v);
     if (in) add(in + i, v);
@@ -439,12 +438,18 @@ struct RowIndex {
   bool consecutive(int64_t i, int64_t m) const { return !order || order[i + m - 1] - order[i] == m - 1; }  // a task's rows are in ascending order
 };
 
+// Whether m rows of a tile are an operand where they lie.
+template <class A, class G>
+constexpr bool is_operand(int64_t m, int64_t height, int64_t width) {
+  constexpr int64_t whole = kPair<G> > 1 ? kPanel : Vec::size();  // what is read of a row at a time: bf16 by panels
+  return std::is_same_v<A, G> && m == height && width % whole == 0;
+}
+
 template <class A, class G>
 inline Rows<G> load_rows(const void* base, int64_t stride, RowIndex at, int64_t row, int64_t m, int64_t height, int64_t width, G* buffer, int64_t padded_width) {
   const A* src = static_cast<const A*>(base);
-  constexpr int64_t whole = kPair<G> > 1 ? kPanel : Vec::size();  // what is read of a row at a time: bf16 by panels
   if constexpr (std::is_same_v<A, G>)
-    if (m == height && width % whole == 0 && at.consecutive(row, m)) return {src + at(row) * stride, stride};
+    if (is_operand<A, G>(m, height, width) && at.consecutive(row, m)) return {src + at(row) * stride, stride};
   for (int64_t i = 0; i < m; ++i) {
     const A* from = src + at(row + i) * stride;
     G* to = buffer + i * padded_width;
@@ -465,14 +470,14 @@ inline Rows<G> load_rows(const void* base, int64_t stride, int64_t row, int64_t 
 
 // z := rounded(z + bias), stored unpadded if asked for; then z := phi(z). Row i goes to row at(first + i) of `out`.
 template <class A>
-inline void activate_rows(float* z, int64_t m, int64_t rank, int64_t ld, const float* bias, Activation f, A* out, RowIndex at = {nullptr}, int64_t first = 0) {
+inline void activate_rows(float* z, int64_t m, int64_t rank, int64_t ld, const float* bias, Activation f, A* out, int64_t stride, RowIndex at = {nullptr}, int64_t first = 0) {
   A rounded[kPanel];
   for (int64_t i = 0; i < m; ++i) {
     float* row = z + i * ld;
     for (int64_t j0 = 0; j0 < rank; j0 += kPanel) {
       const int64_t n = std::min(kPanel, rank - j0);
       vectors(round_up(n, 8), [&](int64_t j) { (Vec::loadu(row + j0 + j) + Vec::loadu(bias + j0 + j)).store(row + j0 + j); });
-      if (out) narrow(row + j0, out + at(first + i) * rank + j0, n);
+      if (out) narrow(row + j0, out + at(first + i) * stride + j0, n);
       if constexpr (!std::is_same_v<A, float>) narrow(row + j0, rounded, n), widen(rounded, row + j0, n);
       vectors(round_up(n, 8), [&](int64_t j) { activate<A>(Vec::loadu(row + j0 + j), f).store(row + j0 + j); });
     }
@@ -481,10 +486,10 @@ inline void activate_rows(float* z, int64_t m, int64_t rank, int64_t ld, const f
 
 // From rows at(first + i) of z and da (height x ld): a = phi(z), dz = da . phi'(z), dbias += column sums of dz. Null da: only a. Rows beyond m become zero.
 template <class A>
-inline void backprop_rows(const A* z, float* da, float* a, int64_t m, int64_t height, int64_t rank, int64_t ld, Activation f, float* dbias, RowIndex at = {nullptr}, int64_t first = 0) {
+inline void backprop_rows(const A* z, int64_t stride, float* da, float* a, int64_t m, int64_t height, int64_t rank, int64_t ld, Activation f, float* dbias, RowIndex at = {nullptr}, int64_t first = 0) {
   for (int64_t i = 0; i < m; ++i) {
     float *row = a + i * ld, *grad = da + i * ld;
-    widen(z + at(first + i) * rank, row, rank, ld);
+    widen(z + at(first + i) * stride, row, rank, ld);
     vectors(round_up(rank, 8), [&](int64_t j) {
       const Activated of = activate_both<A>(Vec::loadu(row + j), f);
       of.value.store(row + j);
@@ -543,14 +548,19 @@ struct Product {
 inline Product in_partial(float* partial, int64_t rank) { return {partial, kPanel, rank * kPanel, true}; }
 inline Product in_gradient(void* gradient, int64_t width) { return {static_cast<float*>(gradient), width, kPanel, false}; }
 
-// product (+)= left' . right, left (height x ld) with R columns, right in panels of `height` rows. `work` and `turned` hold left transposed.
+// product (+)= left . right, left R x height, right in panels of `height` rows.
+template <class G>
+inline void multiply(const G* left, const G* right, int64_t height, int64_t rank, int64_t width, bool add, Product product) {
+  for (int64_t j = 0; j < width; j += kPanel)
+    at::native::cpublas::brgemm(rank, std::min(kPanel, product.whole ? round_up(width - j, 8) : width - j), height, height, kPanel, product.ld, add, left, right + j * height,
+                                product.to + j / kPanel * product.panel, kPair<G> > 1);
+}
+
+// The same of left (height x ld) with R columns, which `work` and `turned` hold transposed.
 template <class G>
 inline void accumulate_outer(const float* left, int64_t ld, const G* right, int64_t height, int64_t rank, int64_t width, bool add, Product product, float* work, G* turned) {
   transpose(left, ld, work, height, height, round_up(rank, 8));
-  const G* a = operand(work, height * rank, turned);
-  for (int64_t j = 0; j < width; j += kPanel)
-    at::native::cpublas::brgemm(rank, std::min(kPanel, product.whole ? round_up(width - j, 8) : width - j), height, height, kPanel, product.ld, add, a, right + j * height,
-                                product.to + j / kPanel * product.panel, kPair<G> > 1);
+  multiply(operand(work, height * rank, turned), right, height, rank, width, add, product);
 }
 
 // Sum of n numbers over the chunks, in order: in `out`, or where the only chunk has them, and `out` may be null.

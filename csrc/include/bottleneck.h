@@ -13,7 +13,7 @@ struct BottleneckParams {
   int64_t rows, width, out, rank;  // x has `width` columns, y, dy and residual `out`
   const int64_t* order;  // routed: the rows of one task, in ascending order; else null
   int64_t chunks;        // partials that the reduction adds
-  bool direct;           // the only chunk's dWd goes to dw_down, not to the partial
+  bool direct;           // by columns: dWd goes to dw_down, not to the partial
   const void *x, *residual, *dy;
   int64_t x_stride, residual_stride, dy_stride;
   const void *w_down, *b_down, *w_up, *b_up, *gate, *scale_tensor;
@@ -30,6 +30,7 @@ struct BottleneckParams {
   bool need_scale;
   // Scratch of one call: packed weights (where rows are few, their z without its bias in packed_down) and fp32 vectors, padded to whole panels.
   float *packed_down, *packed_up, *vectors;
+  float* between;  // by columns: what one phase hands to the next
   // Partials, see PartialLayout: in backward that of its chunk of rows, in the reduction `chunks` of them.
   float* partials;
   float* dscale_panels;  // one summand per panel of columns

@@ -42,6 +42,7 @@ COPIES = "a tile of a task's rows that lie one after the other is then copied to
 SHARE = "two pieces of scratch then share memory, but are not in use at the same time"
 ONE = "multiplies by 1, or asks for a scale that no call has: the same numbers"
 FLOAT = "the mutants have fp32 parameters alone; the tests of the ops, with parameters of half precision too, see it"
+ROWS = "also computes rows of other ranges, the same numbers, and tiles of no rows, which store nothing"
 MATRIX = "only a processor with a matrix unit (AMX) holds anything"
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
@@ -51,6 +52,11 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("sign", "m + 1 in bool consecutive("): COPIES,
     ("sign", "order[i + m - 1] + order[i] in bool consecutive("): COPIES,
     ("condition", "static_cast<bool>(!order) in bool consecutive("): COPIES,
+    ("loop", "q < end -> q <= end in for (int64_t q = begin; q < end; q += kBlockPanels)"): LAST,
+    ("offset", "in p.direct ? in_gradient(static_cast<float*>(p.dw_down) + c"): FLOAT,
+    ("offset", "kTileRows * kBlockColumns -> kTileRows in G *panels"): SHARE,
+    ("bound", "std::min(p.rows, end * kTileRows) -> std::max(p.rows, end * kTileRows)"): ROWS,
+    ("loop", "row < std::min(p.rows, end * kTileRows) -> row <= std::min(p.rows, end * kTileRows)"): ROWS,
     ("loop", "i + step < n in"): TAIL,
     ("loop", "i + 4 * v < n in"): TAIL,
     ("loop", "i + Vec::size() < n in"): TAIL,
@@ -171,9 +177,12 @@ EXPLAINED: dict[tuple[str, str], str] = {
 NEARER = "without the rounding of the pre-activation, which goes to z all the same, the result is nearer to the exact one"
 LATER = "writes further into a place that is written after it: the next pair's, the next part's, the next factor's or scratch that the next step fills"
 BEYOND = "a turn too many reads a row behind the factors or behind a local array, by an address that no check watches, and writes where something is written later"
-ROWS = "also computes rows of other ranges, the same numbers, and tiles of no rows, which store nothing"
 PHM_EXPLAINED: dict[tuple[str, str], str] = {
-    **{(kind, "__builtin_prefetch("): "prefetching, from any address, changes the speed alone" for kind in ("offset", "product", "sign", "deleted")},
+    **{
+        (kind, line): "prefetching, from any address, changes the speed alone"
+        for kind in ("offset", "product", "sign", "deleted")
+        for line in ("__builtin_prefetch(", "fetch<1>(")
+    },
     ("bound", "count >= kBlock"): SAME,
     ("loop", "i < kBlock -> i <= kBlock in for (int64_t i = 0; i < kBlock; ++i) widen"): LATER,
     ("loop", "q < kGroup -> q <= kGroup in for (int64_t q = 0; q < kGroup; ++q)"): BEYOND,
@@ -197,7 +206,6 @@ PHM_EXPLAINED: dict[tuple[str, str], str] = {
     ("loop", "row < chunk_end -> row <= chunk_end"): "a tile of no rows: adds zeros",
     ("deleted", "continue; -> ; in if (!need_"): MORE,
     ("loop", "r <= kBlock in for (int64_t r = 0; r < kBlock; ++r) by["): BEYOND,
-    ("offset", "kBlock * p.width -> kBlock in"): "another distance of prefetching, which changes the speed alone",
 }
 NORM_EXPLAINED: dict[tuple[str, str], str] = {
     ("deleted", "widen(static_cast<const Half*>(src)"): "the mutants are compiled for fp32 and bf16 alone; the fp16 calls of the tests of the op see it",
@@ -241,12 +249,21 @@ SPECS: list[Spec] = [
     over(FP32, lead=(8,), width=64, rank=128, residual=None, scale="tensor"),
     over(MIXED, Lora, lead=(1,), width=77, out=160, rank=16, biases="up", scale=0.7),
     over(FP32, lead=(64,), width=36, rank=36, gate=True, scale=0.7),
+    over(FP32, lead=(6,), width=64, rank=20),  # two rows more or fewer would be an operand in their place
+    # Several tiles that go by columns, in place and copied, of more than a block of columns.
+    over(MIXED, lead=(130,), width=72, rank=35, residual="other", scale="tensor", gate=True),
+    over(FP32, lead=(192,), width=160, rank=64, scale=0.7),
+    over(FP32, lead=(140,), width=264, rank=100, residual="other", gate=True),
+    over(FP32, Lora, lead=(130,), width=40, out=264, rank=36, biases="up", scale=0.7, dropout=0.3),
+    over(MIXED, Lora, lead=(150,), width=264, out=72, rank=40, dropout=0.3),
     over(FP32, lead=(9,), width=40, rank=20, scale="tensor"),
     *(over(FP32, lead=(65,), width=40, rank=35, activation=a, scale=0.7) for a in ACTIVATIONS),
     *(over(MIXED, lead=(30,), width=33, rank=7, activation=a, residual=None) for a in ACTIVATIONS),
     *(over(d, lead=(130,), width=72, rank=20, biases=b, residual=r, gate=g) for d in BOTH for b, r, g in (("none", "input", True), ("up", "other", False), ("down", None, True))),
     over(FP32, lead=(1,), width=264, rank=8, residual="other"),
     over(MIXED, lead=(620,), width=72, rank=20, scale="tensor", gate=True),
+    over(FP32, lead=(300,), width=160, rank=32, residual="other", gate=True),
+    over(FP32, lead=(300,), width=40, rank=20, scale="tensor"),
     over(FP32, lead=(620,), width=200, rank=200, gate=True),
     over(FP32, Routed, lead=(5, 23), width=33, rank=7, outside=True, residual="other"),
     over(FP32, Routed, lead=(6, 64), width=64, rank=32),
@@ -279,9 +296,12 @@ CALLS: list[Spec] = [
     over(MIXED, lead=(70,), width=33, rank=7, residual="other", scale="tensor", gate=True),
     over(FP32, lead=(70,), width=40, rank=7),
     over(FP32, Routed, lead=(70,), width=40, rank=7, residual="other"),
-    # Few rows, whose panels two threads share.
+    # Few rows and few tiles, whose panels two threads share.
     over(FP32, lead=(3,), width=600, rank=288),
     over(MIXED, lead=(3,), width=600, rank=288, residual="other", scale="tensor", gate=True),
+    over(FP32, lead=(40,), width=72, rank=40),
+    over(MIXED, lead=(70,), width=72, rank=40, residual="other", scale="tensor", gate=True),
+    over(FP32, Lora, lead=(70,), width=40, out=72, rank=40, dropout=0.3),
     over(FP32, Lora, lead=(70,), width=40, out=72, rank=7, dropout=0.3),
     over(MIXED, Lora, lead=(70,), width=72, out=33, rank=7, biases="up", dropout=0.3),
     *(

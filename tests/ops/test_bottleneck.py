@@ -46,6 +46,13 @@ FEW = [
     for lead, r in (((1,), 16), ((1, 2), 33), ((3,), 64), ((4,), 100), ((5,), 128), ((8,), 130))
     for w, options in ((40, {}), (77, {"residual": "other", "scale": "tensor", "gate": True}), (264, {"residual": None, "biases": "none", "scale": 0.3}))
 ]
+# Up to four tiles, of every height of the last one, whose columns the CPU's threads share; ranks and widths that fill panels and blocks and that do not.
+COLUMNS = [
+    over(d, lead=(t,), width=w, rank=r, **options)
+    for d in DTYPES
+    for t, r in ((9, 7), (20, 36), (40, 100), (60, 32), (150, 33), (256, 64))
+    for w, options in ((64, {}), (77, {"residual": "other", "scale": "tensor", "gate": True}), (264, {"residual": None, "biases": "none", "scale": 0.3}))
+]
 REAL = [over(d, lead=(2, 65), width=w, rank=r) for d in (FP32, MIXED, DTYPES[4]) for w in (768, 1024) for r in (96, 192)]
 ALL_REAL = [over(d, lead=(2, 165), width=w, rank=r, scale="tensor", gate=True) for d in DTYPES for w in (768, 1024) for r in (96, 192)]
 
@@ -88,6 +95,11 @@ def test_shapes(spec: Bottleneck, name: str, device: str) -> None:
 @specs(FEW)
 def test_few_rows(spec: Bottleneck, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
+
+
+@specs(COLUMNS)
+def test_few_tiles(spec: Bottleneck) -> None:
+    checks.assert_within_rule(spec, "cpu", "cpu")
 
 
 @pytest.mark.full

@@ -228,6 +228,15 @@ def test_small_gates_each_sample_by_its_own_mean(name: str, device: str) -> None
     assert not torch.allclose(longer, whole, rtol=1e-3)
 
 
+@every_backend
+def test_rows_of_a_sample_have_one_gate(name: str, device: str) -> None:
+    """Bit for bit, in whatever tiles they lie: H' = 1, so that y is the gate."""
+    spec = Gated(granularity="small", lead=(3, 130), input_scale=0.0)
+    tensors = spec.draw(0, device)
+    y = checks.fused(spec, name, {**tensors, "w_up": torch.zeros_like(tensors["w_up"]), "b_up": torch.ones_like(tensors["b_up"])}, None)["y"]
+    assert torch.equal(y, y[:, :1, :1].expand_as(y)) and len(y[:, 0, 0].unique()) == 3
+
+
 # Recorded sites: VL-PET's adapter and gate after a sublayer.
 RECORDED = [c for c in golden.case_ids("vlpet_") if "_site_" in c and "no_gate" not in c and "gating_only" not in c]
 GATES = {"large_x_down": "large", "large_x": "large_full", "middle_xy_add": "middleX", "middle_ia3_add": "middleY", "small_xy_cat": "small"}

@@ -36,6 +36,13 @@ SHAPES = [
     for w, o in WIDTHS
     for r in (1, 16, 33)
 ] + [over(d, lead=(3,), width=77, out=40, rank=64, biases="up", scale=0.7) for d in DTYPES]
+COLUMNS = [
+    over(d, lead=(t,), width=w, out=o, rank=r, dropout=p, biases="up", scale=0.7)
+    for d in DTYPES
+    for t, r in ((40, 16), (150, 36))
+    for w, o in ((64, 160), (264, 40))
+    for p in (0.0, 0.3)
+]
 ALL_SHAPES = [
     over(d, lead=(t,), width=w, out=o, rank=r, dropout=p)
     for d in DTYPES
@@ -70,6 +77,11 @@ def test_options(spec: Lora, dtypes: tuple[torch.dtype, torch.dtype], name: str,
 @specs(RANDOM)
 def test_random(spec: Lora, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
+
+
+@specs(COLUMNS)
+def test_few_tiles(spec: Lora) -> None:
+    checks.assert_within_rule(spec, "cpu", "cpu")
 
 
 @specs(RANDOM[:40])

@@ -65,7 +65,7 @@ def _gates(kind: str, s: _cost.Sizes, name: str, blocks: int, steps: int, rank: 
 
 def triton(call: Call) -> Model:
     s, kind = _cost.sizes(call), _kind(call)
-    large, small = kind == "large", kind == "small"
+    large = kind == "large"
     rank, gate_rank = _cost.triton_rank(s.r), _cost.triton_rank(s.rg) if large else 0
     unit, efficiency = _cost.triton_unit(s), _cost.triton_efficiency(s)
     pack = [_cost.pack(s, [s.r, s.rg])] if s.p != s.a else []
@@ -78,11 +78,8 @@ def triton(call: Call) -> Model:
     def forward(flops: float, fresh: float, again: float, l2: float, loops: int) -> Kernel:
         return Kernel("forward", flops, fresh * s.wide + thin, again * s.wide, l2, tiles, loops * loop, unit=unit, efficiency=efficiency)
 
-    def means() -> Kernel:
-        return Kernel("means", l2=4.0 * s.t, steps=4)
-
-    if small:  # h, x, z, logits; their means; z and h again, y
-        first = [forward(2 * flops, 2, 0, s.wide + 2 * weights, 2), means(), forward(flops, 1, 1, weights, 1)]
+    if kind == "small":  # h, x, z, logits; then z and h again, y
+        first = [forward(2 * flops, 2, 0, s.wide + 2 * weights, 2), forward(flops, 1, 1, weights, 1)]
     elif kind == "middleX":  # the logits take a pass of their own over Wu, h and x
         first = [forward(3 * flops, 3, 0, 2 * s.wide + 3 * weights, 3)]
     else:
@@ -90,9 +87,7 @@ def triton(call: Call) -> Model:
     tile = _cost.triton_tile("gates", max(s.r, s.rg), call)
     tiles = cdiv(s.t, tile.block_t)
     backward = [*pack, *_gates(kind, s, "gates", tiles, cdiv(s.d, tile.block_d), rank, gate_rank, unit, efficiency)]
-    if small:
-        backward += [means(), means()]
-    of_gate = (tiles, s.d * (2 if small else 1)) if kind in ("middleX", "middleY", "small") else (0, 0)
+    of_gate = (tiles, s.d * (2 if kind == "small" else 1)) if kind in ("middleX", "middleY", "small") else (0, 0)
     backward += _cost.triton_bottleneck_backward(s, call, [s.r, s.rg] if large else [s.r], again=True, fresh=large, beside=of_gate)
     return Model([*pack, *first], backward, 3 * s.wide, (5 if large else 3) * s.wide)
 

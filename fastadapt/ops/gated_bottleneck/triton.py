@@ -1,7 +1,8 @@
 """VL-PET's gated bottleneck on CUDA devices of compute capability 8.0 and newer.
 
-Forward is one launch; ``small``, whose gate needs the whole sequence, takes three: logits, their mean, the gated sum. Backward turns dy into dH' and the gradient before the gate's
-sigmoid, each (T, D) in the activations' dtype, with one kernel, and the rest is the backward of a plain bottleneck for each of the projections, in launches that equal ranks share.
+Forward is one launch; ``small``, whose gate needs the whole sequence, takes two: logits, then the gated sum. Backward turns dy into dH' and the gradient before the gate's
+sigmoid, each (T, D) in the activations' dtype, with one kernel, which ``small`` launches for its row sums first, and the rest is the backward of a plain bottleneck for each of the
+projections, in launches that equal ranks share.
 Keeping these two tensors costs 8 of about 24 D bytes a row in half precision (eager: 97 D counted) and keeps every program to one pair of rank-wide tiles: nothing spills at ranks
 where one program for all would.
 """
@@ -85,37 +86,57 @@ def row_logits(
 
 
 @jit
+def sample_means(V, rows, valid, length, SIGMOID: tl.constexpr, SAMPLES: tl.constexpr = 8, BLOCK_L: tl.constexpr = 64):
+    """Of each row the mean of V, or of sigma(V), over the rows of its sample. A tile adds every sample that it has rows of once, in the same order as all tiles do: the rows of a
+    sample have one mean."""
+    own = rows // length
+    last = tl.max(tl.where(valid, own, 0), 0)
+    means = tl.zeros(rows.shape, tl.float32)
+    for first in tl.range(tl.min(own, 0), last + 1, SAMPLES):
+        samples = first + tl.arange(0, SAMPLES)
+        total = tl.zeros((SAMPLES, BLOCK_L), tl.float32)
+        for start in tl.range(0, length, BLOCK_L):
+            row = start + tl.arange(0, BLOCK_L)
+            exists = (samples <= last)[:, None] & (row < length)[None, :]
+            v = tl.load(V + samples[:, None] * length + row[None, :], mask=exists, other=0.0)
+            total += tl.where(exists, tl.sigmoid(v), 0.0) if SIGMOID else v
+        mean = tl.sum(total, 1) / length
+        means += tl.sum(tl.where(own[:, None] == samples[None, :], mean[None, :], 0.0), 1)
+    return means
+
+
+@jit
 def forward_kernel(
-    H, X, WD, BD, WU, BU, G, GB, GU, GUB, MEANS, Y, Z, ZG, LOGITS, TOTAL, GATE, input_scale, adapter_scale, scale, T, D, length, stride_h, stride_x,
-    R: tl.constexpr, CHUNKS: tl.constexpr, RG: tl.constexpr, GATE_CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr,
+    H, X, WD, BD, WU, BU, G, GB, GU, GUB, Y, Z, ZG, LOGITS, TOTAL, GATE, input_scale, adapter_scale, scale, T, D, length, stride_h, stride_x,
+    R: tl.constexpr, CHUNKS: tl.constexpr, RG: tl.constexpr, GATE_CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows. ``small``: without MEANS z and the logits, and with MEANS, the gate of each sample, y from z.
+    """One tile of rows. ``small``: z and the logits in a first launch, y from them in a SECOND, with the gate of each sample.
 
     Global memory a row in half precision: 6 D + 2 R (+ 2 Rg) bytes: h, x, y, z, zg; middleY 4 D + 2 R. Second readings of h hit L2.
     """
     dtype: tl.constexpr = H.dtype.element_ty
     rows, valid = tile_rows(T, BLOCK_T)
-    if MEANS is None:
+    if SECOND:
+        z = load_chunks(Z, rows, valid, R, CHUNKS)
+    else:
         z = add_bias(project(H, stride_h, rows, valid, D, None, WD, D, 1, R, CHUNKS, BLOCK_D, EVEN, PRECISION), BD, R, CHUNKS, dtype)
         if Z is not None:
             store_chunks(Z, rows, valid, z, R, CHUNKS)
-    else:
-        z = load_chunks(Z, rows, valid, R, CHUNKS)
     a = activate_chunks(z, ACTIVATION, CHUNKS)
     if KIND == "large":
         zg = add_bias(project(X, stride_x, rows, valid, D, None, G, D, 1, RG, GATE_CHUNKS, BLOCK_D, EVEN, PRECISION), GB, RG, GATE_CHUNKS, dtype)
         if ZG is not None:
             store_chunks(ZG, rows, valid, zg, RG, GATE_CHUNKS)
         ag = activate_chunks(zg, ACTIVATION, GATE_CHUNKS)
-    if KIND == "middleX" or (KIND == "small" and MEANS is None):
+    if KIND == "middleX" or (KIND == "small" and not SECOND):
         logits = row_logits(a, H, stride_h, X, stride_x, rows, valid, D, WU, BU, G, GB, input_scale, adapter_scale, R, CHUNKS, KIND == "small", BLOCK_D, EVEN, PRECISION)
         if LOGITS is not None:
             tl.store(LOGITS + rows, logits, mask=valid)
         row_gate = tl.sigmoid(logits)
-    if MEANS is not None:
-        row_gate = tl.load(MEANS + rows // length, mask=valid, other=0.0)
-    if KIND != "small" or MEANS is not None:
+    if SECOND:
+        row_gate = sample_means(LOGITS, rows, valid, length, True)
+    if KIND != "small" or SECOND:
         for start in tl.range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             total = sum_before_gate(a, H, stride_h, rows, valid, columns, D, WU, BU, input_scale, adapter_scale, R, CHUNKS, EVEN, PRECISION)
@@ -136,21 +157,22 @@ def forward_kernel(
 
 @jit
 def gates_kernel(
-    DY, H, X, Z, ZG, LOGITS, TOTAL, GATE, WU, BU, G, GU, GUB, MEANS, ROW_SUMS, MEAN_SUMS, DTOTAL, DLOGITS, DX, SUMS,
+    DY, H, X, Z, ZG, LOGITS, TOTAL, GATE, WU, BU, G, GU, GUB, ROW_SUMS, DTOTAL, DLOGITS, DX, SUMS,
     input_scale, adapter_scale, scale, T, D, length, stride_dy, stride_h, stride_x,
-    R: tl.constexpr, CHUNKS: tl.constexpr, RG: tl.constexpr, GATE_CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr,
+    R: tl.constexpr, CHUNKS: tl.constexpr, RG: tl.constexpr, GATE_CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From e = s dy: dH' = e (.) G, or e where the gate is added, and dG = e (.) H', or e; then dG to what the gate is made of.
 
     large, logits: DLOGITS = dG (.) G (1 - G). middleY: SUMS = column sums of dG per row tile. middleX, small: the row's logit gets dl = rowsum(dG) G (1 - G) (small: the mean of
-    the row sums over the sample, from an earlier launch that only fills ROW_SUMS), dH' gets dl w_h, DX = dl w_x, and SUMS the tile's sums of dl (x + H') or of [dl x; dl H'],
+    the row sums over the sample, in a SECOND launch; the first only fills ROW_SUMS), dH' gets dl w_h, DX = dl w_x, and SUMS the tile's sums of dl (x + H') or of [dl x; dl H'],
     and of dl.
     H' is TOTAL where it was saved, else computed again from z.
     """
     dtype: tl.constexpr = DY.dtype.element_ty
     ROWWISE: tl.constexpr = KIND == "middleX" or KIND == "small"
-    NEEDS_TOTAL: tl.constexpr = (SUMS is not None and (ROWWISE or not ADD)) or (DLOGITS is not None and not ADD) or (ROWWISE and MEAN_SUMS is None and not ADD)
+    FIRST: tl.constexpr = KIND == "small" and not SECOND
+    NEEDS_TOTAL: tl.constexpr = (SUMS is not None and ROWWISE and not FIRST) or (not ADD and (SUMS is not None or DLOGITS is not None or (ROWWISE and not SECOND)))
     rows, valid = tile_rows(T, BLOCK_T)
     a = ()
     if NEEDS_TOTAL and TOTAL is None:
@@ -158,25 +180,25 @@ def gates_kernel(
     ag = ()
     if KIND == "large" and GATE is None:
         ag = activate_chunks(load_chunks(ZG, rows, valid, RG, GATE_CHUNKS), ACTIVATION, GATE_CHUNKS)
-    if ROWWISE:
-        if MEAN_SUMS is None:
-            row_sums = tl.zeros(rows.shape, tl.float32)
-            for start in tl.range(0, D, BLOCK_D):
-                columns = start + tl.arange(0, BLOCK_D)
-                d_gate = scale * load_tile(DY, stride_dy, rows, valid, columns, D, EVEN).to(tl.float32)
-                if not ADD:
-                    d_gate *= saved_or_again(TOTAL, a, H, stride_h, rows, valid, columns, D, WU, BU, input_scale, adapter_scale, R, CHUNKS, EVEN, PRECISION)
-                row_sums += tl.sum(d_gate, 1)
-            if ROW_SUMS is not None:
-                tl.store(ROW_SUMS + rows, row_sums, mask=valid)
-        else:
-            row_sums = tl.load(MEAN_SUMS + rows // length, mask=valid, other=0.0)
-        own_gate = tl.sigmoid(tl.load(LOGITS + rows, mask=valid, other=0.0))
-        row_gate = own_gate
-        if MEANS is not None:
-            row_gate = tl.load(MEANS + rows // length, mask=valid, other=0.0)
-        d_logit = tl.where(valid, row_sums * own_gate * (1.0 - own_gate), 0.0)
-    if ROW_SUMS is None:
+    if SECOND:
+        row_gate = sample_means(LOGITS, rows, valid, length, True)
+        row_sums = sample_means(ROW_SUMS, rows, valid, length, False)
+    elif ROWWISE:
+        row_sums = tl.zeros(rows.shape, tl.float32)
+        for start in tl.range(0, D, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            d_gate = scale * load_tile(DY, stride_dy, rows, valid, columns, D, EVEN).to(tl.float32)
+            if not ADD:
+                d_gate *= saved_or_again(TOTAL, a, H, stride_h, rows, valid, columns, D, WU, BU, input_scale, adapter_scale, R, CHUNKS, EVEN, PRECISION)
+            row_sums += tl.sum(d_gate, 1)
+    if FIRST:
+        tl.store(ROW_SUMS + rows, row_sums, mask=valid)
+    else:
+        if ROWWISE:
+            own_gate = tl.sigmoid(tl.load(LOGITS + rows, mask=valid, other=0.0))
+            if not SECOND:
+                row_gate = own_gate
+            d_logit = tl.where(valid, row_sums * own_gate * (1.0 - own_gate), 0.0)
         WIDTH: tl.constexpr = 2 if KIND == "small" else 1
         sums = SUMS
         if SUMS is not None:
@@ -231,24 +253,6 @@ def saved_or_again(
         return sum_before_gate(a, H, stride_h, rows, valid, columns, D, WU, BU, input_scale, adapter_scale, R, CHUNKS, EVEN, PRECISION)
 
 
-@jit
-def means_kernel(V, MEANS, length, SIGMOID: tl.constexpr, BLOCK_L: tl.constexpr):
-    """The mean over each sample's rows of V or sigma(V), in the order of the rows."""
-    sample = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK_L,), tl.float32)
-    for start in tl.range(0, length, BLOCK_L):
-        row = start + tl.arange(0, BLOCK_L)
-        v = tl.load(V + sample * length + row, mask=row < length, other=0.0)
-        total += tl.where(row < length, tl.sigmoid(v), 0.0) if SIGMOID else v
-    tl.store(MEANS + sample, tl.sum(total, 0) / length)
-
-
-def sample_means(v: Tensor, samples: int, sigmoid: bool) -> Tensor:
-    means = torch.empty(samples, dtype=torch.float32, device=v.device)
-    _triton.launch(means_kernel, (samples,), v, v, means, v.shape[0] // samples, SIGMOID=sigmoid, BLOCK_L=128)
-    return means
-
-
 def forward(
     h: Tensor, x: Tensor | None, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, b_up: Tensor | None,
     g: Tensor | None, g_bias: Tensor | None, g_up: Tensor | None, g_up_bias: Tensor | None,
@@ -256,13 +260,13 @@ def forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y and what backward needs, as ``reference.forward``."""
     name, (t, d), r = KINDS[kind], h.shape, w_down.shape[0]
-    large, rowwise, keep = name == "large", name in ("middleX", "small"), save and save_gate == 1
+    large, rowwise, small, keep = name == "large", name in ("middleX", "small"), name == "small", save and save_gate == 1
     rg = g.shape[0] if large and g is not None else 0
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = h.dtype) -> Any:
         return torch.empty(shape, dtype=dtype, device=h.device) if wanted else None
 
-    y, z, zg, logits = new(True, t, d), new(save, t, r), new(save and large, t, rg), new(save and rowwise, t, dtype=torch.float32)
+    y, z, zg, logits = new(True, t, d), new(save or small, t, r), new(save and large, t, rg), new((save and rowwise) or small, t, dtype=torch.float32)
     total, gate = new(keep, t, d), new(keep and large, t, d)
     if t:
         tile = _triton.tile("gated_forward", max(r, rg), d, h.dtype)
@@ -273,18 +277,12 @@ def forward(
             "R": r, "CHUNKS": chunks(r), "RG": rg, "GATE_CHUNKS": chunks(rg) if rg else (), "ACTIVATION": activation, "KIND": name, "ADD": add,
             "BLOCK_T": tile.block_t, "BLOCK_D": tile.block_d, "EVEN": d % tile.block_d == 0, "PRECISION": _triton.precision(h.dtype),
         }  # fmt: skip
-
-        def run(means: Any, y: Any, z: Any, logits: Any, total: Any) -> None:
-            args = (h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, means, y, z, zg, logits, total, gate)
-            numbers = (input_scale, adapter_scale, scale, t, d, t // max(samples, 1), h.stride(0), 0 if x is None else x.stride(0))
-            _triton.launch(forward_kernel, (cdiv(t, tile.block_t),), h, *args, *numbers, tile=tile, **constants)
-
-        if name == "small":
-            z_, logits_ = new(True, t, r) if z is None else z, new(True, t, dtype=torch.float32) if logits is None else logits
-            run(None, None, z_, logits_, None)
-            run(sample_means(logits_, samples, True), y, z_, None, total)
-        else:
-            run(None, y, z, logits, total)
+        args = (h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, y, z, zg, logits, total, gate)
+        numbers = (input_scale, adapter_scale, scale, t, d, t // max(samples, 1), h.stride(0), 0 if x is None else x.stride(0))
+        for second in (False, True) if small else (False,):
+            _triton.launch(forward_kernel, (cdiv(t, tile.block_t),), h, *args, *numbers, tile=tile, SECOND=second, **constants)
+    if not save:
+        z = logits = None
     absent = torch.empty(0, dtype=torch.float32, device=h.device)
     return y, *(none(h) if s is None else s for s in (z, zg)), absent if logits is None else logits, *(none(h) if s is None else s for s in (total, gate))
 
@@ -318,19 +316,12 @@ def backward(
             "R": r, "CHUNKS": chunks(r), "RG": rg, "GATE_CHUNKS": chunks(rg) if rg else (), "ACTIVATION": activation, "KIND": name, "ADD": add,
             "BLOCK_T": tile.block_t, "BLOCK_D": tile.block_d, "EVEN": d % tile.block_d == 0, "PRECISION": _triton.precision(h.dtype),
         }  # fmt: skip
-
-        def run(means: Any, row_sums: Any, mean_sums: Any, d_total: Any, d_logits: Any, dx: Any, sums: Any) -> None:
-            saved = (z, *(s if s.numel() else None for s in (zg, logits, total, gate)))
-            args = (dy, h, x, *saved, w_up, b_up, g, g_up, g_up_bias, means, row_sums, mean_sums, d_total, d_logits, dx, sums)
-            numbers = (input_scale, adapter_scale, scale, t, d, t // max(samples, 1), dy.stride(0), h.stride(0), 0 if x is None else x.stride(0))
-            _triton.launch(gates_kernel, (tiles,), h, *args, *numbers, tile=tile, **constants)
-
-        if small:
-            row_sums = new(True, t, dtype=torch.float32)
-            run(None, row_sums, None, None, None, None, None)
-            run(sample_means(logits, samples, True), None, sample_means(row_sums, samples, False), d_total, None, dx, sums)
-        else:
-            run(None, None, None, d_total, d_logits, dx, sums)
+        saved = (z, *(s if s.numel() else None for s in (zg, logits, total, gate)))
+        row_sums = new(small, t, dtype=torch.float32)
+        args = (dy, h, x, *saved, w_up, b_up, g, g_up, g_up_bias, row_sums, d_total, d_logits, dx, sums)
+        numbers = (input_scale, adapter_scale, scale, t, d, t // max(samples, 1), dy.stride(0), h.stride(0), 0 if x is None else x.stride(0))
+        for second in (False, True) if small else (False,):
+            _triton.launch(gates_kernel, (tiles,), h, *args, *numbers, tile=tile, SECOND=second, **constants)
         if sums is not None:
             of_gate = TileSums(sums, dg, dgb, tiles, sums.shape[1], sums.shape[1] - rowwise)
     else:

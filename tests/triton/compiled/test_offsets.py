@@ -10,7 +10,7 @@ import torch
 from tests.triton.compiled import aot
 from tests.triton.compiled.cases import Case, launches
 
-ROW_AXIS = {"forward_kernel": "x", "rows_kernel": "x", "backward_kernel": "x", "gates_kernel": "x", "means_kernel": "x", "weights_kernel": "y"}
+ROW_AXIS = {"forward_kernel": "x", "rows_kernel": "x", "backward_kernel": "x", "gates_kernel": "x", "weights_kernel": "y"}
 """The grid axis along which rows are cut; for rows of several tasks the second one of the kernels that add partials is of tasks."""
 CASES = [
     *(Case(kind, 24, torch.bfloat16, torch.float32, save_gate=s) for kind in (None, "routed", "shared", "large", "logits", "middleX", "middleY", "small") for s in (False, True)),

@@ -16,7 +16,7 @@ import torch
 
 from fastadapt import functional
 from fastadapt.ops import _triton
-from tests.ops import checks, test_dropout_add_norm, test_routed_bottleneck
+from tests.ops import checks, test_dropout_add_norm, test_gated_bottleneck, test_routed_bottleneck
 from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, random_specs, specs
 
 TRITON = ("triton", "cpu")
@@ -92,8 +92,8 @@ LORA_SMALL = [over(FP32, Lora, lead=(9,), width=1, out=33, rank=7, dropout=0.5),
 LORA_REAL = [over(MIXED, Lora, lead=(65,), width=768, out=256, rank=16, dropout=0.1)]
 LORA_SPLITS = [over(FP32, Lora, lead=(600,), width=64, out=96, rank=64, dropout=0.1, scale=0.5, biases="up")]
 REAL = [over(MIXED, lead=(65,), width=768, rank=96, scale=0.3), over(MIXED, Gated, lead=(5, 13), width=768, rank=96, gate_rank=96)]
-# More rows in a sample than one step of the mean takes.
-LONG = [over(MIXED, Gated, lead=(2, 150), width=64, rank=7, granularity="small", biases="none", gate_bias=False)]
+# More rows in a sample than one step of the mean takes, and more samples in a tile.
+LONG = [over(MIXED, Gated, lead=lead, width=64, rank=7, granularity="small", biases="none", gate_bias=False) for lead in ((2, 150), (40, 2))]
 # Three splits, and in fp32 more row tiles than one step of their column sums takes.
 SPLITS = [over(d, lead=(600,), rank=r, width=64, gate=True, scale=0.5) for d, r in ((FP32, 64), (MIXED, 96))]
 CALLS = [
@@ -206,6 +206,10 @@ def test_random(spec: Spec) -> None:
 @specs([over(d, lead=(t,), rank=r, width=w, gate=True, scale=0.5) for d in DTYPES for t, r, w in ((130, 192, 96), (70, 300, 160), (33, 512, 64), (700, 24, 64))])
 def test_large_ranks_and_several_splits(spec: Spec) -> None:
     checks.assert_within_rule(spec, *TRITON)
+
+
+def test_rows_of_a_sample_have_one_gate() -> None:
+    test_gated_bottleneck.test_rows_of_a_sample_have_one_gate(*TRITON)
 
 
 @specs(SPLITS)
