@@ -179,9 +179,7 @@ LATER = "writes further into a place that is written after it: the next pair's, 
 BEYOND = "a turn too many reads a row behind the factors or behind a local array, by an address that no check watches, and writes where something is written later"
 PHM_EXPLAINED: dict[tuple[str, str], str] = {
     **{
-        (kind, line): "prefetching, from any address, changes the speed alone"
-        for kind in ("offset", "product", "sign", "deleted")
-        for line in ("__builtin_prefetch(", "fetch<1>(")
+        (kind, line): "prefetching, from any address, changes the speed alone" for kind in ("offset", "product", "sign", "deleted") for line in ("__builtin_prefetch(", "fetch<1>(")
     },
     ("bound", "count >= kBlock"): SAME,
     ("loop", "i < kBlock -> i <= kBlock in for (int64_t i = 0; i < kBlock; ++i) widen"): LATER,
