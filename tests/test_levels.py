@@ -161,6 +161,8 @@ def test_thread_count_does_not_change_a_bit(spec: Spec) -> None:
 KEPT: list[Spec] = [
     *(kind(lead=(70,), width=40, rank=12) for kind in (Bottleneck, Routed, Lora, PHM, Norm)),
     Bottleneck(lead=(2,), width=40, rank=33),
+    Bottleneck(lead=(70,), width=40, rank=40),
+    Lora(lead=(70,), width=40, rank=40, dropout=0.3),
     Bottleneck(lead=(70,), width=40, rank=12, dtype=MIXED[0], param_dtype=MIXED[1], scale="tensor", gate=True),
     *(Gated(lead=(2, 35), width=40, rank=12, gate_rank=7, dtype=BF16[0], param_dtype=BF16[1], granularity=g) for g in GRANULARITIES),
 ]
