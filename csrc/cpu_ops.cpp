@@ -161,8 +161,7 @@ void parallel_panels(int64_t panels, int64_t depth, Range&& range) {
 // A call by columns: thin(begin, end) over panels of the rank, then wide(begin, end) over `panels`.
 template <class Range>
 void by_columns(BottleneckParams& p, int64_t panels, Range&& thin, Range&& wide) {
-  const int64_t tall = round_up(p.rows, kTileRows), numbers = tall * (padded(p.dy ? p.out : p.width) + 3 * padded(p.rank));
-  Tensor between = working_memory(numbers / (p.native ? 2 : 1) + (p.seed ? tall * round_up(p.width, 64) / 4 : 0));
+  Tensor between = working_memory(cpu::bottleneck_between(p));
   p.between = between.mutable_data_ptr<float>();
   const auto run = [&p](int64_t n, Range& range) { parallel(n, [&](int64_t b, int64_t e) { range(p, b, e); }); };
   if (cpu::bottleneck_needs_load(p)) run(ceil_div(p.rows, kTileRows), cpu::bottleneck_load);
@@ -454,6 +453,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_bottleneck(cons
   GatedWorkspace workspace(p, false);
   const int64_t panels = padded(p.width) / kPanel;
   cpu::gated_prepare(p);
+  if (go_by_columns(p.rows, p.rank + p.gate_rank)) {
+    const Tensor between = working_memory(cpu::gated_between(p));
+    p.between = between.mutable_data_ptr<float>();
+    if (cpu::gated_needs_load(p)) parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::gated_load(p, b, e); });
+    parallel(panels_of(p.rank) + panels_of(p.gate_rank), [&](int64_t b, int64_t e) { cpu::gated_forward_thin(p, b, e); });
+    parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_forward_wide(p, b, e); });
+    if (row_gate) parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_row_logits(p, b, e); });
+    if (p.kind == kSmall) cpu::gated_sample_gates(p, 0, p.samples);
+    if (row_gate) parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_apply_row_gates(p, b, e); });
+    return {y, z, zg, logits, total, gate};
+  }
   parallel(panels * (large ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_forward(p, b, e); });
   parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::gated_forward(p, b, e); });
   if (p.kind == kSmall) {
@@ -489,6 +499,17 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   Tensor sum = working_memory(size);
   p.partials = sum.mutable_data_ptr<float>();
   cpu::gated_prepare(p);
+  if (go_by_columns(p.rows, p.rank + p.gate_rank) && p.total && (p.kind != kLarge || p.gate)) {
+    const Tensor between = working_memory(cpu::gated_between(p));
+    p.between = between.mutable_data_ptr<float>();
+    if (p.kind == kSmall) cpu::gated_sample_gates(p, 0, p.samples);
+    if (p.kind == kSmall || p.kind == kMiddleX) parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_backward_rows(p, b, e); });
+    if (p.kind == kSmall) cpu::gated_sample_gradients(p, 0, p.samples);
+    parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_backward_gate(p, b, e); });
+    parallel(panels_of(p.rank) + panels_of(p.gate_rank), [&](int64_t b, int64_t e) { cpu::gated_backward_thin(p, b, e); });
+    parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_backward_wide(p, b, e); });
+    return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};
+  }
   parallel(panels * (p.kind == kLarge ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_backward(p, b, e); });
   if (!p.total || (p.kind == kLarge && !p.gate)) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_pack_recompute(p, b, e); });
   if (p.kind == kSmall) {

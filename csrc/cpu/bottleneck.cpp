@@ -8,6 +8,7 @@
 // z = k (M x) Wd', dz gets the same k, and dx = M (dz Wd).
 // Few tiles go by columns (plan.h), their weight gradients from product to place.
 // Memory traffic a row of D: forward reads x, writes y; backward reads x and dy, writes dx; weights come from L2/L3.
+#include "columns.h"
 #include "dropout.h"
 #include "kernels.h"
 #include "tile.h"
@@ -230,69 +231,49 @@ void reduce(const BottleneckParams& p, int64_t begin, int64_t end) {
 
 // ---- A call by columns (plan.h): first those of the rank, then those of x and y, for all tiles of rows.
 
-template <class F>
-void over_tiles(int64_t rows, F&& f) {
-  for (int64_t row = 0; row < rows; row += kTileRows) f(row, std::min(kTileRows, rows - row), tile_height(std::min(kTileRows, rows - row)));
-}
-
-// What is handed on from phase to phase. A tile's numbers begin at its first row times a row's.
 template <class A, class G>
 struct Between {
-  const void* input;  // x in forward, dy in backward
-  int64_t stride, columns, ld;
-  bool dropped;
-  G *rows, *thin, *a, *dz;  // the input where it is no operand in its place; a (backward: dz) by rows; a and dz transposed
+  Operand<A, G> input;  // x in forward, dy in backward
+  Thin<G> thin;
   int8_t* mask;
-  explicit Between(const BottleneckParams& p)
-      : input(p.dy ? p.dy : p.x), stride(p.dy ? p.dy_stride : p.x_stride), columns(p.dy ? p.out : p.width), ld(padded(columns)), dropped(p.seed && !p.dy) {
-    const int64_t tall = round_up(p.rows, kTileRows), floats = tall * padded(p.rank);
-    rows = reinterpret_cast<G*>(p.between), thin = rows + tall * ld, a = thin + floats, dz = a + floats, mask = reinterpret_cast<int8_t*>(dz + floats);
-  }
-  bool in_place(int64_t m, int64_t height) const { return is_operand<A, G>(m, height, columns) && !dropped; }
-  Rows<G> operator()(int64_t row, int64_t m, int64_t height) const {
-    if constexpr (std::is_same_v<A, G>)
-      if (in_place(m, height)) return {static_cast<const A*>(input) + row * stride, stride};
-    return {rows + row * ld, ld};
+  int64_t floats;
+  explicit Between(const BottleneckParams& p) {
+    const int64_t tall = round_up(p.rows, kTileRows), columns = p.dy ? p.out : p.width;
+    Room room{p.between};
+    input = {p.dy ? p.dy : p.x, p.dy ? p.dy_stride : p.x_stride, columns, padded(columns), room.take<G>(tall * padded(columns)), p.seed && !p.dy};
+    thin = {room, tall * padded(p.rank), p.dy != nullptr};
+    mask = room.take<int8_t>(p.seed ? tall * mask_stride(p.width) : 0);
+    floats = room.from(p.between);
   }
 };
 
 template <class A, class P, class G>
+int64_t between_floats(const BottleneckParams& p) {
+  return Between<A, G>(p).floats;
+}
+
+template <class A, class P, class G>
 bool needs_load(const BottleneckParams& p) {
-  const int64_t m = (p.rows - 1) % kTileRows + 1;  // the last tile's
-  return p.seed || !Between<A, G>(p).in_place(m, tile_height(m));
+  return p.seed || Between<A, G>(p).input.needs_load(p.rows);
 }
 
 template <class A, class P, class G>
 void load_tiles(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Between<A, G> b(p);
   for (int64_t row = begin * kTileRows; row < std::min(p.rows, end * kTileRows); row += kTileRows) {
-    const int64_t m = std::min(kTileRows, p.rows - row);
-    const Rows<G> from = load_rows<A>(b.input, b.stride, row, m, tile_height(m), b.columns, b.rows + row * b.ld, b.ld);
+    const int64_t m = std::min(kTileRows, p.rows - row), ld = b.input.ld;
+    const Rows<G> from = b.input.load(row, m);
     int8_t* mask = b.mask + row * mask_stride(p.width);
     if (p.seed) draw_mask(static_cast<uint64_t>(*p.seed), p.threshold, row, m, p.width, mask);
-    if (b.dropped) drop(from, mask, m, p.width, b.rows + row * b.ld, b.ld);
+    if (b.input.changed) drop(from, mask, m, p.width, b.input.copy + row * ld, ld);
   }
 }
 
 template <class A, class P, class G>
 void forward_thin(const BottleneckParams& p, int64_t begin, int64_t end) {
-  const Sizes s(p);
   const Between<A, G> b(p);
-  G* packed = reinterpret_cast<G*>(p.packed_down);
-  float* z = scratch(kTileRows * kPanel);
-  const float *bd = p.vectors, scale = thin_scale(p, s);
-  for (int64_t q = begin; q < end; ++q) {
-    const int64_t c = q * kPanel, n = std::min(kPanel, p.rank - c);
-    pack_transposed<P, A>(p.w_down, p.rank, p.width, nullptr, packed, q, q + 1);
-    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
-      const Rows<G> x = b(row, m, height);
-      matmul(height, p.width, p.rank, x.data, x.stride, packed, z, kPanel, c, c + n);
-      if (p.seed) scale_by(p.kept, z, m * kPanel);
-      activate_rows<A>(z, m, n, kPanel, bd + c, p.activation, p.z ? static_cast<A*>(p.z) + row * p.rank + c : nullptr, p.rank);
-      if (scale != 1.f) scale_by(scale, z, m * kPanel);
-      for (int64_t i = 0; i < height; ++i) narrow(z + i * kPanel, b.thin + (row + i) * s.rank + c, kPanel);
-    });
-  }
+  for (int64_t q = begin; q < end; ++q)
+    forward_panel<A, P>(p.rows, b.input, p.w_down, p.rank, q, reinterpret_cast<G*>(p.packed_down), p.seed ? p.kept : 1.f, p.vectors, p.activation, thin_scale(p, Sizes(p)), p.z, b.thin);
   release<G>();
 }
 
@@ -307,7 +288,7 @@ void forward_wide(const BottleneckParams& p, int64_t begin, int64_t end) {
     const int64_t last = std::min(end, q + kBlockPanels), c = q * kPanel, n = std::min(p.out, last * kPanel) - c;
     pack_transposed<P, A>(p.w_up, p.out, p.rank, weight_scale(p, s), packed, q, last);
     over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
-      matmul(height, p.rank, p.out, b.thin + row * s.rank, s.rank, packed, u, kBlockColumns, c, c + n);
+      matmul(height, p.rank, p.out, b.thin.rows + row * s.rank, s.rank, packed, u, kBlockColumns, c, c + n);
       for (int64_t i = 0; i < m; ++i)
         finish(u + i * kBlockColumns, bias + c, p.add_input ? static_cast<const A*>(p.x) + (row + i) * p.x_stride + c : nullptr,
                p.residual ? static_cast<const A*>(p.residual) + (row + i) * p.residual_stride + c : nullptr, static_cast<A*>(p.y) + (row + i) * p.out + c, n);
@@ -321,30 +302,10 @@ void backward_thin(const BottleneckParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const Between<A, G> b(p);
   const bool need_dz = p.dx || p.dw_down || p.db_down, need_p = p.dw_up || p.dgate || p.need_scale;
-  G* packed = reinterpret_cast<G*>(p.packed_up);
-  float* dz = scratch(3 * kTileRows * kPanel);
-  float *a = dz + kTileRows * kPanel, *work = a + kTileRows * kPanel, *dbd = p.partials + s.partial(p).db_down;
-  const float scale = thin_scale(p, s) * (p.seed ? p.kept : 1.f);
-  for (int64_t q = begin; q < end; ++q) {
-    const int64_t c = q * kPanel, n = std::min(kPanel, p.rank - c);
-    std::fill(dbd + c, dbd + c + kPanel, 0.f);
-    if (need_dz) pack<P, A>(p.w_up, p.out, p.rank, weight_scale(p, s), packed, q, q + 1);
-    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
-      const Rows<G> dy = b(row, m, height);
-      if (need_dz) matmul(height, p.out, p.rank, dy.data, dy.stride, packed, dz, kPanel, c, c + n);
-      if (need_dz && scale != 1.f) scale_by(scale, dz, m * kPanel);
-      backprop_rows<A>(static_cast<const A*>(p.z) + row * p.rank + c, p.rank, need_dz ? dz : nullptr, a, m, height, n, kPanel, p.activation, dbd + c);
-      if (need_p && scales_p(p)) scale_by(thin_scale(p, s), a, m * kPanel);
-      if (p.dx)
-        for (int64_t i = 0; i < height; ++i) narrow(dz + i * kPanel, b.thin + (row + i) * s.rank + c, kPanel);
-      const auto turn = [&](const float* from, G* to) {
-        transpose(from, kPanel, work, height, height, round_up(n, 8));
-        narrow(work, to + row * s.rank + c * height, n * height);
-      };
-      if (need_p) turn(a, b.a);
-      if (p.dw_down) turn(dz, b.dz);
-    });
-  }
+  const float thin = thin_scale(p, s);
+  for (int64_t q = begin; q < end; ++q)
+    backward_panel<A, P>(p.rows, b.input, p.w_up, p.rank, q, reinterpret_cast<G*>(p.packed_up), weight_scale(p, s), thin * (p.seed ? p.kept : 1.f), scales_p(p) ? thin : 1.f, p.z, p.activation,
+                         p.partials + s.partial(p).db_down, {need_dz, p.dx != nullptr, need_p, p.dw_down != nullptr}, b.thin);
   release<G>();
 }
 
@@ -365,7 +326,7 @@ void backward_wide(const BottleneckParams& p, int64_t begin, int64_t end) {
     over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
       const int8_t* mask = b.mask + row * mask_stride(p.width) + c;
       if (p.dx) {
-        matmul(height, p.rank, p.width, b.thin + row * s.rank, s.rank, packed, u, kBlockColumns, c, c + of_x);
+        matmul(height, p.rank, p.width, b.thin.rows + row * s.rank, s.rank, packed, u, kBlockColumns, c, c + of_x);
         for (int64_t i = 0; i < m; ++i) {
           float* line = u + i * kBlockColumns;
           if (p.seed) drop(line, mask + i * mask_stride(p.width), line, of_x);
@@ -373,9 +334,9 @@ void backward_wide(const BottleneckParams& p, int64_t begin, int64_t end) {
         }
       }
       if (need_p || need_sums) {
-        const Rows<G> dy = b(row, m, height);
+        const Rows<G> dy = b.input(row, m, height);
         to_panels(Rows<G>{dy.data + c, dy.stride}, m, height, of_dy, panels, need_sums ? sums : nullptr);
-        if (need_p) multiply(b.a + row * s.rank, panels, height, p.rank, of_dy, row > 0, in_partial(p.partials + layout.p + c * p.rank, p.rank));
+        if (need_p) multiply(b.thin.a + row * s.rank, panels, height, p.rank, of_dy, row > 0, in_partial(p.partials + layout.p + c * p.rank, p.rank));
       }
       if (p.dw_down) {
         Rows<G> x = load_rows<A>(static_cast<const A*>(p.x) + c, p.x_stride, row, m, height, of_x, x_tile, kBlockColumns);
@@ -384,7 +345,7 @@ void backward_wide(const BottleneckParams& p, int64_t begin, int64_t end) {
           x = {x_tile, kBlockColumns};
         }
         to_panels(x, m, height, of_x, panels, nullptr);
-        multiply(b.dz + row * s.rank, panels, height, p.rank, of_x, row > 0,
+        multiply(b.thin.dz + row * s.rank, panels, height, p.rank, of_x, row > 0,
                  p.direct ? in_gradient(static_cast<float*>(p.dw_down) + c, p.width) : in_partial(p.partials + c * p.rank, p.rank));
       }
     });
@@ -401,6 +362,7 @@ void bottleneck_pack_backward(const BottleneckParams& p, int64_t begin, int64_t 
 void bottleneck_forward(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward, p, begin, end) }
 void bottleneck_few_down(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, few_down, p, begin, end) }
 void bottleneck_few_up(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, few_up, p, begin, end) }
+int64_t bottleneck_between(const BottleneckParams& p) { FASTADAPT_DISPATCH_GEMM(p, between_floats, p) }
 bool bottleneck_needs_load(const BottleneckParams& p) { FASTADAPT_DISPATCH_GEMM(p, needs_load, p) }
 void bottleneck_load(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, load_tiles, p, begin, end) }
 void bottleneck_forward_thin(const BottleneckParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward_thin, p, begin, end) }

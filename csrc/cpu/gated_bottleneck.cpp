@@ -7,8 +7,8 @@
 // Memory traffic a row of D, large, H' and G saved: forward reads h, x, writes y, H', G; backward reads dy, h, x, H', G, writes dh, dx.
 #include <cmath>
 
+#include "columns.h"
 #include "kernels.h"
-#include "tile.h"
 
 namespace fastadapt::cpu {
 namespace {
@@ -135,8 +135,25 @@ inline void combine(const float* total, Vec gate, bool add, float scale, float* 
   (Vec(scale) * (add ? t + gate : t * gate)).store(y);
 }
 
-// Whether the gradients of the down-projections go from the only chunk to their place, not to its partial.
-bool is_direct(const GatedParams& p) { return p.parameter_type == kFloat && p.rows <= chunk_rows(p.rows); }
+// Columns [c, c + n) of a row's y, and of its gate where it is saved, from H' and, of large, the gate's pre-activation without its bias in g. `line` is room.
+template <class A, class G>
+inline void gate_columns(const GatedParams& p, const GatedVectors& v, int64_t row, int64_t c, int64_t n, const float* total, float* g, const G* logits, float* line) {
+  vectors(round_up(n, 8), [&](int64_t j) {
+    Vec gate;
+    if (p.kind == kLarge) {
+      gate = sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+      gate.store(g + j);
+    } else {
+      gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : Vec::loadu(v.w_h + c + j);
+    }
+    combine(total + j, gate, p.add, p.scale, line + j);
+  });
+  if (p.gate) narrow(g, static_cast<A*>(p.gate) + row * p.width + c, n);
+  narrow(line, static_cast<A*>(p.y) + row * p.width + c, n);
+}
+
+// Whether the gradients of the down-projections go from the only chunk, or by columns, to their place, not to a partial.
+bool is_direct(const GatedParams& p) { return p.parameter_type == kFloat && (p.between || p.rows <= chunk_rows(p.rows)); }
 
 // One tile's columns of gate and total are finished in buffers of 128 columns; buffers beyond n columns hold no numbers and are not stored.
 template <class A, class P, class G>
@@ -180,19 +197,7 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
         finish_total(u, h.data + i * h.stride + c, v.b_up + c, p.input_scale, whole);
         if (total_out) narrow(u, total_out + (row + i) * p.width + c, n);
         if (row_gate) continue;
-        const G* logits = x.data ? x.data + i * x.stride + c : nullptr;
-        vectors(whole, [&](int64_t j) {
-          Vec gate;
-          if (p.kind == kLarge) {
-            gate = sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
-            gate.store(g + j);
-          } else {
-            gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : Vec::loadu(v.w_h + c + j);
-          }
-          combine(u + j, gate, p.add, p.scale, line + j);
-        });
-        if (p.gate) narrow(g, static_cast<A*>(p.gate) + (row + i) * p.width + c, n);
-        narrow(line, static_cast<A*>(p.y) + (row + i) * p.width + c, n);
+        gate_columns<A>(p, v, row + i, c, n, u, g, x.data ? x.data + i * x.stride + c : nullptr, line);
       }
     }
     if (!row_gate) continue;
@@ -297,18 +302,62 @@ void sample_gradients(const GatedParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// What backward has to compute, and of what.
+struct Needs {
+  bool dz, total_gradient, dzg, gate, total, x;
+  explicit Needs(const GatedParams& p) {
+    dz = p.dh || p.dw_down || p.db_down, total_gradient = dz || p.dw_up || p.db_up;
+    dzg = p.kind == kLarge && (p.dx || p.dgate_weight || p.dgate_bias), gate = p.dx || p.dgate_weight || p.dgate_bias || p.dgate_up_weight || p.dgate_up_bias;
+    // H' is a factor of the gate's gradient (multiply) and of that of the row gates' weights; middleX's gate gradient is a part of dH' itself, small's comes from row_gradients.
+    total = p.kind == kMiddleX ? !p.add || p.dgate_weight : p.kind == kSmall ? p.dgate_weight != nullptr : gate && !p.add;
+    x = p.kind == kLogits || (p.kind != kMiddleY && p.dgate_weight);
+  }
+};
+
+// Columns [c, c + n) of a row whose gate has a column for each of its own, from e = dy, H' (where needed) and, of large, the gate (saved) or its pre-activation without its bias in g:
+// dt := dH', dl := the gradient of the gate's pre-activation; middleY: dw += that of its gate.
+template <class A, class G>
+inline void gate_gradients(const GatedParams& p, const GatedVectors& v, const Needs& need, int64_t c, int64_t n, const G* e, const G* logits, const float* total, const float* g, float* dt,
+                           float* dl, float* dw) {
+  vectors(round_up(n, 8), [&](int64_t j) {
+    const Vec grad = Vec(p.scale) * load(e + j), gate_gradient = p.add || !need.total ? grad : grad * Vec::loadu(total + j);
+    Vec gate;
+    if (p.kind == kMiddleY) {
+      gate = Vec::loadu(v.w_h + c + j);
+      (Vec::loadu(dw + c + j) + gate_gradient).store(dw + c + j);
+    } else {
+      gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
+      (gate_gradient * gate * (Vec(1.f) - gate)).store(dl + j);
+    }
+    (p.add ? grad : grad * gate).store(dt + j);
+  });
+}
+
+// The same of a row with one gate, whose logit has the gradient dl: dt := dH', dw_x and dw_h += those of the weights of the logit. `line` is room, and may be H' itself.
+template <class A, class G>
+inline void row_gate_gradients(const GatedParams& p, const GatedVectors& v, int64_t row, int64_t c, int64_t n, float gate, float dl, const G* e, const G* in, const float* total, float* line,
+                               float* dt, float* dw_x, float* dw_h) {
+  const Vec factor(p.add ? p.scale : p.scale * gate), d(dl);
+  vectors(round_up(n, 8), [&](int64_t j) {
+    (factor * load(e + j) + d * Vec::loadu(v.w_h + c + j)).store(dt + j);
+    if (!p.dgate_weight) return;
+    at::vec::fmadd(d, load(in + j), Vec::loadu(dw_x + c + j)).store(dw_x + c + j);
+    at::vec::fmadd(d, Vec::loadu(total + j), Vec::loadu(dw_h + c + j)).store(dw_h + c + j);
+  });
+  if (!p.dx) return;
+  vectors(round_up(n, 8), [&](int64_t j) { (d * Vec::loadu(v.w_x + c + j)).store(line + j); });
+  narrow(line, static_cast<A*>(p.dx) + row * p.width + c, n);
+}
+
 template <class A, class P, class G>
 void backward(const GatedParams& p, int64_t chunk) {
   const Sizes s(p);
   const GatedVectors v = s.vectors(p);
   const GatedPacks<G> w = s.packs<G>(p);
   const GatedPartial layout = s.partial(p);
+  const Needs need(p);
   const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge, direct = is_direct(p);
-  const bool need_dz = p.dh || p.dw_down || p.db_down, need_total_gradient = need_dz || p.dw_up || p.db_up;
-  const bool need_dzg = large && (p.dx || p.dgate_weight || p.dgate_bias), need_gate = p.dx || p.dgate_weight || p.dgate_bias || p.dgate_up_weight || p.dgate_up_bias;
-  // H' is a factor of the gate's gradient (multiply) and of that of the row gates' weights; middleX's gate gradient is a part of dH' itself, small's comes from row_gradients.
-  const bool need_total = p.kind == kMiddleX ? !p.add || p.dgate_weight : p.kind == kSmall ? p.dgate_weight != nullptr : need_gate && !p.add;
-  const bool need_h = p.dw_down || (need_total && !p.total), need_x = p.kind == kLogits || (p.kind != kMiddleY && p.dgate_weight);
+  const bool need_h = p.dw_down || (need.total && !p.total);
   const int64_t tile_floats = kTileRows * s.width, block_floats = kTileRows * kBlockColumns;
   const int64_t rank_floats = kTileRows * std::max(s.rank, s.gate_rank);
   float* dt_tile = scratch(6 * tile_floats + 7 * rank_floats + 2 * block_floats);
@@ -329,10 +378,10 @@ void backward(const GatedParams& p, int64_t chunk) {
     const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
     Rows<G> h{}, x{};
     if (need_h) h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
-    if (need_x) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
+    if (need.x) x = load_rows<A>(p.x, p.x_stride, row, m, height, p.width, x_tile, s.width);
     const A *z = static_cast<const A*>(p.z) + row * p.rank, *zg = large ? static_cast<const A*>(p.zg) + row * p.gate_rank : nullptr;
     const G *again = nullptr, *gate_again = nullptr;
-    if (need_total && !p.total) backprop_rows<A>(z, p.rank, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr), again = operand(a, height * s.rank, thin);
+    if (need.total && !p.total) backprop_rows<A>(z, p.rank, nullptr, a, m, height, p.rank, s.rank, p.activation, nullptr), again = operand(a, height * s.rank, thin);
     if (large && !p.gate)
       backprop_rows<A>(zg, p.gate_rank, nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, nullptr), gate_again = operand(ag, height * s.gate_rank, thin_g);
 
@@ -342,31 +391,19 @@ void backward(const GatedParams& p, int64_t chunk) {
       const int64_t n = std::min(kBlockColumns, p.width - c), whole = round_up(n, 8);
       float* total = row_gate ? dl_tile + c : block;
       const int64_t total_ld = row_gate ? ld : kBlockColumns;
-      if (need_total) load_total<A>(p, s, row, m, height, h, again, c, n, total, total_ld);
+      if (need.total) load_total<A>(p, s, row, m, height, h, again, c, n, total, total_ld);
       if (large && !p.gate) matmul(height, p.gate_rank, p.width, gate_again, s.gate_rank, static_cast<const G*>(pack_gate_up), g_block, kBlockColumns, c, c + n);
       if (row_gate) continue;
       for (int64_t i = 0; i < m; ++i) {
         const G *e = dy.data + i * dy.stride + c, *logits = x.data ? x.data + i * x.stride + c : nullptr;
         fetch(e + kAhead * dy.stride, n);
-        const float* t = total + i * total_ld;
-        float *g = g_block + i * kBlockColumns, *dt = dt_tile + i * ld + c, *dl = dl_tile + i * ld + c;
+        float* g = g_block + i * kBlockColumns;
         if (large && p.gate) {
           const A* from = static_cast<const A*>(p.gate) + (row + i) * p.width + c;
           fetch(from + kAhead * p.width, n);
           widen(from, g, n, whole);
         }
-        vectors(whole, [&](int64_t j) {
-          const Vec grad = Vec(p.scale) * load(e + j), gate_gradient = p.add || !need_total ? grad : grad * Vec::loadu(t + j);
-          Vec gate;
-          if (p.kind == kMiddleY) {
-            gate = Vec::loadu(v.w_h + c + j);
-            (Vec::loadu(dw_x + c + j) + gate_gradient).store(dw_x + c + j);
-          } else {
-            gate = p.kind == kLogits ? sigmoid<A>(load(logits + j)) : p.gate ? Vec::loadu(g + j) : sigmoid<A>(Vec::loadu(g + j) + Vec::loadu(v.gate_up_bias + c + j));
-            (gate_gradient * gate * (Vec(1.f) - gate)).store(dl + j);
-          }
-          (p.add ? grad : grad * gate).store(dt + j);
-        });
+        gate_gradients<A>(p, v, need, c, n, e, logits, total + i * total_ld, g, dt_tile + i * ld + c, dl_tile + i * ld + c, dw_x);
       }
     }
     double bias_gradient = 0;
@@ -374,7 +411,6 @@ void backward(const GatedParams& p, int64_t chunk) {
       for (int64_t i = 0; i < m; ++i) {
         const G *e = dy.data + i * dy.stride, *in = x.data ? x.data + i * x.stride : nullptr;
         const float* t = dl_tile + i * ld;
-        float* dt = dt_tile + i * ld;
         float gate, dl;
         if (p.kind == kSmall) {
           gate = p.sample_gates[(row + i) / (p.rows / p.samples)], dl = p.row_gradients[row + i];
@@ -385,17 +421,7 @@ void backward(const GatedParams& p, int64_t chunk) {
           dl = static_cast<float>(p.scale * sum) * logistic_derivative(p.logits[row + i]);
         }
         bias_gradient += dl;
-        const Vec factor(p.add ? p.scale : p.scale * gate), d(dl);
-        vectors(round_up(p.width, 8), [&](int64_t j) {
-          (factor * load(e + j) + d * Vec::loadu(v.w_h + j)).store(dt + j);
-          if (!p.dgate_weight) return;
-          at::vec::fmadd(d, load(in + j), Vec::loadu(dw_x + j)).store(dw_x + j);
-          at::vec::fmadd(d, Vec::loadu(t + j), Vec::loadu(dw_h + j)).store(dw_h + j);
-        });
-        if (p.dx) {
-          vectors(round_up(p.width, 8), [&](int64_t j) { (d * Vec::loadu(v.w_x + j)).store(dl_tile + i * ld + j); });
-          narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);
-        }
+        row_gate_gradients<A>(p, v, row + i, 0, p.width, gate, dl, e, in, t, dl_tile + i * ld, dt_tile + i * ld, dw_x, dw_h);
       }
     bias[0] += static_cast<float>(bias_gradient);
     if (p.kind == kLogits && p.dx)
@@ -403,10 +429,10 @@ void backward(const GatedParams& p, int64_t chunk) {
     for (float* tile : {dt_tile, dl_tile}) std::fill(tile + m * ld, tile + height * ld, 0.f);
 
     G* wide = dy_tile;  // dy is not needed any more
-    if (need_total_gradient) {
+    if (need.total_gradient) {
       const Rows<G> dt{operand(dt_tile, height * ld, wide), ld};
-      if (need_dz) matmul(height, p.width, p.rank, dt.data, ld, w.up, dz, s.rank, 0, p.rank);
-      backprop_rows<A>(z, p.rank, need_dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
+      if (need.dz) matmul(height, p.width, p.rank, dt.data, ld, w.up, dz, s.rank, 0, p.rank);
+      backprop_rows<A>(z, p.rank, need.dz ? dz : nullptr, a, m, height, p.rank, s.rank, p.activation, dbd);
       if (p.dh) {
         const G* left = operand(dz, height * s.rank, thin);
         for (int64_t c = 0; c < p.width; c += kBlockColumns) {
@@ -428,10 +454,10 @@ void backward(const GatedParams& p, int64_t chunk) {
         accumulate_outer(dz, s.rank, panels, height, p.rank, p.width, add, direct ? in_gradient(p.dw_down, p.width) : in_partial(dwd, p.rank), work, thin);
       }
     }
-    if (!large || !need_gate) continue;
+    if (!large || !need.gate) continue;
     const Rows<G> dl{operand(dl_tile, height * ld, wide), ld};
-    if (need_dzg) matmul(height, p.width, p.gate_rank, dl.data, ld, w.gate_up, dzg, s.gate_rank, 0, p.gate_rank);
-    backprop_rows<A>(zg, p.gate_rank, need_dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
+    if (need.dzg) matmul(height, p.width, p.gate_rank, dl.data, ld, w.gate_up, dzg, s.gate_rank, 0, p.gate_rank);
+    backprop_rows<A>(zg, p.gate_rank, need.dzg ? dzg : nullptr, ag, m, height, p.gate_rank, s.gate_rank, p.activation, dbg);
     if (p.dx) {
       const G* left = operand(dzg, height * s.gate_rank, thin_g);
       for (int64_t c = 0; c < p.width; c += kBlockColumns) {
@@ -484,6 +510,258 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   if (p.kind == kSmall) narrow(dw_h, dw + p.width, p.width);
 }
 
+// ---- A call by columns (plan.h). Forward: the columns of both ranks, then those of H' and y, where a row's gate waits for the whole row. Backward, of saved H' and gate: the gradients of
+// row gates, the columns of dH' and of the gate's gradient, those of the ranks, and those of dh, dx and the weights.
+
+bool has_row_gate(const GatedParams& p) { return p.kind == kMiddleX || p.kind == kSmall; }
+
+// What is handed on from phase to phase.
+template <class A, class G>
+struct Between {
+  Operand<A, G> h, x, dt, dl;  // forward: inputs of the ranks (x of large alone); backward: dH' and, of large, the gradient of the gate's pre-activation
+  Thin<G> thin, thin_g;
+  float* total;  // forward, with a row gate: H'; backward: dH' in fp32
+  int64_t floats;
+  explicit Between(const GatedParams& p) {
+    const Sizes s(p);
+    const int64_t tall = round_up(p.rows, kTileRows), wide = tall * s.width;
+    const bool backward = p.dy;
+    Room room{p.between};
+    total = room.take<float>(backward || has_row_gate(p) ? wide : 0);
+    const auto operand = [&](const void* base, int64_t stride, G* copy) { return Operand<A, G>{base, stride, p.width, s.width, copy, backward}; };
+    if (backward)
+      dt = operand(nullptr, 0, std::is_same_v<G, float> ? reinterpret_cast<G*>(total) : room.take<G>(wide)), dl = operand(nullptr, 0, room.take<G>(p.kind == kLarge ? wide : 0));
+    else
+      h = operand(p.h, p.h_stride, room.take<G>(wide)), x = operand(p.x, p.x_stride, room.take<G>(p.kind == kLarge ? wide : 0));
+    thin = {room, tall * s.rank, backward}, thin_g = {room, tall * s.gate_rank, backward};
+    floats = room.from(p.between);
+  }
+};
+
+template <class A, class P, class G>
+int64_t between_floats(const GatedParams& p) {
+  return Between<A, G>(p).floats;
+}
+
+template <class A, class P, class G>
+bool needs_load(const GatedParams& p) {
+  return Between<A, G>(p).h.needs_load(p.rows);
+}
+
+template <class A, class P, class G>
+void load_tiles(const GatedParams& p, int64_t begin, int64_t end) {
+  const Between<A, G> b(p);
+  for (int64_t row = begin * kTileRows; row < std::min(p.rows, end * kTileRows); row += kTileRows) {
+    const int64_t m = std::min(kTileRows, p.rows - row);
+    b.h.load(row, m);
+    if (p.kind == kLarge) b.x.load(row, m);
+  }
+}
+
+// f(q) for panels of the adapter's rank, g(q) for those of the gate's, in a range of both.
+template <class F, class H>
+void over_ranks(const Sizes& s, int64_t begin, int64_t end, F&& f, H&& g) {
+  const int64_t panels = s.rank / kPanel;
+  for (int64_t q = begin; q < end; ++q)
+    if (q < panels)
+      f(q);
+    else
+      g(q - panels);
+}
+
+template <class A, class P, class G>
+void forward_thin(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedVectors v = s.vectors(p);
+  const GatedPacks<G> w = s.packs<G>(p);
+  const Between<A, G> b(p);
+  over_ranks(
+      s, begin, end, [&](int64_t q) { forward_panel<A, P>(p.rows, b.h, p.w_down, p.rank, q, w.down, 1.f, v.b_down, p.activation, p.adapter_scale, p.z, b.thin); },
+      [&](int64_t q) { forward_panel<A, P>(p.rows, b.x, p.gate_weight, p.gate_rank, q, w.gate_down, 1.f, v.gate_bias, p.activation, 1.f, p.zg, b.thin_g); });
+  release<G>();
+}
+
+template <class A, class P, class G>
+void forward_wide(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedVectors v = s.vectors(p);
+  const GatedPacks<G> w = s.packs<G>(p);
+  const Between<A, G> b(p);
+  const bool row_gate = has_row_gate(p);
+  const int64_t ld = row_gate ? s.width : kBlockColumns, block = kTileRows * kBlockColumns;
+  float* u_block = scratch(4 * block + kBlockColumns);
+  float *g_block = u_block + block, *line = g_block + block;
+  G *h_block = reinterpret_cast<G*>(line + kBlockColumns), *x_block = h_block + block;
+  for (int64_t q = begin; q < end; q += kBlockPanels) {
+    const int64_t last = std::min(end, q + kBlockPanels), c = q * kPanel, n = std::min(p.width, last * kPanel) - c;
+    pack_transposed<P, A>(p.w_up, p.width, p.rank, nullptr, w.up, q, last);
+    if (p.kind == kLarge) pack_transposed<P, A>(p.gate_up_weight, p.width, p.gate_rank, nullptr, w.gate_up, q, last);
+    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
+      const Rows<G> h = load_rows<A>(static_cast<const A*>(p.h) + c, p.h_stride, row, m, m, n, h_block, kBlockColumns);
+      Rows<G> x{};
+      if (p.kind == kLogits) x = load_rows<A>(static_cast<const A*>(p.x) + c, p.x_stride, row, m, m, n, x_block, kBlockColumns);
+      float* u = row_gate ? b.total + row * s.width + c : u_block;
+      matmul(height, p.rank, p.width, b.thin.rows + row * s.rank, s.rank, w.up, u, ld, c, c + n);
+      if (p.kind == kLarge) matmul(height, p.gate_rank, p.width, b.thin_g.rows + row * s.gate_rank, s.gate_rank, w.gate_up, g_block, kBlockColumns, c, c + n);
+      for (int64_t i = 0; i < m; ++i) {
+        finish_total(u + i * ld, h.data + i * h.stride, v.b_up + c, p.input_scale, round_up(n, 8));
+        if (p.total) narrow(u + i * ld, static_cast<A*>(p.total) + (row + i) * p.width + c, n);
+        if (!row_gate) gate_columns<A>(p, v, row + i, c, n, u + i * ld, g_block + i * kBlockColumns, x.data + i * x.stride, line);
+      }
+    });
+  }
+  release<G>();
+}
+
+template <class A, class P, class G>
+void row_logits(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedVectors v = s.vectors(p);
+  const Between<A, G> b(p);
+  for (int64_t t = begin; t < end; ++t)
+    p.logits[t] = dot(b.total + t * s.width, v.w_h, p.width) + dot(static_cast<const A*>(p.x) + t * p.x_stride, v.w_x, p.width) + v.gate_bias[0];
+}
+
+template <class A, class P, class G>
+void apply_row_gates(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const Between<A, G> b(p);
+  for (int64_t t = begin; t < end; ++t) {
+    float* total = b.total + t * s.width;
+    const Vec gate = p.kind == kMiddleX ? sigmoid<A>(Vec(p.logits[t])) : Vec(p.sample_gates[t / (p.rows / p.samples)]);
+    vectors(round_up(p.width, 8), [&](int64_t j) { combine(total + j, gate, p.add, p.scale, total + j); });
+    narrow(total, static_cast<A*>(p.y) + t * p.width, p.width);
+  }
+}
+
+// row_gradients[t] := of middleX d loss / d logit of row t, of small that of its share of its sample's gate.
+template <class A, class P>
+void backward_rows(const GatedParams& p, int64_t begin, int64_t end) {
+  float* factor = scratch(Sizes(p).width);
+  std::fill(factor, factor + p.width, 1.f);
+  for (int64_t t = begin; t < end; ++t) {
+    if (!p.add) widen(static_cast<const A*>(p.total) + t * p.width, factor, p.width);
+    const float sum = p.scale * dot(static_cast<const A*>(p.dy) + t * p.dy_stride, factor, p.width);
+    p.row_gradients[t] = p.kind == kMiddleX ? sum * logistic_derivative(p.logits[t]) : sum;
+  }
+}
+
+template <class A, class P, class G>
+void backward_gate(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedVectors v = s.vectors(p);
+  const GatedPartial layout = s.partial(p);
+  const Between<A, G> b(p);
+  const Needs need(p);
+  const bool need_x = p.kind == kLogits || (has_row_gate(p) && p.dgate_weight);
+  const int64_t block = kTileRows * kBlockColumns;
+  float *total = scratch(3 * kBlockColumns + 2 * block), *gate = total + kBlockColumns, *dl = gate + kBlockColumns;
+  G *dy_block = reinterpret_cast<G*>(dl + kBlockColumns), *x_block = dy_block + block;
+  float *dw_x = p.partials + layout.w_x, *dw_h = p.partials + layout.w_h;
+  for (int64_t q = begin; q < end; q += kBlockPanels) {
+    const int64_t last = std::min(end, q + kBlockPanels), c = q * kPanel, n = std::min(p.width, last * kPanel) - c, whole = round_up(n, 8);
+    for (float* dw : {dw_x, dw_h}) std::fill(dw + c, dw + last * kPanel, 0.f);
+    over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
+      const Rows<G> dy = load_rows<A>(static_cast<const A*>(p.dy) + c, p.dy_stride, row, m, m, n, dy_block, kBlockColumns);
+      Rows<G> x{};
+      if (need_x) x = load_rows<A>(static_cast<const A*>(p.x) + c, p.x_stride, row, m, m, n, x_block, kBlockColumns);
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t t = row + i, at = t * s.width + c;
+        const G *e = dy.data + i * dy.stride, *in = x.data + i * x.stride;
+        float* dt = b.total + at;
+        if (need.total) widen(static_cast<const A*>(p.total) + t * p.width + c, total, n, whole);
+        if (has_row_gate(p)) {
+          const float row_gate = p.kind == kSmall ? p.sample_gates[t / (p.rows / p.samples)] : logistic(p.logits[t]);
+          row_gate_gradients<A>(p, v, t, c, n, row_gate, p.row_gradients[t], e, in, total, dl, dt, dw_x, dw_h);
+        } else {
+          if (p.gate) widen(static_cast<const A*>(p.gate) + t * p.width + c, gate, n, whole);
+          gate_gradients<A>(p, v, need, c, n, e, in, total, gate, dt, dl, dw_x);
+          if (p.kind == kLogits && p.dx) narrow(dl, static_cast<A*>(p.dx) + t * p.width + c, n);
+          if (p.kind == kLarge) narrow(dl, b.dl.copy + at, whole);
+        }
+        if constexpr (!std::is_same_v<G, float>) narrow(dt, b.dt.copy + at, whole);
+      }
+      for (int64_t at = (row + m) * s.width + c; at < (row + height) * s.width; at += s.width) {
+        std::fill(b.dt.copy + at, b.dt.copy + at + whole, G(0.f));
+        if (p.kind == kLarge) std::fill(b.dl.copy + at, b.dl.copy + at + whole, G(0.f));
+      }
+    });
+  }
+  if (begin != 0) return;
+  double bias = 0;
+  for (int64_t t = 0; has_row_gate(p) && t < p.rows; ++t) bias += p.row_gradients[t];
+  p.partials[layout.bias] = static_cast<float>(bias);
+}
+
+template <class A, class P, class G>
+void backward_thin(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedPacks<G> w = s.packs<G>(p);
+  const GatedPartial layout = s.partial(p);
+  const Between<A, G> b(p);
+  const Needs need(p);
+  over_ranks(
+      s, begin, end,
+      [&](int64_t q) {
+        if (need.total_gradient)
+          backward_panel<A, P>(p.rows, b.dt, p.w_up, p.rank, q, w.up, nullptr, p.adapter_scale, 1.f, p.z, p.activation, p.partials + layout.adapter.db_down,
+                               {need.dz, p.dh != nullptr, p.dw_up != nullptr, p.dw_down != nullptr}, b.thin);
+      },
+      [&](int64_t q) {
+        if (need.gate)
+          backward_panel<A, P>(p.rows, b.dl, p.gate_up_weight, p.gate_rank, q, w.gate_up, nullptr, 1.f, 1.f, p.zg, p.activation, p.partials + layout.gate_at + layout.gate.db_down,
+                               {need.dzg, p.dx != nullptr, p.dgate_up_weight != nullptr, p.dgate_weight != nullptr}, b.thin_g);
+      });
+  release<G>();
+}
+
+template <class A, class P, class G>
+void backward_wide(const GatedParams& p, int64_t begin, int64_t end) {
+  const Sizes s(p);
+  const GatedPacks<G> w = s.packs<G>(p);
+  const GatedPartial layout = s.partial(p);
+  const Between<A, G> b(p);
+  const bool direct = is_direct(p);
+  for (int64_t q = begin; q < end; q += kBlockPanels) {
+    const int64_t last = std::min(end, q + kBlockPanels), c = q * kPanel, n = std::min(p.width, last * kPanel) - c;
+    float* u = scratch(3 * kTileRows * kBlockColumns);
+    G *panels = reinterpret_cast<G*>(u + kTileRows * kBlockColumns), *tile = panels + kTileRows * kBlockColumns;
+    // One down/up pair: in and its gradient, its own of dt in fp32 to be added, the gradient of what it gave, its weight and gradients.
+    const auto pair = [&](const void* in, int64_t stride, void* d_in, const float* beside, const Operand<A, G>& d_out, const Thin<G>& thin, int64_t rank, const void* w_down, G* packed,
+                          void* dw_down, bool need_up, bool need_sums, float* partial, const PartialLayout& of) {
+      float* sums = partial + of.sums + c;
+      std::fill(sums, sums + (last - q) * kPanel, 0.f);
+      if (d_in) pack<P, A>(w_down, rank, p.width, nullptr, packed, q, last);
+      over_tiles(p.rows, [&](int64_t row, int64_t m, int64_t height) {
+        const int64_t thin_row = row * padded(rank);
+        if (d_in) {
+          matmul(height, rank, p.width, thin.rows + thin_row, padded(rank), packed, u, kBlockColumns, c, c + n);
+          for (int64_t i = 0; i < m; ++i) {
+            float* line = u + i * kBlockColumns;
+            if (beside) vectors(round_up(n, 8), [&](int64_t j) { at::vec::fmadd(Vec(p.input_scale), Vec::loadu(beside + (row + i) * s.width + c + j), Vec::loadu(line + j)).store(line + j); });
+            narrow(line, static_cast<A*>(d_in) + (row + i) * p.width + c, n);
+          }
+        }
+        if (need_up || need_sums) {
+          const Rows<G> d = d_out(row, m, height);
+          to_panels(Rows<G>{d.data + c, d.stride}, m, height, n, panels, need_sums ? sums : nullptr);
+          if (need_up) multiply(thin.a + thin_row, panels, height, rank, n, row > 0, in_partial(partial + of.p + c * rank, rank));
+        }
+        if (dw_down) {
+          to_panels(load_rows<A>(static_cast<const A*>(in) + c, stride, row, m, height, n, tile, kBlockColumns), m, height, n, panels, nullptr);
+          multiply(thin.dz + thin_row, panels, height, rank, n, row > 0, direct ? in_gradient(static_cast<float*>(dw_down) + c, p.width) : in_partial(partial + c * rank, rank));
+        }
+      });
+    };
+    pair(p.h, p.h_stride, p.dh, b.total, b.dt, b.thin, p.rank, p.w_down, w.down, p.dw_down, p.dw_up, p.db_up, p.partials, layout.adapter);
+    if (p.kind == kLarge)
+      pair(p.x, p.x_stride, p.dx, nullptr, b.dl, b.thin_g, p.gate_rank, p.gate_weight, w.gate_down, p.dgate_weight, p.dgate_up_weight, p.dgate_up_bias, p.partials + layout.gate_at,
+           layout.gate);
+    reduce<A, P>(p, q, last);
+  }
+  release<G>();
+}
+
 }  // namespace
 
 void gated_prepare(const GatedParams& p) { FASTADAPT_DISPATCH(p, prepare, p) }
@@ -495,6 +773,17 @@ void gated_sample_gates(const GatedParams& p, int64_t begin, int64_t end) { samp
 void gated_apply(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, apply, p, begin, end) }
 void gated_row_gradients(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, row_gradients, p, begin, end) }
 void gated_sample_gradients(const GatedParams& p, int64_t begin, int64_t end) { sample_gradients(p, begin, end); }
+int64_t gated_between(const GatedParams& p) { FASTADAPT_DISPATCH_GEMM(p, between_floats, p) }
+bool gated_needs_load(const GatedParams& p) { FASTADAPT_DISPATCH_GEMM(p, needs_load, p) }
+void gated_load(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, load_tiles, p, begin, end) }
+void gated_forward_thin(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward_thin, p, begin, end) }
+void gated_forward_wide(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, forward_wide, p, begin, end) }
+void gated_row_logits(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, row_logits, p, begin, end) }
+void gated_apply_row_gates(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, apply_row_gates, p, begin, end) }
+void gated_backward_rows(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, backward_rows, p, begin, end) }
+void gated_backward_gate(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward_gate, p, begin, end) }
+void gated_backward_thin(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward_thin, p, begin, end) }
+void gated_backward_wide(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH_GEMM(p, backward_wide, p, begin, end) }
 void gated_backward(const GatedParams& p, int64_t chunk) { FASTADAPT_DISPATCH_GEMM(p, backward, p, chunk) }
 void gated_reduce(const GatedParams& p, int64_t begin, int64_t end) { FASTADAPT_DISPATCH(p, reduce, p, begin, end) }
 

@@ -21,6 +21,7 @@ struct GatedParams {
   float *logits, *sample_gates;     // middleX and small: one logit a row; small: one gate a sample
   void *dh, *dx, *dw_down, *db_down, *dw_up, *db_up, *dgate_weight, *dgate_bias, *dgate_up_weight, *dgate_up_bias;
   float *packed, *vectors, *partials, *row_gradients;  // partials: in backward that of its chunk of rows, in the reduction the sum of all
+  float* between;                                      // by columns: what one phase hands to the next; else null
 };
 
 // Vectors of one call in fp32, padded to whole panels.
