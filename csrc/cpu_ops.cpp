@@ -80,6 +80,12 @@ void parallel(int64_t n, Range&& range) {
   at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { range(begin, end); });
 }
 
+// A kernel's function of params and a range.
+template <class Kernel, class Params>
+void parallel(int64_t n, Kernel&& kernel, const Params& p) {
+  parallel(n, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
 Tensor floats(int64_t n) { return fresh({n}, at::TensorOptions().dtype(at::kFloat)); }
 
 // Working memory of a call, up to 32 MB of which a thread keeps for its next ones: the first touch of new pages took longer than all the rest of VL-PET-large's backward at 128 rows (bf16,
@@ -163,9 +169,8 @@ template <class Range>
 void by_columns(BottleneckParams& p, int64_t panels, Range&& thin, Range&& wide) {
   Tensor between = working_memory(cpu::bottleneck_between(p));
   p.between = between.mutable_data_ptr<float>();
-  const auto run = [&p](int64_t n, Range& range) { parallel(n, [&](int64_t b, int64_t e) { range(p, b, e); }); };
-  if (cpu::bottleneck_needs_load(p)) run(ceil_div(p.rows, kTileRows), cpu::bottleneck_load);
-  run(panels_of(p.rank), thin), run(panels, wide);
+  if (cpu::bottleneck_needs_load(p)) parallel(ceil_div(p.rows, kTileRows), cpu::bottleneck_load, p);
+  parallel(panels_of(p.rank), thin, p), parallel(panels, wide, p);
 }
 
 void run_forward(BottleneckParams& p) {
@@ -180,9 +185,9 @@ void run_forward(BottleneckParams& p) {
   }
   carve(p, storage);
   cpu::bottleneck_prepare(p);
-  if (go_by_columns(p.rows, p.rank)) return by_columns(p, panels_of(p.out), cpu::bottleneck_forward_thin, cpu::bottleneck_forward_wide);
-  parallel(panels_of(p.rank) + panels_of(p.out), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_forward(p, b, e); });
-  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::bottleneck_forward(p, b, e); });
+  if (go_by_columns(p.rows, kTilesByColumns, panels_of(p.rank))) return by_columns(p, panels_of(p.out), cpu::bottleneck_forward_thin, cpu::bottleneck_forward_wide);
+  parallel(panels_of(p.rank) + panels_of(p.out), cpu::bottleneck_pack_forward, p);
+  parallel(ceil_div(p.rows, kTileRows), cpu::bottleneck_forward, p);
 }
 
 void run_chunk(BottleneckParams p, int64_t chunk, float* partial) {
@@ -194,7 +199,7 @@ void run_chunk(BottleneckParams p, int64_t chunk, float* partial) {
 Tensor run_backward(BottleneckParams& p, bool parameters) {
   Tensor storage;
   carve(p, storage);
-  const bool columns = go_by_columns(p.rows, p.rank);
+  const bool columns = go_by_columns(p.rows, kTilesByColumns, panels_of(p.rank));
   const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), size = PartialLayout(padded(p.width), padded(p.out), p.rank, padded(p.rank)).total;
   const int64_t panels = std::max(panels_of(p.width), panels_of(p.out));
   Tensor total = working_memory(size), dscale = floats(panels_of(p.out));
@@ -205,9 +210,9 @@ Tensor run_backward(BottleneckParams& p, bool parameters) {
     by_columns(p, panels, cpu::bottleneck_backward_thin, cpu::bottleneck_backward_wide);
     return dscale;
   }
-  parallel(panels_of(p.rank) + panels_of(p.width), [&](int64_t b, int64_t e) { cpu::bottleneck_pack_backward(p, b, e); });
+  parallel(panels_of(p.rank) + panels_of(p.width), cpu::bottleneck_pack_backward, p);
   over_chunks(chunks, 1, size, [&](int64_t chunk) { return std::pair(p.partials, chunk == 0); }, [&](int64_t chunk, float* partial) { run_chunk(p, chunk, partial); });
-  if (parameters) parallel(panels, [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(p, b, e); });
+  if (parameters) parallel(panels, cpu::bottleneck_reduce, p);
   return dscale;
 }
 
@@ -403,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
   if (needs > 1 && routed.routing.tasks() > 1) routed.over_all(panels, cpu::bottleneck_reduce);
   BottleneckParams all = routed.calls[0];
   all.chunks = calls, set(all, 0, true);
-  if (needs > 1) parallel(width / kPanel, [&](int64_t b, int64_t e) { cpu::bottleneck_reduce(all, b, e); });
+  if (needs > 1) parallel(width / kPanel, cpu::bottleneck_reduce, all);
   return {dx, dwd, dbd, dwu, dbu};
 }
 
@@ -451,24 +456,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_bottleneck(cons
   p.y = y.mutable_data_ptr(), p.z = pointer(save, z), p.zg = pointer(save && large, zg), p.total = pointer(keep, total), p.gate = pointer(keep && large, gate);
   if (logits.numel()) p.logits = logits.mutable_data_ptr<float>();
   GatedWorkspace workspace(p, false);
-  const int64_t panels = padded(p.width) / kPanel;
+  const int64_t panels = panels_of(p.width), thin = panels_of(p.rank) + panels_of(p.gate_rank);
   cpu::gated_prepare(p);
-  if (go_by_columns(p.rows, p.rank + p.gate_rank)) {
+  if (go_by_columns(p.rows, kGatedTilesByColumns, thin)) {
     const Tensor between = working_memory(cpu::gated_between(p));
     p.between = between.mutable_data_ptr<float>();
-    if (cpu::gated_needs_load(p)) parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::gated_load(p, b, e); });
-    parallel(panels_of(p.rank) + panels_of(p.gate_rank), [&](int64_t b, int64_t e) { cpu::gated_forward_thin(p, b, e); });
-    parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_forward_wide(p, b, e); });
-    if (row_gate) parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_row_logits(p, b, e); });
+    if (cpu::gated_needs_load(p)) parallel(ceil_div(p.rows, kTileRows), cpu::gated_load, p);
+    parallel(thin, cpu::gated_forward_thin, p);
+    parallel(panels, cpu::gated_forward_wide, p);
+    if (row_gate) parallel(p.rows, cpu::gated_row_logits, p);
     if (p.kind == kSmall) cpu::gated_sample_gates(p, 0, p.samples);
-    if (row_gate) parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_apply_row_gates(p, b, e); });
+    if (row_gate) parallel(p.rows, cpu::gated_apply_row_gates, p);
     return {y, z, zg, logits, total, gate};
   }
-  parallel(panels * (large ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_forward(p, b, e); });
-  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::gated_forward(p, b, e); });
+  parallel(panels * (large ? 2 : 1) + thin, cpu::gated_pack_forward, p);
+  parallel(ceil_div(p.rows, kTileRows), cpu::gated_forward, p);
   if (p.kind == kSmall) {
     cpu::gated_sample_gates(p, 0, p.samples);
-    parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_apply(p, b, e); });
+    parallel(p.rows, cpu::gated_apply, p);
   }
   return {y, z, zg, logits, total, gate};
 }
@@ -494,27 +499,28 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
   const auto saved = [](const Tensor& t) { return t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr; };
   p.z = saved(z), p.zg = saved(zg), p.total = saved(total), p.gate = saved(gate), p.logits = static_cast<float*>(saved(logits));
   GatedWorkspace workspace(p, true);
-  const int64_t panels = padded(p.width) / kPanel, chunks = ceil_div(p.rows, chunk_rows(p.rows)), tiles = ceil_div(p.rows, kTileRows);
+  const int64_t panels = panels_of(p.width), thin = panels_of(p.rank) + panels_of(p.gate_rank);
+  const int64_t chunks = ceil_div(p.rows, chunk_rows(p.rows)), tiles = ceil_div(p.rows, kTileRows);
   const int64_t size = GatedPartial(padded(p.width), p.rank, padded(p.rank), p.gate_rank, padded(p.gate_rank)).total;
   Tensor sum = working_memory(size);
   p.partials = sum.mutable_data_ptr<float>();
   cpu::gated_prepare(p);
-  if (go_by_columns(p.rows, p.rank + p.gate_rank) && p.total && (p.kind != kLarge || p.gate)) {
+  if (go_by_columns(p.rows, kGatedTilesByColumns, thin) && p.total && (p.kind != kLarge || p.gate)) {
     const Tensor between = working_memory(cpu::gated_between(p));
     p.between = between.mutable_data_ptr<float>();
     if (p.kind == kSmall) cpu::gated_sample_gates(p, 0, p.samples);
-    if (p.kind == kSmall || p.kind == kMiddleX) parallel(p.rows, [&](int64_t b, int64_t e) { cpu::gated_backward_rows(p, b, e); });
+    if (p.kind == kSmall || p.kind == kMiddleX) parallel(p.rows, cpu::gated_backward_rows, p);
     if (p.kind == kSmall) cpu::gated_sample_gradients(p, 0, p.samples);
-    parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_backward_gate(p, b, e); });
-    parallel(panels_of(p.rank) + panels_of(p.gate_rank), [&](int64_t b, int64_t e) { cpu::gated_backward_thin(p, b, e); });
-    parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_backward_wide(p, b, e); });
+    parallel(panels, cpu::gated_backward_gate, p);
+    parallel(thin, cpu::gated_backward_thin, p);
+    parallel(panels, cpu::gated_backward_wide, p);
     return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};
   }
-  parallel(panels * (p.kind == kLarge ? 2 : 1) + (padded(p.rank) + padded(p.gate_rank)) / kPanel, [&](int64_t b, int64_t e) { cpu::gated_pack_backward(p, b, e); });
-  if (!p.total || (p.kind == kLarge && !p.gate)) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_pack_recompute(p, b, e); });
+  parallel(panels * (p.kind == kLarge ? 2 : 1) + thin, cpu::gated_pack_backward, p);
+  if (!p.total || (p.kind == kLarge && !p.gate)) parallel(panels, cpu::gated_pack_recompute, p);
   if (p.kind == kSmall) {
     cpu::gated_sample_gates(p, 0, p.samples);
-    parallel(tiles, [&](int64_t b, int64_t e) { cpu::gated_row_gradients(p, b, e); });
+    parallel(tiles, cpu::gated_row_gradients, p);
     cpu::gated_sample_gradients(p, 0, p.samples);
   }
   over_chunks(
@@ -524,7 +530,7 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
         own.partials = partial;
         cpu::gated_backward(own, chunk);
       });
-  if (needs > 3) parallel(panels, [&](int64_t b, int64_t e) { cpu::gated_reduce(p, b, e); });
+  if (needs > 3) parallel(panels, cpu::gated_reduce, p);
   return {dh, dx, dwd, dbd, dwu, dbu, dg, dgb, dgu, dgub};
 }
 
@@ -551,7 +557,7 @@ std::tuple<Tensor, Tensor> phm_bottleneck(const Tensor& x, const Tensor& rule_do
   Tensor packed = working_memory(PhmNumbers::size(p));
   p.packed = packed.mutable_data_ptr<float>();
   cpu::phm_prepare(p);
-  parallel(ceil_div(p.rows, kTileRows), [&](int64_t b, int64_t e) { cpu::phm_forward(p, b, e); });
+  parallel(ceil_div(p.rows, kTileRows), cpu::phm_forward, p);
   return {y, z};
 }
 
@@ -576,7 +582,7 @@ NineTensors phm_bottleneck_backward(const Tensor& dy, const Tensor& x, const Ten
   Tensor packed = working_memory(size), partials = working_memory(chunks * size);
   p.packed = packed.mutable_data_ptr<float>(), p.partials = partials.mutable_data_ptr<float>();
   cpu::phm_prepare(p);
-  parallel(chunks, [&](int64_t b, int64_t e) { cpu::phm_backward(p, b, e); });
+  parallel(chunks, cpu::phm_backward, p);
   if (needs > 1) cpu::phm_reduce(p);
   return {dx, drd, dld, drtd, dbd, dru, dlu, drtu, dbu};
 }
@@ -599,7 +605,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm(const Tensor& x, con
   p.x = data(x), p.x_stride = x.stride(0), p.residual = data(residual), p.residual_stride = residual ? residual->stride(0) : 0, p.bias = data(bias), p.eps = static_cast<float>(eps);
   p.y = pointer(norm, y), p.v = pointer(keeps_v, v);
   p.mean = mean.numel() ? mean.mutable_data_ptr<float>() : nullptr, p.rstd = rstd.numel() ? rstd.mutable_data_ptr<float>() : nullptr;
-  parallel(ceil_div(p.rows, p.unit_rows()), [&](int64_t b, int64_t e) { cpu::norm_forward(p, b, e); });
+  parallel(ceil_div(p.rows, p.unit_rows()), cpu::norm_forward, p);
   return {y, v, mean, rstd};
 }
 
@@ -623,7 +629,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm_backward(const optio
   p.dx = pointer(need(0), dx), p.dresidual = pointer(need(1), dresidual), p.dweight = pointer(need(2), dweight), p.dbias = pointer(need(3), dbias);
   Tensor partials = working_memory(need(2) || need(3) ? 2 * p.padded() * ceil_div(p.rows, chunk_rows(p.rows)) : 0);
   p.partials = partials.numel() ? partials.mutable_data_ptr<float>() : nullptr;
-  parallel(ceil_div(p.rows, p.unit_rows()), [&](int64_t b, int64_t e) { cpu::norm_backward(p, b, e); });
+  parallel(ceil_div(p.rows, p.unit_rows()), cpu::norm_backward, p);
   if (p.partials) cpu::norm_reduce(p);
   return {dx, dresidual, dweight, dbias};
 }
