@@ -446,7 +446,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_bottleneck(cons
                                                                             const optional<Tensor>& g_up, const optional<Tensor>& g_up_bias, double input_scale, double adapter_scale,
                                                                             double scale, int64_t activation, int64_t kind, bool add, int64_t samples, int64_t save_gate, bool save) {
   GatedParams p = gated_common(h, x, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples);
-  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge, keep = save && save_gate == 1;
+  const bool row_gate = has_row_gate(p.kind), large = p.kind == kLarge, keep = save && save_gate == 1;
   const std::array<int64_t, 2> wide{p.rows, p.width};
   Tensor y = output(true, wide, h), z = output(save, {}, h), zg = output(false, {}, h), total = output(keep, wide, h), gate = output(keep && large, wide, h);
   Tensor logits = floats(save && row_gate ? p.rows : 0);
@@ -509,7 +509,7 @@ TenTensors gated_bottleneck_backward(const Tensor& dy, const Tensor& h, const op
     const Tensor between = working_memory(cpu::gated_between(p));
     p.between = between.mutable_data_ptr<float>();
     if (p.kind == kSmall) cpu::gated_sample_gates(p, 0, p.samples);
-    if (p.kind == kSmall || p.kind == kMiddleX) parallel(p.rows, cpu::gated_backward_rows, p);
+    if (has_row_gate(p.kind)) parallel(p.rows, cpu::gated_backward_rows, p);
     if (p.kind == kSmall) cpu::gated_sample_gradients(p, 0, p.samples);
     parallel(panels, cpu::gated_backward_gate, p);
     parallel(thin, cpu::gated_backward_thin, p);

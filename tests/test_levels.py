@@ -142,6 +142,7 @@ SHARED: list[Spec] = [
     Bottleneck(lead=(40,), width=200, rank=100, scale="tensor", gate=True),
     Bottleneck(lead=(150,), width=200, rank=100, dtype=MIXED[0], param_dtype=MIXED[1], scale="tensor", gate=True),
     Lora(lead=(70,), width=200, out=160, rank=70, dropout=0.3, biases="up"),
+    *(Gated(lead=(2, t), width=300, rank=40, gate_rank=70, granularity=g) for t in (20, 60) for g in GRANULARITIES),
 ]
 
 
@@ -164,7 +165,7 @@ KEPT: list[Spec] = [
     Bottleneck(lead=(70,), width=40, rank=40),
     Lora(lead=(70,), width=40, rank=40, dropout=0.3),
     Bottleneck(lead=(70,), width=40, rank=12, dtype=MIXED[0], param_dtype=MIXED[1], scale="tensor", gate=True),
-    *(Gated(lead=(2, 35), width=40, rank=12, gate_rank=7, dtype=BF16[0], param_dtype=BF16[1], granularity=g) for g in GRANULARITIES),
+    *(Gated(lead=(2, t), width=40, rank=12, gate_rank=7, dtype=BF16[0], param_dtype=BF16[1], granularity=g) for t in (35, 75) for g in GRANULARITIES),
 ]
 
 

@@ -3,7 +3,7 @@
 // Forward is one pass over row tiles; the up-projections of adapter and gate are computed, gated and stored in blocks of 128 columns. middleX needs the whole row of H' for its
 // logit and keeps it in the tile. small needs the mean over a sample: a first pass stores H' and the row logits, a second applies the gate.
 // Backward with E = s dy: dH' = E G (+ dl w_h), dl = the gate's pre-activation gradient; then through each bottleneck as in bottleneck.cpp. H' and (large) G are read if forward
-// saved them, else recomputed. adapter_scale is folded into the packed up-projection and its bias.
+// saved them, else recomputed. adapter_scale is folded into the packed up-projection (by columns into phi) and its bias. Few tiles go by columns (plan.h).
 // Memory traffic a row of D, large, H' and G saved: forward reads h, x, writes y, H', G; backward reads dy, h, x, H', G, writes dh, dx.
 #include <cmath>
 
@@ -161,7 +161,7 @@ void forward(const GatedParams& p, int64_t begin, int64_t end) {
   const Sizes s(p);
   const GatedVectors v = s.vectors(p);
   const GatedPacks<G> w = s.packs<G>(p);
-  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall;
+  const bool row_gate = has_row_gate(p.kind);
   // small without saved H': y holds it until gated_apply.
   A* total_out = static_cast<A*>(p.total ? p.total : p.kind == kSmall ? p.y : nullptr);
   const int64_t ld = row_gate ? s.width : kBlockColumns;
@@ -356,7 +356,7 @@ void backward(const GatedParams& p, int64_t chunk) {
   const GatedPacks<G> w = s.packs<G>(p);
   const GatedPartial layout = s.partial(p);
   const Needs need(p);
-  const bool row_gate = p.kind == kMiddleX || p.kind == kSmall, large = p.kind == kLarge, direct = is_direct(p);
+  const bool row_gate = has_row_gate(p.kind), large = p.kind == kLarge, direct = is_direct(p);
   const bool need_h = p.dw_down || (need.total && !p.total);
   const int64_t tile_floats = kTileRows * s.width, block_floats = kTileRows * kBlockColumns;
   const int64_t rank_floats = kTileRows * std::max(s.rank, s.gate_rank);
@@ -498,7 +498,7 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
   if (begin != 0) return;
   reduce_vector<P>(p.partials + layout.adapter.db_down, layout.total, 1, p.rank, p.db_down, nullptr);
   if (p.kind == kLarge) reduce_vector<P>(gate + layout.gate.db_down, layout.total, 1, p.gate_rank, p.dgate_bias, nullptr);
-  if (p.kind == kMiddleX || p.kind == kSmall) reduce_vector<P>(p.partials + layout.bias, layout.total, 1, 1, p.dgate_bias, nullptr);
+  if (has_row_gate(p.kind)) reduce_vector<P>(p.partials + layout.bias, layout.total, 1, 1, p.dgate_bias, nullptr);
   if (p.kind == kLarge || !p.dgate_weight) return;
   P* dw = static_cast<P*>(p.dgate_weight);
   const float *dw_x = p.partials + layout.w_x, *dw_h = p.partials + layout.w_h;
@@ -513,8 +513,6 @@ void reduce(const GatedParams& p, int64_t begin, int64_t end) {
 // ---- A call by columns (plan.h). Forward: the columns of both ranks, then those of H' and y, where a row's gate waits for the whole row. Backward, of saved H' and gate: the gradients of
 // row gates, the columns of dH' and of the gate's gradient, those of the ranks, and those of dh, dx and the weights.
 
-bool has_row_gate(const GatedParams& p) { return p.kind == kMiddleX || p.kind == kSmall; }
-
 // What is handed on from phase to phase.
 template <class A, class G>
 struct Between {
@@ -527,7 +525,7 @@ struct Between {
     const int64_t tall = round_up(p.rows, kTileRows), wide = tall * s.width;
     const bool backward = p.dy;
     Room room{p.between};
-    total = room.take<float>(backward || has_row_gate(p) ? wide : 0);
+    total = room.take<float>(backward || has_row_gate(p.kind) ? wide : 0);
     const auto operand = [&](const void* base, int64_t stride, G* copy) { return Operand<A, G>{base, stride, p.width, s.width, copy, backward}; };
     if (backward)
       dt = operand(nullptr, 0, std::is_same_v<G, float> ? reinterpret_cast<G*>(total) : room.take<G>(wide)), dl = operand(nullptr, 0, room.take<G>(p.kind == kLarge ? wide : 0));
@@ -587,7 +585,7 @@ void forward_wide(const GatedParams& p, int64_t begin, int64_t end) {
   const GatedVectors v = s.vectors(p);
   const GatedPacks<G> w = s.packs<G>(p);
   const Between<A, G> b(p);
-  const bool row_gate = has_row_gate(p);
+  const bool row_gate = has_row_gate(p.kind);
   const int64_t ld = row_gate ? s.width : kBlockColumns, block = kTileRows * kBlockColumns;
   float* u_block = scratch(4 * block + kBlockColumns);
   float *g_block = u_block + block, *line = g_block + block;
@@ -653,7 +651,7 @@ void backward_gate(const GatedParams& p, int64_t begin, int64_t end) {
   const GatedPartial layout = s.partial(p);
   const Between<A, G> b(p);
   const Needs need(p);
-  const bool need_x = p.kind == kLogits || (has_row_gate(p) && p.dgate_weight);
+  const bool need_x = p.kind == kLogits || (has_row_gate(p.kind) && p.dgate_weight);
   const int64_t block = kTileRows * kBlockColumns;
   float *total = scratch(3 * kBlockColumns + 2 * block), *gate = total + kBlockColumns, *dl = gate + kBlockColumns;
   G *dy_block = reinterpret_cast<G*>(dl + kBlockColumns), *x_block = dy_block + block;
@@ -670,7 +668,7 @@ void backward_gate(const GatedParams& p, int64_t begin, int64_t end) {
         const G *e = dy.data + i * dy.stride, *in = x.data + i * x.stride;
         float* dt = b.total + at;
         if (need.total) widen(static_cast<const A*>(p.total) + t * p.width + c, total, n, whole);
-        if (has_row_gate(p)) {
+        if (has_row_gate(p.kind)) {
           const float row_gate = p.kind == kSmall ? p.sample_gates[t / (p.rows / p.samples)] : logistic(p.logits[t]);
           row_gate_gradients<A>(p, v, t, c, n, row_gate, p.row_gradients[t], e, in, total, dl, dt, dw_x, dw_h);
         } else {
@@ -689,7 +687,7 @@ void backward_gate(const GatedParams& p, int64_t begin, int64_t end) {
   }
   if (begin != 0) return;
   double bias = 0;
-  for (int64_t t = 0; has_row_gate(p) && t < p.rows; ++t) bias += p.row_gradients[t];
+  for (int64_t t = 0; has_row_gate(p.kind) && t < p.rows; ++t) bias += p.row_gradients[t];
   p.partials[layout.bias] = static_cast<float>(bias);
 }
 

@@ -5,6 +5,8 @@
 namespace fastadapt {
 
 enum Granularity : int { kLarge, kLogits, kMiddleX, kMiddleY, kSmall };
+// A gate a row, or a sample: its logit takes the whole row of H'.
+constexpr bool has_row_gate(Granularity kind) { return kind == kMiddleX || kind == kSmall; }
 
 struct GatedParams {
   Type activation_type, parameter_type;

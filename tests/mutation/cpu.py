@@ -288,6 +288,12 @@ SPECS: list[Spec] = [
         for g in GRANULARITIES
         for d, c in ((FP32, "multiply"), (MIXED, "add"))
     ),
+    # One tile and two that go by columns, of more than a block of columns, in place and copied; tiles of rows with what forward saved.
+    *(
+        over(d, Gated, lead=lead, width=w, rank=40, gate_rank=35, granularity=g, combine=c, save_gate=True, **SCALES)
+        for g in GRANULARITIES
+        for d, c, lead, w in ((FP32, "multiply", (2, 60), 264), (MIXED, "add", (2, 50), 160), (FP32, "add", (1, 64), 160), (MIXED, "multiply", (4, 32), 192), (MIXED, "multiply", (2, 100), 72))
+    ),
     *(over(FP32, Gated, lead=(2, 65), width=264, rank=200, gate_rank=200, granularity=g, save_gate=False) for g in ("large", "middleX", "small")),
 ]
 CALLS: list[Spec] = [
@@ -303,9 +309,9 @@ CALLS: list[Spec] = [
     over(FP32, Lora, lead=(70,), width=40, out=72, rank=7, dropout=0.3),
     over(MIXED, Lora, lead=(70,), width=72, out=33, rank=7, biases="up", dropout=0.3),
     *(
-        over(d, Gated, lead=(2, 9), width=40, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s)
+        over(d, Gated, lead=(2, t), width=40, rank=7, gate_rank=5, granularity=g, combine=c, save_gate=s)
         for g in GRANULARITIES
-        for d, c, s in ((FP32, "multiply", False), (MIXED, "add", True))
+        for d, c, t, s in ((FP32, "multiply", 9, False), (MIXED, "add", 9, True), (FP32, "multiply", 9, True), (MIXED, "multiply", 70, True))
     ),
 ]
 # Parts of less than a vector, whole vectors and beyond; one to four groups of pairs; a block and a tile less than whole, several chunks.

@@ -49,6 +49,14 @@ ALL_SHAPES = [
     for r in (1, 7, 24, 96, 100)
     for w in (1, 33, 64, 768)
 ]
+# One or two tiles, of every height of the last one, whose columns the CPU's threads share; ranks and widths that fill panels and blocks and that do not.
+COLUMNS = [
+    over(d, lead=(2, t), width=w, rank=r, gate_rank=gr, granularity=g, combine=c, scale=0.3)
+    for d in DTYPES
+    for g in GRANULARITIES
+    for t, r, gr in ((2, 7, 7), (5, 36, 7), (10, 32, 64), (20, 100, 36), (30, 7, 40), (64, 40, 32))
+    for w, c in ((64, "add"), (77, "multiply"), (264, "multiply"))
+]
 REAL = [
     over(d, lead=(2, 65), width=w, rank=r, gate_rank=gr, granularity=g, scale=0.3)
     for d in (FP32, MIXED, DTYPES[4])
@@ -94,6 +102,11 @@ def test_random_on_reference(spec: Gated) -> None:
 @specs(SHAPES)
 def test_shapes(spec: Gated, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
+
+
+@specs(COLUMNS)
+def test_few_tiles(spec: Gated) -> None:
+    checks.assert_within_rule(spec, "cpu", "cpu")
 
 
 @pytest.mark.full
