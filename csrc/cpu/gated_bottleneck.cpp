@@ -722,8 +722,8 @@ void backward_wide(const GatedParams& p, int64_t begin, int64_t end) {
   const bool direct = is_direct(p);
   for (int64_t q = begin; q < end; q += kBlockPanels) {
     const int64_t last = std::min(end, q + kBlockPanels), c = q * kPanel, n = std::min(p.width, last * kPanel) - c;
-    float* u = scratch(3 * kTileRows * kBlockColumns);
-    G *panels = reinterpret_cast<G*>(u + kTileRows * kBlockColumns), *tile = panels + kTileRows * kBlockColumns;
+    float* u = scratch(2 * kTileRows * kBlockColumns);
+    G *panels = reinterpret_cast<G*>(u + kTileRows * kBlockColumns), *tile = reinterpret_cast<G*>(u);
     // One down/up pair: in and its gradient, its own of dt in fp32 to be added, the gradient of what it gave, its weight and gradients.
     const auto pair = [&](const void* in, int64_t stride, void* d_in, const float* beside, const Operand<A, G>& d_out, const Thin<G>& thin, int64_t rank, const void* w_down, G* packed,
                           void* dw_down, bool need_up, bool need_sums, float* partial, const PartialLayout& of) {
