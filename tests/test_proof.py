@@ -44,3 +44,9 @@ def test_a_familys_sources_are_what_its_kernels_are_made_of() -> None:
     for family in proof.FAMILIES:
         if table.path(family).exists():
             assert of[family] >= set(json.loads(table.path(family).read_text())["sources"])
+
+
+def test_every_cpu_file_with_loops_has_mutants() -> None:
+    files = [path for path in (proof.ROOT / "csrc" / "cpu").iterdir() if "for (" in path.read_text()]
+    mutated = set().union(*(json.loads(table.path(f"cpu{group}").read_text())["sources"] for group in proof.GROUPS))
+    assert {str(path.relative_to(proof.ROOT)) for path in files} <= mutated

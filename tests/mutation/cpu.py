@@ -26,7 +26,7 @@ from tests.ops import checks
 from tests.ops.specs import ACTIVATIONS, FP32, GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec
 
 SOURCES = ("csrc/cpu_ops.cpp", "csrc/cpu/bottleneck.cpp", "csrc/cpu/gated_bottleneck.cpp", "csrc/cpu/phm_bottleneck.cpp", "csrc/cpu/dropout_add_norm.cpp", "csrc/cpu_entrance.cpp")
-FILES = ("csrc/cpu/tile.h", *SOURCES[1:3], "csrc/cpu/dropout.h")
+FILES = ("csrc/cpu/tile.h", *SOURCES[1:3], "csrc/cpu/dropout.h", "csrc/cpu/columns.h")
 NORM_FILES = ("csrc/include/dropout_add_norm.h", "csrc/cpu/dropout_add_norm.cpp")
 PHM_FILES = ("csrc/include/phm_bottleneck.h", "csrc/cpu/phm_bottleneck.cpp")
 FLAGS = "-O1 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DFASTADAPT_MUTATION".split()
@@ -82,6 +82,13 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("bound", "in if (i + v <= rows && j + v <= cols)"): SAME,
     ("constant", "1.f -> 1.1f in } else if (scale != 1.f) {"): ONE,
     ("constant", "1.f -> 1.1f in if (scale != 1.f) scale_by("): ONE,
+    ("sign", "reinterpret_cast<uintptr_t>(base)"): "the size is asked of a room that begins at null alone",
+    ("offset", "reinterpret_cast<uintptr_t>(base)"): "more room than is used",
+    ("constant", "1.f -> 1.1f in if (before != 1.f)"): ONE,
+    ("constant", "1.f -> 1.1f in if (after != 1.f)"): ONE,
+    ("constant", "1.f -> 1.1f in if (a_scale != 1.f)"): ONE,
+    ("constant", "1.f -> 1.1f in if (need.dz && scale != 1.f)"): ONE,
+    ("condition", "need.dz && scale != 1.f"): MORE,
     ("constant", "1.f -> 1.1f in if (need_dz && scale != 1.f)"): ONE,
     ("constant", "1.f -> 1.1f in if (p.adapter_scale == 1.f)"): ONE,
     ("constant", "1.f -> 1.1f in reduce_pair<P>(p.partials, layout.adapter"): ONE,
@@ -300,7 +307,13 @@ SPECS: list[Spec] = [
     *(
         over(d, Gated, lead=lead, width=w, rank=40, gate_rank=35, granularity=g, combine=c, save_gate=True, **SCALES)
         for g in GRANULARITIES
-        for d, c, lead, w in ((FP32, "multiply", (2, 60), 264), (MIXED, "add", (2, 50), 160), (FP32, "add", (1, 64), 160), (MIXED, "multiply", (4, 32), 192), (MIXED, "multiply", (2, 100), 72))
+        for d, c, lead, w in (
+            (FP32, "multiply", (2, 60), 264),
+            (MIXED, "add", (2, 50), 160),
+            (FP32, "add", (1, 64), 160),
+            (MIXED, "multiply", (4, 32), 192),
+            (MIXED, "multiply", (2, 100), 72),
+        )
     ),
     *(over(FP32, Gated, lead=(2, 65), width=264, rank=200, gate_rank=200, granularity=g, save_gate=False) for g in ("large", "middleX", "small")),
     *(over(d, Gated, lead=(2, 70), width=160, rank=20, gate_rank=12, granularity=g, save_gate=True) for g in GRANULARITIES for d in BOTH),
@@ -365,7 +378,7 @@ NORM_CALLS: list[Spec] = [
 
 def concerns(mutant: cpp.Mutant | None, op: str) -> bool:
     files = {"bottleneck": FILES[1], "routed_bottleneck": FILES[1], "gated_bottleneck": FILES[2]}
-    return mutant is None or mutant.file == FILES[0] or (mutant.file in (FILES[1], FILES[3]) if op == "lora" else mutant.file == files[op])
+    return mutant is None or mutant.file in (FILES[0], FILES[4]) or (mutant.file in (FILES[1], FILES[3]) if op == "lora" else mutant.file == files[op])
 
 
 def includes() -> list[str]:
