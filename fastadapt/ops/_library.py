@@ -73,6 +73,22 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def apart(*args: Any) -> Sequence[Any]:
+    """The arguments of a Function; when traced, a tensor that is several of them (Compacter's shared rule, an input that is the residual too) once, and then views of it: dynamo refuses a Function otherwise."""
+    if not torch.compiler.is_compiling():
+        return args
+    seen: list[Tensor] = []
+    found: list[Any] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            if any(a is other for other in seen):
+                a = a.view_as(a)
+            else:
+                seen.append(a)
+        found.append(a)
+    return found
+
+
 def rows(t: Tensor) -> Tensor:
     """A 2-D tensor whose rows may lie anywhere but are each contiguous, which is what every kernel takes."""
     return t if t.stride(1) == 1 else t.contiguous()

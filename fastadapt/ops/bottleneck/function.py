@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.ops._library import apart
 from fastadapt.ops._library import below_autograd as run
 from fastadapt.ops.bottleneck import schema
 
@@ -27,5 +28,5 @@ def bottleneck(*tensors_and_options: Any, demand: int) -> Tensor:
     """Runs the op on rows; skips autograd, and what it would save, when no gradient can be asked for."""
     tensors = tensors_and_options[:8]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return Bottleneck.apply(*tensors_and_options, True, demand)[0]
+        return Bottleneck.apply(*apart(*tensors_and_options, True, demand))[0]
     return run(torch.ops.fastadapt.bottleneck.default, *tensors_and_options, False, demand)[0]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.ops._library import apart
 from fastadapt.ops._library import below_autograd as run
 from fastadapt.ops.dropout_add_norm import schema
 
@@ -30,7 +31,7 @@ def dropout_add_norm(x: Tensor, *tensors_and_options: Any, return_sum: bool, dem
     """Runs the op on rows: y and v. Skips autograd, and what it would save, when no gradient can be asked for."""
     residual, _, _, _, norm, _, dropout = tensors_and_options
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors_and_options[:3])):
-        y, v = DropoutAddNorm.apply(x, *tensors_and_options, True, demand, return_sum or not norm)[:2]
+        y, v = DropoutAddNorm.apply(*apart(x, *tensors_and_options, True, demand, return_sum or not norm))[:2]
     else:
         y, v = run(torch.ops.fastadapt.dropout_add_norm.default, x, *tensors_and_options, return_sum, demand)[:2]
     return y if norm else v, x if norm and residual is None and not dropout else v

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.ops._library import apart
 from fastadapt.ops._library import below_autograd as run
 from fastadapt.ops.lora import schema
 
@@ -31,5 +32,5 @@ def draw_seed(x: Tensor) -> Tensor:
 def lora(*tensors_and_options: Any, demand: int) -> Tensor:
     """Runs the op on rows; skips autograd, and what it would save, when no gradient can be asked for."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors_and_options[:5]):
-        return LoRA.apply(*tensors_and_options, True, demand)[0]
+        return LoRA.apply(*apart(*tensors_and_options, True, demand))[0]
     return run(torch.ops.fastadapt.lora.default, *tensors_and_options, False, demand)[0]
