@@ -489,7 +489,7 @@ class Handle:
         Args:
             directory: what `save` wrote.
             task: loads the adapters of a patch with ``sharing="single"`` as this task's, so that adapters that were trained apart serve one model. What tasks share, trained base
-                tensors for one (``layer_norms="none"`` trains none), must have the same values in the file as here.
+                tensors for one (``layer_norms="none"``, ``biases=False``, ``visual_embedding=False`` train none), must have the same values in the file as here.
 
         Raises:
             ValueError: an unknown task, or adapters that serve all tasks.
@@ -526,7 +526,9 @@ class Handle:
                 raise RuntimeError("load: the model is on the meta device and cannot hold values")
         others = {id(t) for other in self.tasks if task and other != task for t in self._tensors(other).values()}
         if held := [key for key in tensors if id(target[key]) in others and not torch.equal(_whole(target[key]).cpu(), tensors[key].to(target[key].dtype))]:
-            raise AdapterFileError(f"{where}: holds other values of {len(held)} tensors that tasks share here, so that loading it would change the other tasks: {_some(held)}")
+            remedy = "; train adapters apart with layer_norms='none', biases=False, visual_embedding=False" if any(key.startswith("base/") for key in held) else ""
+            shared = f"{len(held)} tensors that tasks share here, so that loading it would change the other tasks: {_some(held)}"
+            raise AdapterFileError(f"{where}: holds other values of {shared}{remedy}")
         with torch.no_grad():
             for key, tensor in tensors.items():
                 target[key].copy_(_sharded_like(target[key], tensor))

@@ -328,13 +328,13 @@ def test_files_that_are_no_task_s(tmp_path: Path) -> None:
         patch(tiny("bart"), "vl_adapter", tasks=["vqa"], reduction_factor=4).save(tmp_path / "x", task="vqa")
     several = patch(tiny("bart"), "vl_adapter", tasks=["vqa", "gqa"], sharing="multiple", reduction_factor=4)
     before = snapshot(several.model)
-    with pytest.raises(AdapterFileError, match=r"holds other values of \d+ tensors that tasks share here, .*: base/"):
+    with pytest.raises(AdapterFileError, match=r"holds other values of \d+ tensors that tasks share here, .*: base/.*; train adapters apart with layer_norms='none'"):
         several.load(tmp_path, task="vqa")
     with pytest.raises(AdapterFileError, match="saved with other options"):
         several.load(tmp_path)
     half = patch(tiny("bart"), "vl_adapter", tasks=["vqa", "gqa"], sharing="up", layer_norms="none", reduction_factor=4)
     patch(tiny("bart"), "vl_adapter", layer_norms="none", reduction_factor=4).save(tmp_path)
-    with pytest.raises(AdapterFileError, match=r"tensors that tasks share here, .*up_sampler"):
+    with pytest.raises(AdapterFileError, match=r"tensors that tasks share here, .*up_sampler[^;]*$"):
         half.load(tmp_path, task="vqa")
     assert_same(before, snapshot(several.model))
 

@@ -79,10 +79,13 @@ class GeneratedBottleneck(nn.Module):
         """y of h's shape (..., D); ``x`` has no part in it.
 
         Raises:
-            RuntimeError: no weights have been handed out: the module was called outside its stack.
+            RuntimeError: no weights have been handed out: the module was called outside its stack. Or the layer runs without gradients while its weights were generated with them,
+                as reentrant gradient checkpointing does: each layer's backward would go through the graph that generated the weights of all.
         """
         if (w := self.weights) is None:
             raise RuntimeError("the hypernetwork has not generated weights for this adapter: call the model's encoder or decoder, not its layers")
+        if w.w_down.requires_grad and not torch.is_grad_enabled():
+            raise RuntimeError("generated weights cannot be trained under reentrant gradient checkpointing: use `model.gradient_checkpointing_enable({'use_reentrant': False})`")
         if w.task_ids is None:
             return functional.bottleneck(h, **self._arguments(w))
         if w.norm_before is None and w.norm_after is None:

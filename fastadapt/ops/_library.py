@@ -74,7 +74,8 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def apart(*args: Any) -> Sequence[Any]:
-    """The arguments of a Function; when traced, a tensor that is several of them (Compacter's shared rule, an input that is the residual too) once, and then views of it: dynamo refuses a Function otherwise."""
+    """The arguments of a Function; when traced, a tensor that is several of them (Compacter's shared rule, an input that is the residual too) once, and then as views of it:
+    dynamo refuses it otherwise."""
     if not torch.compiler.is_compiling():
         return args
     seen: list[Tensor] = []

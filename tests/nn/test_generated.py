@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastadapt.nn import GeneratedBottleneck, HyperNetwork, Init, Prompt, TaskEmbeddings
 from fastadapt.nn.hypernetwork import Generated
@@ -103,6 +104,27 @@ def test_generated_once_without_gradients() -> None:
     with torch.no_grad():
         network.hand_out()
     assert not site.weights.w_up.requires_grad
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """Another kind gives the gradients that there are without."""
+    network = HyperNetwork(8, 2, 2, ("feed_forward",), TaskEmbeddings(["a"], 4), task_dim=4, hidden=4, projected=4)
+    network.set_task("a")
+    sites = [GeneratedBottleneck(8, 2) for _ in range(2)]
+    network.sites = [("feed_forward", layer, site) for layer, site in enumerate(sites)]
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def gradients(**kind: bool) -> tuple[Tensor, ...]:
+        network.hand_out()
+        y = x
+        for site in sites:
+            y = checkpoint(site, y, **kind) if kind else site(y)
+        return torch.autograd.grad(y.square().sum(), [x, *network.parameters()])
+
+    for plain, again in zip(gradients(), gradients(use_reentrant=False), strict=True):
+        assert torch.equal(plain, again)
+    with pytest.raises(RuntimeError, match="reentrant gradient checkpointing: use"):
+        gradients(use_reentrant=True)
 
 
 def test_starting_values() -> None:
