@@ -45,6 +45,7 @@ class PerTask(nn.Module):
         self.adapters = nn.ModuleDict(dict(adapters))
         self.task: str | None = None
         self.task_ids: Tensor | None = None
+        self._ran: str | Tensor | None = None  # the last forward's task, or tasks
         first, *others = self.adapters.values()
         for other in others:
             share(first, other, *shared)
@@ -73,13 +74,22 @@ class PerTask(nn.Module):
 
         Raises:
             ValueError: the ids of a mixed batch do not divide it.
-            RuntimeError: no task is selected. A checkpointed layer runs again in backward, so keep the task selected until then.
+            RuntimeError: no task is selected. Or this is a checkpointed layer that backward runs again, and another task is selected than in the last forward.
         """
+        if not torch.compiler.is_compiling():
+            self._check_rerun()
         if self.task_ids is not None:
             return self._routed(self.task_ids, *inputs)
         if self.task is None:
             raise RuntimeError(f"no task is selected: use `handle.set_task(...)` or `with handle.task(...)`; tasks: {', '.join(self.adapters)}")
         return self.adapters[self.task](*inputs)
+
+    def _check_rerun(self) -> None:
+        now = self.task if self.task_ids is None else self.task_ids
+        if torch._C._current_graph_task_id() < 0:
+            self._ran = now
+        elif self._ran is not now and not (torch.equal(self._ran, now) if isinstance(self._ran, Tensor) and isinstance(now, Tensor) else self._ran == now):
+            raise RuntimeError("gradient checkpointing runs this layer again in backward, but another task is selected than in forward: keep backward inside the `with` block")
 
     def _routed(self, task_ids: Tensor, *inputs: Tensor) -> Tensor:
         adapters: list[Any] = list(self.adapters.values())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastadapt.nn import Bottleneck, LoRA, MergedLoRA, PerTask, ValueParallelAdapter
 from fastadapt.ops import philox
@@ -115,3 +116,26 @@ def test_other_layers_run_every_adapter() -> None:
     x = torch.randn(4, 2, 4)
     module.set_route(IDS)
     torch.testing.assert_close(module(x), torch.stack([module.adapters[TASKS[task]](x[i]) for i, task in enumerate(IDS.tolist())]))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_that_runs_again_for_another_task(reentrant: bool) -> None:
+    module = per_task(lambda: Bottleneck(12, 6))
+    x = torch.randn(4, 3, 12, dtype=torch.float64, requires_grad=True)
+
+    def chosen(task: str | None, ids: Tensor | None = None) -> None:
+        module.set_task(task)
+        module.set_route(ids)
+
+    for forward, backward in ((("vqa",), ("gqa",)), (("vqa",), (None,)), (("vqa",), ("vqa", IDS)), (("vqa", IDS), ("vqa",)), (("vqa", IDS), ("vqa", IDS.flip(0)))):
+        chosen(*forward)
+        y = checkpoint(module, x, use_reentrant=reentrant)
+        want = torch.autograd.grad(module(x).sum(), x)[0]
+        chosen(*backward)
+        with pytest.raises(RuntimeError, match=r"no task is selected|another task is selected than in forward"):
+            y.sum().backward()
+        x.grad = None
+        chosen(forward[0], IDS.clone() if len(forward) > 1 else None)
+        checkpoint(module, x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(x.grad, want)
+        x.grad = None
