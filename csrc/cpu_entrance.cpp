@@ -116,6 +116,12 @@ void keep(AutogradContext* ctx, variable_list tensors, std::vector<double> optio
 }
 std::vector<double> options_of(AutogradContext* ctx) { return ctx->saved_data.find("options")->second.toDoubleVector(); }
 
+// A batched gradient (is_grads_batched), a lazily negated one or a subclass has no numbers of its own for a kernel.
+void check_gradient(Op op, const Tensor& dy) {
+  TORCH_CHECK(!dy.defined() || plain(dy), "fastadapt: backward of ", kNames[op],
+              " takes a plain tensor as gradient, neither batched nor lazily negated; with forward inside `with fastadapt.backend.use('reference')` torch computes it");
+}
+
 // Identity, through which no second derivative goes.
 struct Refusal : torch::autograd::Function<Refusal> {
   static variable_list forward(AutogradContext* ctx, int64_t op, at::TensorList gradients, at::TensorList /* of */) {
@@ -124,7 +130,7 @@ struct Refusal : torch::autograd::Function<Refusal> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
     TORCH_CHECK(false, "fastadapt: double backward of ", kNames[ctx->saved_data["op"].toInt()],
-                " is not supported; use fastadapt's functions under torch.func, or fastadapt.backend.use('reference') with torch.func transforms");
+                " is not supported; torch.func.grad and its like, under which fastadapt's functions are plain torch, can be nested");
   }
 };
 
@@ -174,6 +180,7 @@ struct LoRA : torch::autograd::Function<LoRA> {
     const Tensor &x = saved[0], &z = saved[1], &w_down = saved[2], &w_up = saved[3], &seed = saved[4];
     variable_list computed;
     {
+      check_gradient(kLora, dy);
       const at::AutoDispatchBelowADInplaceOrView below;
       ++counts[kLora][1];
       auto [dx, dw_down, dw_up, db_up] = lora_backward(rows(dy), rows(x), z, whole(w_down), whole(w_up), or_none(seed), options[1], options[2], asked);
@@ -221,6 +228,7 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
     const Tensor &x = saved[0], &z = saved[1], &w_down = saved[2], &w_up = saved[3], &b_up = saved[4], &gate = saved[5], &scale_tensor = saved[6];
     variable_list computed;
     {
+      check_gradient(kBottleneck, dy);
       const at::AutoDispatchBelowADInplaceOrView below;
       ++counts[kBottleneck][1];
       auto [dx, dw_down, db_down, dw_up, db_up, dgate, dscale] =
@@ -286,6 +294,7 @@ struct GatedBottleneck : torch::autograd::Function<GatedBottleneck> {
       if (t.requires_grad()) of.push_back(t);
     const auto parameter = [&](size_t i) { return whole(or_none(s[i])); };
     {
+      check_gradient(kGatedBottleneck, dy);
       const at::AutoDispatchBelowADInplaceOrView below;
       ++counts[kGatedBottleneck][1];
       auto gradients = gated_bottleneck_backward(rows(dy), rows(h), rows(or_none(s[1])), z, zg, logits, total, gate, whole(s[7]), parameter(8), whole(s[9]), parameter(10), parameter(11),
@@ -357,6 +366,7 @@ struct DropoutAddNorm : torch::autograd::Function<DropoutAddNorm> {
       const Tensor &v = saved[0], &mean = saved[1], &rstd = saved[2], &weight = saved[3], &seed = saved[4];
       variable_list computed;
       {
+        check_gradient(kDropoutAddNorm, dy), check_gradient(kDropoutAddNorm, dv);
         const at::AutoDispatchBelowADInplaceOrView below;
         ++counts[kDropoutAddNorm][1];
         auto [dx, dresidual, dweight, dbias] =

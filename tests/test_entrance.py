@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -259,6 +260,24 @@ def test_double_backward_is_refused(spec: Spec, name: str, device: str, direct: 
     (gradient,) = torch.autograd.grad(y.square().sum(), first, create_graph=True)
     with pytest.raises(RuntimeError, match=f"double backward of {spec.op} is not supported"):
         gradient.sum().backward()
+
+
+@EVERY
+def test_batched_gradients_are_refused_or_right(spec: Spec) -> None:
+    """As those of `torch.autograd.grad(..., is_grads_batched=True)`: C++ has no rule for them, torch has one for ops of Python."""
+    tensors = {n: t.requires_grad_() for n, t in spec.draw(0).items()}
+    leaves, dys = list(tensors.values()), torch.stack([spec.cotangent(seed) for seed in range(3)])
+    y = spec.call(functional, tensors)
+    try:
+        batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    except RuntimeError as error:
+        assert re.search(f"backward of {spec.op} takes a plain tensor as gradient, neither batched", str(error))
+        with backend.use("reference"):
+            y = spec.call(functional, tensors)
+        batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        for got, want in zip(batched, torch.autograd.grad(y, leaves, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[i], want)
 
 
 @one_backend

@@ -42,7 +42,7 @@ def refuse_double_backward(name: str) -> None:
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"fastadapt: double backward of {name} is not supported; use fastadapt's functions under torch.func, or fastadapt.backend.use('reference') with torch.func transforms"
+            f"fastadapt: double backward of {name} is not supported; torch.func.grad and its like, under which fastadapt's functions are plain torch, can be nested"
         )
 
     torch.library.register_autograd(f"fastadapt::{name}_backward", backward, lib=LIBRARY)
