@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from fastadapt.hosts.roles import UnknownHostError, features, is_adapted, is_bef
 from fastadapt.hosts.stages import STAGES, Hook
 from fastadapt.hosts.tensors import SUFFIX, reparametrised
 from fastadapt.methods import MethodConfig
-from fastadapt.methods.base import has_tasks, of_task, task_parameters
+from fastadapt.methods.base import as_bool, has_tasks, of_task, task_parameters
 
 _Blocks = list[tuple[str, nn.Module, hosts.Host]]
 """Blocks of a model, with their paths and hosts."""
@@ -148,7 +148,8 @@ class _Before:
 
 @dataclass(eq=False)
 class Handle:
-    """A patched model's adapters. Made by `patch`; a deep copy or an unpickled copy of the model has its own, `Handle.of(copy)`.
+    """A patched model's adapters. Made by `patch`; a deep copy or an unpickled copy of the model has its own, `Handle.of(copy)`. A copy that is made inside `disabled` or `route`
+    is outside of them: its adapters are on, for the task that is selected. Inside `merged` the model cannot be copied.
 
     ``model.state_dict()`` holds the base under its own keys plus the adapters' keys, with trained base tensors at their trained values; ``model.save_pretrained`` therefore writes
     a file that the stock class loads (the adapters' keys are unexpected to it), trained layer norms included. To save the adapter alone, use `save`.
@@ -170,17 +171,25 @@ class Handle:
     _before: _Before | None = field(default=None, repr=False)
     _disabled: int = field(default=0, repr=False)
     _kept: list[nn.Parameter] = field(default_factory=list, repr=False)
+    _merged: bool = field(default=False, repr=False)
 
     @staticmethod
     def of(model: nn.Module) -> Handle:
-        """The handle of a patched model.
+        """The handle of a patched model, or of one inside ``torch.compile``, ``DistributedDataParallel`` or ``DataParallel``.
 
         Raises:
             ValueError: the model is not patched.
+            TypeError: it is no ``nn.Module``.
         """
-        if _ATTRIBUTE not in model.__dict__:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: must be an nn.Module, not {type(model).__name__}")
+        inside: nn.Module | None = model
+        while inside is not None and _ATTRIBUTE not in inside.__dict__:
+            wraps = isinstance(inside, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+            inside = inside._modules.get("module" if wraps else "_orig_mod")
+        if inside is None:
             raise ValueError(f"model: this {type(model).__name__} is not patched")
-        return model.__dict__[_ATTRIBUTE]
+        return inside.__dict__[_ATTRIBUTE]
 
     # What there is.
 
@@ -213,11 +222,13 @@ class Handle:
 
     def parameter_counts(self) -> tuple[int, int]:
         """Trainable and all parameters of the model, each tensor counted once."""
+        self._check_active()
         parameters = list(self.model.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the model that require gradients: adapters and trained base tensors."""
+        self._check_active()
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def print_trainable_parameters(self) -> None:
@@ -227,6 +238,7 @@ class Handle:
 
     def reset_parameters(self) -> None:
         """Draws the adapters' starting values again, for instance after ``to_empty`` on a model built on the meta device."""
+        self._check_active()
         for module in self._adapters():
             module.reset_parameters()  # type: ignore[operator]
         with torch.no_grad():
@@ -241,7 +253,11 @@ class Handle:
 
         Raises:
             ValueError: the task is none of ``tasks``.
+            RuntimeError: unpatched, or inside `route`, where every sample has a task of its own.
         """
+        self._check_active()
+        if any(part.task_ids is not None for part in self._routable()):
+            raise RuntimeError("task: not inside `with handle.route(...)`, where every sample has a task of its own")
         if task not in self.tasks:
             known = f"must be one of {', '.join(self.tasks)}" if self.tasks else "the model was patched without tasks"
             raise ValueError(f"task: {task!r} is unknown; {known}")
@@ -253,6 +269,10 @@ class Handle:
                 if (set_task := getattr(part, "set_task", None)) is not None:
                     set_task(task)
         self.active_task = task
+
+    def _routable(self) -> list[Any]:
+        """The parts of the adapters that know tasks."""
+        return [part for module in self._adapters() for part in module.modules() if hasattr(part, "set_route")]
 
     @contextlib.contextmanager
     def task(self, task: str) -> Iterator[Handle]:
@@ -268,8 +288,9 @@ class Handle:
     def route(self, task_ids: Sequence[str] | Tensor) -> Iterator[Handle]:
         """A batch that mixes tasks: inside the ``with`` block each sample gets the adapters of its own task, row for row what batches of one task give at the same padded length.
 
-        Every task's parameters get gradients, zero where no sample is of the task. Ids on a GPU are never read on the host: other mixes need no synchronisation and no other
-        compiled graph. With gradient checkpointing backward runs layers again: keep it inside the block. Methods whose adapters serve all tasks do the same as without.
+        `set_task` and `task` are refused inside. Every task's parameters get gradients, zero where no sample is of the task. Ids on a GPU are never read on the host: other mixes
+        need no synchronisation and no other compiled graph. With gradient checkpointing backward runs layers again: keep it inside the block. Methods whose adapters serve all
+        tasks do the same as without.
 
         Args:
             task_ids: a task's name for each sample, or an int64 tensor (batch,) of places in ``tasks``, on the model's device. Beams of a sample follow it.
@@ -277,17 +298,18 @@ class Handle:
         Raises:
             ValueError: a name or a place is unknown (places on a GPU are not read), or the model was patched without tasks.
             TypeError: neither names nor an int64 tensor of one dimension.
+            RuntimeError: unpatched.
         """
-        ids = self._places(task_ids)
-        parts = [part for module in self._adapters() for part in module.modules() if hasattr(part, "set_route")]
+        self._check_active()
+        ids, parts = self._places(task_ids), self._routable()
         before = [part.task_ids for part in parts]
         for part in parts:
-            part.set_route(ids)  # type: ignore[operator]
+            part.set_route(ids)
         try:
             yield self
         finally:
             for part, old in zip(parts, before, strict=True):
-                part.set_route(old)  # type: ignore[operator]
+                part.set_route(old)
 
     def _places(self, task_ids: Sequence[str] | Tensor) -> Tensor:
         if not self.tasks:
@@ -333,13 +355,33 @@ class Handle:
         finally:
             self._disabled -= 1
             if self._disabled == 0:
-                for swap in self._swaps:
-                    swap.owner.__class__ = swap.adapted
-                for hook in self._hooks:
-                    hook.enabled = True
                 for trained, now in zip(self._trained, self._kept, strict=True):
                     trained.put(now)
                 self._kept = []
+                self._enable()
+
+    def _enable(self) -> None:
+        for swap in self._swaps:
+            swap.owner.__class__ = swap.adapted
+        for hook in self._hooks:
+            hook.enabled = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._merged:
+            raise RuntimeError("model: cannot be copied or pickled inside `with handle.merged()`; copy it outside, and merge the copy")
+        if not self._disabled:
+            return self.__dict__
+        # Of a copy, which is inside no `with` block, modules that hold the handle are empty still when it is filled; their dictionaries of parameters are not.
+        puts = [(module._parameters, name, now) for trained, now in zip(self._trained, self._kept, strict=True) for module, name in trained.owners]
+        return {**self.__dict__, "_disabled": 0, "_kept": [], "_puts": puts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        puts = state.pop("_puts", None)
+        self.__dict__.update(state)
+        if puts is not None:
+            for parameters, name, now in puts:
+                parameters[name] = now
+            self._enable()
 
     def remember_base(self) -> None:
         """Takes the present values of the trained base tensors as the base's: for a model that was patched on the meta device and has got its weights since."""
@@ -356,13 +398,17 @@ class Handle:
             restore_base: also the values of the base tensors that were trained.
 
         Raises:
-            RuntimeError: already unpatched, inside `disabled`, base values unknown, or layers changed by somebody else; nothing is changed then.
+            RuntimeError: already unpatched, inside `disabled`, base values unknown or of other shapes than the tensors have now, or layers changed by somebody else; nothing is
+                changed then.
         """
         self._check_active()
         self._check_enabled("unpatch")
         self._check_untouched()
         if restore_base:
             self._check_base_known()
+            if reshaped := [t for t in self._trained if t.base is not None and t.base.shape != t.parameter.shape]:
+                was = ", ".join(f"{t.id} {tuple(t.base.shape)} -> {tuple(t.parameter.shape)}" for t in reshaped[:3])  # type: ignore[union-attr]
+                raise RuntimeError(f"restore_base: {len(reshaped)} tensors have another shape than before the patch ({was}); give it back, or unpatch without restore_base")
             with torch.no_grad():
                 for trained in self._trained:
                     if trained.base is not None:
@@ -396,7 +442,7 @@ class Handle:
     def merged(self) -> Iterator[None]:
         """As `merge`, inside the ``with`` block only, for inference at the base's own speed; afterwards the base's weights are the very ones they were.
 
-        Takes the memory of the merged weights. Do not train, move, save or unpatch the model inside the block.
+        Takes the memory of the merged weights. Do not train, move, copy, save or unpatch the model inside the block.
         """
         self._check_active()
         self._check_enabled("merge")
@@ -406,13 +452,14 @@ class Handle:
         try:
             for site, adapter, base in found:
                 _merge(site, adapter, base)
-            kept = [trained.base for trained in self._trained]
+            self._merged, kept = True, [trained.base for trained in self._trained]
             for trained in self._trained:  # what `disabled` takes for the base's
                 trained.base = trained.parameter
             try:
                 with self.disabled():
                     yield
             finally:
+                self._merged = False
                 for trained, was in zip(self._trained, kept, strict=True):
                     trained.base = was
         finally:
@@ -555,7 +602,7 @@ class Handle:
 
     def _check_enabled(self, what: str) -> None:
         if self._disabled:
-            raise RuntimeError(f"{what}: not inside `with handle.disabled()`")
+            raise RuntimeError(f"{what}: not inside `with handle.{'merged' if self._merged else 'disabled'}()`")
 
     def _check_untouched(self) -> None:
         for swap in self._swaps:
@@ -587,7 +634,7 @@ def patch(
         model: a transformers model with layers of a supported host anywhere inside (`fastadapt.hosts.table`), or with sub-blocks that have usual names, on any device, the meta
             device included.
         method: a name of `fastadapt.methods.available`, or a config of `fastadapt.methods`.
-        tasks: names of the tasks that `Handle.set_task` will accept; needed where the method has an adapter per task.
+        tasks: names of the tasks that `Handle.set_task` will accept, in an order that files keep (no set); needed where the method has an adapter per task.
         name: name of the patch, kept in reports and files.
         init: "repo", the published starting values, or "identity": the model's output stays exactly what it was.
         dtype: of the adapters' parameters; None: the base's, float32 if that is a half precision.
@@ -601,19 +648,23 @@ def patch(
         The handle: report, tasks, saving, switching off, unpatching.
 
     Raises:
-        ValueError: unknown method or init, a bad option, no site, or a model that is patched, compiled or wrapped already.
+        ValueError: unknown method or init, a bad option, layers or ``trained_modules`` that the model does not have, no site, or a model that is patched, compiled or wrapped
+            already.
         TypeError: unknown option, or an argument of the wrong type.
         fastadapt.patching.UnknownHostError: (a ValueError) no layer of the model is known, or this version's layer is not.
 
     A call that raises leaves the model as it was.
     """
-    return _patch(model, methods.config(method, **options), {}, tasks=tasks, name=name, init=init, dtype=dtype, fuse_residual=fuse_residual)
+    # A preset's layers are those of the published depth, of which a model may lack some.
+    strict = {"layers", "trained_modules"} if isinstance(method, MethodConfig) else options.keys()
+    return _patch(model, methods.config(method, **options), {}, strict, tasks=tasks, name=name, init=init, dtype=dtype, fuse_residual=fuse_residual)
 
 
 def _patch(
     model: nn.Module,
     config: MethodConfig,
     by_family: Mapping[str, MethodConfig],
+    strict: Collection[str],
     *,
     tasks: Sequence[str] | None,
     name: str,
@@ -621,7 +672,7 @@ def _patch(
     dtype: torch.dtype | None,
     fuse_residual: bool,
 ) -> Handle:
-    """`patch` with a config, or one for each family of published values."""
+    """`patch` with a config, or one for each family of published values; ``strict`` are the options that may name nothing that the model lacks."""
     _check_model(model, name)
     if init not in methods.INITS:
         raise ValueError(f"init: must be one of {', '.join(methods.INITS)}, not {init!r}")
@@ -629,19 +680,22 @@ def _patch(
         raise TypeError(f"dtype: must be a floating torch.dtype or None, not {dtype!r}")
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: must be a non-empty string, not {name!r}")
-    if isinstance(tasks, str) or not all(isinstance(t, str) and t for t in tasks or ()) or len(set(tasks or ())) != len(tasks or ()):
+    names = () if tasks is None else None if isinstance(tasks, (str, set, frozenset)) or not isinstance(tasks, Collection) else tuple(tasks)
+    if names is None or not all(isinstance(t, str) and t for t in names) or len(set(names)) != len(names):
         raise TypeError(f"tasks: must be a list of distinct names, not {tasks!r}")
+    fuse_residual = as_bool("fuse_residual", fuse_residual)
 
     config = config.selected()
     if config.layers is not None and not config.roles():
         raise ValueError(f"layers: {config.method} has no adapters that could be in some layers only")
     blocks, skipped, off = _select(model, config)
     labels = _labels(blocks)
+    _check_layers(config, blocks, labels, strict)
     live = [(path, block, host) for path, block, host in blocks if not _off(path, off)]
     if not live:
         raise ValueError(f"model: no layer of this {type(model).__name__} is left to patch: " + "; ".join(f"{path}: {why}" for path, why in off.items()))
     resolved = {family: by_family.get(family, config).resolved(family, init) for family in dict.fromkeys(host.defaults for _, _, host in live)}
-    handle = Handle(model, config, resolved, name, init, tuple(tasks or ()), tuple(skipped), bool(fuse_residual))
+    handle = Handle(model, config, resolved, name, init, names, tuple(skipped), fuse_residual)
     shared: dict[str, nn.Module] = {}
     for path, block, host in blocks:
         if why := _off(path, off):
@@ -652,10 +706,12 @@ def _patch(
     _build_stages(handle, model, blocks, labels, dtype, shared)
     _build_reparametrisation(handle, model, dtype)
     handle._trained = _trained(model, blocks, labels, resolved, off)
+    if "trained_modules" in strict:
+        _check_trained_modules(model, config, off)
     if any(config.add_biases for config in resolved.values()):
         _add_biases(handle, model, blocks, labels, off)
     if not handle._sites and (config.roles() or not handle._trained):
-        raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + "; ".join(f"{path}: {why}" for path, why in handle.skipped))
+        raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + _reasons(handle.skipped))
     handle._before = _Before(
         [(module, name, p.requires_grad) for module in model.modules() for name, p in module._parameters.items() if p is not None],
         [(module, module.training) for module in model.modules()],
@@ -722,6 +778,30 @@ def _select(model: nn.Module, config: MethodConfig) -> tuple[_Blocks, list[tuple
     return blocks, refused, off
 
 
+def _in_stack(path: str, host: hosts.Host) -> bool:
+    """Whether a block is one of a stack of layers; a projector is none, nor is a layer by itself."""
+    return host.family != vlm.FAMILY and any(part.isdigit() for part in path.split("."))
+
+
+def _check_layers(config: MethodConfig, blocks: _Blocks, labels: Mapping[str, str], strict: Collection[str]) -> None:
+    """Refuses ``layers`` that no stack in the ``towers`` has."""
+    depths = Counter(labels[path].rpartition(".")[0] for path, block, host in blocks if _in_stack(path, host) and (config.towers is None or host.tower(block) in config.towers))
+    unknown = [str(n) for n in config.layers or () if n >= max(depths.values(), default=0)]
+    # Of layers of which there is none, every method's adapters would be left out.
+    if unknown and ("layers" in strict or len(unknown) == len(config.layers or ())):
+        there = ", ".join(f"{stack} has 0 to {depth - 1}" for stack, depth in depths.items()) or "there is none here"
+        raise ValueError(f"layers: no stack has {_some(unknown)}; {there}")
+
+
+def _check_trained_modules(model: nn.Module, config: MethodConfig, off: Mapping[str, str]) -> None:
+    """Refuses names in ``trained_modules`` of nothing in the ``towers``."""
+    there = {part for path, _ in model.named_parameters(remove_duplicate=False) if not _off(path, off) for part in path.split(".")}
+    # The method's own names are those of modules that some models have.
+    if unknown := [name for name in config.trained_modules if name not in there and name not in type(config).trained_modules]:
+        where = "" if config.towers is None else f" in towers={list(config.towers)}"
+        raise ValueError(f"trained_modules: {', '.join(map(repr, unknown))} names no module of this {type(model).__name__} that has parameters{where}")
+
+
 def _roots(groups: Mapping[str, str]) -> dict[str, str]:
     """Of blocks that are of groups, the modules, as far up as possible, that hold blocks of one group only; with that group."""
     roots: dict[str, str] = {}
@@ -744,7 +824,7 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
     for place in host.places(block):
         owner, owner_path = block.get_submodule(place.owner), _join(path, place.owner)
         site_id, layer = f"{label}.{place.id}", int(label.rpartition(".")[2])
-        if why := _why_not(settings, host, place, owner_path, layer, off):
+        if why := _why_not(settings, host, place, owner_path, layer if _in_stack(path, host) else None, off):
             handle.skipped += ((site_id, why),)
             continue
         adapted = host.adapted_class(owner, place)
@@ -773,8 +853,8 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
     handle._swaps += swaps.values()
 
 
-def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path: str, layer: int, off: Mapping[str, str]) -> str | None:
-    """Why a place gets no adapter; None: it gets one.
+def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path: str, layer: int | None, off: Mapping[str, str]) -> str | None:
+    """Why a place in a layer, or in none, gets no adapter; None: it gets one.
 
     Raises:
         ValueError: the method's module reads the residual stream, which cannot be seen there.
@@ -783,7 +863,7 @@ def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path:
         return why
     if place.role not in settings.roles():
         return f"{settings.method} puts nothing there"
-    if settings.layers is not None and layer not in settings.layers:
+    if settings.layers is not None and layer is not None and layer not in settings.layers:
         return f"{settings.method} leaves out this layer"
     if place.behind and settings.reads_stream(place.role):
         if host.family == vlm.FAMILY:
@@ -827,6 +907,8 @@ def _build_stages(handle: Handle, model: nn.Module, blocks: _Blocks, labels: dic
             target = methods.Target(host.defaults, width, width, host.init(block), container, 0, handle.tasks, shared, getattr(stack, "embed_tokens", None))
             sites = [methods.StageSite(f"{side}.{s.id.split('.', 2)[2]}", int(s.id.split(".")[1]), s.module) for s in inside if s.id.count(".") >= 2]
             module = settings.build_stage(role, target, handle.init, sites, device=device, dtype=parameter_dtype)
+            if module is None:
+                continue
             module.train(stack.training)
             others = [path for path, (name, _, _) in stacks.items() if name != label and _parent(path) == _parent(container)]
             handle._sites.append(_Site(f"{label}.{role.partition('.')[2]}", container, slot, stack, module, base))
@@ -896,7 +978,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
             "fuse_residual": fuse_residual,
         }
         saved = {family: methods.config(config.get("method"), **values) for family, values in options.items()}  # type: ignore[arg-type]
-        handle = _patch(model, next(iter(saved.values())), saved, **common)
+        handle = _patch(model, next(iter(saved.values())), saved, (), **common)
     except TypeError as error:
         raise AdapterFileError(f"{os.fspath(directory)}: {error}") from error
     try:
@@ -1141,6 +1223,14 @@ def _difference(saved: Any, here: dict[str, dict[str, Any]]) -> str:
         if saved[family].get(name, here) != here[family].get(name, here)
     ]
     return "; ".join(parts)
+
+
+def _reasons(skipped: Sequence[tuple[str, str]]) -> str:
+    """Why places were left alone, each reason with the first of them."""
+    places: dict[str, list[str]] = {}
+    for path, why in skipped:
+        places.setdefault(why, []).append(path)
+    return "; ".join(f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {why}" for why, paths in places.items())
 
 
 def _some(names: Sequence[str]) -> str:

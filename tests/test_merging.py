@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -52,6 +54,20 @@ def test_merged_for_a_while(family: str) -> None:
         assert not any(type(site.owner).__module__.startswith("fastadapt") for site in handle._sites)
     assert_same(before, snapshot(model))
     assert torch.equal(logits(model), adapted)
+
+
+def test_no_copy_while_merged() -> None:
+    """It would have merged weights and adapters, with nothing to take the former out again."""
+    model, handle = patched("bart")
+    before, adapted = snapshot(model), logits(model)
+    with handle.merged():
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(RuntimeError, match=r"model: cannot be copied or pickled inside `with handle.merged\(\)`"):
+                copied(model)
+        with pytest.raises(RuntimeError, match=r"save: not inside `with handle.merged\(\)`"):
+            handle.save("/nonexistent")
+    assert_same(before, snapshot(model))
+    assert torch.equal(logits(copy.deepcopy(model)), adapted)
 
 
 def test_the_active_task_s_adapters() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import pickle
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastadapt
+from fastadapt import methods
 from fastadapt.hosts import roles
 from fastadapt.methods import VLAdapterConfig, VLPETConfig
 from fastadapt.patching import Handle, UnknownHostError, patch
@@ -60,9 +66,21 @@ def test_unpatch_restores_everything(family: str, method: str) -> None:
 @hosts
 def test_an_unpatched_handle_is_dead(family: str) -> None:
     model = tiny(family)
-    handle = patch(model, "vl_adapter")
+    handle = patch(model, "vl_adapter", tasks=["vqa"])
     handle.unpatch()
-    for use in (handle.unpatch, lambda: handle.report, lambda: handle.save("/nonexistent"), lambda: handle.disabled().__enter__()):
+    for use in (
+        handle.unpatch,
+        lambda: handle.report,
+        lambda: handle.save("/nonexistent"),
+        lambda: handle.disabled().__enter__(),
+        lambda: handle.set_task("vqa"),
+        lambda: handle.task("vqa").__enter__(),
+        lambda: handle.route(["vqa", "vqa"]).__enter__(),
+        handle.trainable_parameters,
+        handle.parameter_counts,
+        handle.print_trainable_parameters,
+        handle.reset_parameters,
+    ):
         with pytest.raises(RuntimeError, match="no longer patched"):
             use()
     with pytest.raises(ValueError, match="is not patched"):
@@ -227,6 +245,69 @@ def test_deepcopy_and_pickle(family: str, method: str) -> None:
     assert torch.equal(logits(model), out)
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize(
+    ("family", "method", "options"), [("bart", "vlpet", SMALL["vlpet"]), ("t5", "full", {}), ("t5", "prompt_tuning", {"prompt_mid": 4}), ("t5", "bitfit_t5", {})]
+)
+def test_a_copy_of_a_disabled_model_is_enabled(family: str, method: str, options: dict[str, Any], copied: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    """It is inside no block that could end. With a tensor of the model itself among those that are trained."""
+    model = tiny(family)
+    model.own = nn.Parameter(torch.zeros(2))
+    base = logits(model)
+    handle = patch(model, method, **options)
+    randomize(handle)
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter.add_(0.1)
+    adapted, state = logits(model), {name: t.clone() for name, t in model.state_dict().items()}
+    with handle.disabled():
+        other, held = copied(model), copied(nn.ModuleList([model]))[0]
+        assert torch.equal(logits(model), base)
+    for got in (other, held):
+        own = Handle.of(got)
+        assert torch.equal(logits(got), adapted) and all(torch.equal(t, state[name]) for name, t in got.state_dict().items())
+        assert {id(p) for p in own.trainable_parameters()}.isdisjoint(id(p) for p in model.parameters())
+        own.save(tmp_path)
+        with own.disabled():
+            assert torch.equal(logits(got), base)
+        own.unpatch(restore_base=True)
+        assert torch.equal(logits(got), base) and not any(roles.is_adapted(m) for m in got.modules())
+    assert torch.equal(logits(model), adapted)
+
+
+def test_the_handle_of_a_wrapped_model() -> None:
+    model = tiny("bart")
+    handle = patch(model, "vl_adapter")
+    for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
+        assert Handle.of(wrapped) is handle
+    handle.unpatch()
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        with pytest.raises(ValueError, match=f"model: this {type(wrapped).__name__} is not patched"):
+            Handle.of(wrapped)
+    with pytest.raises(TypeError, match=r"model: must be an nn.Module, not str"):
+        Handle.of("model")  # type: ignore[arg-type]
+
+
+def test_tensors_that_changed_shape_are_not_restored() -> None:
+    model = tiny("bart")
+    handle = patch(model, "full")
+    randomize(handle)
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter.add_(1)
+    norm = model.model.decoder.layernorm_embedding
+    norm.weight = nn.Parameter(torch.ones(40))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"restore_base: 1 tensors have another shape than before the patch \(decoder.layernorm_embedding.weight \(32,\) -> \(40,\)\)"):
+        handle.unpatch(restore_base=True)
+    assert Handle.of(model) is handle and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    handle.unpatch()
+
+
 def test_unpickled_in_another_process(tmp_path: Path) -> None:
     model = tiny("bart")
     randomize(patch(model, "vlpet", **SMALL["vlpet"]))
@@ -331,6 +412,9 @@ def test_unknown_names() -> None:
     refuses(model, TypeError, r"dtype: adapters of torch.bfloat16 over a base of torch.float32; must be that or float32", dtype=torch.bfloat16)
     refuses(model, TypeError, "tasks: must be a list of distinct names", tasks="vqa")
     refuses(model, TypeError, "tasks: must be a list of distinct names", tasks=["vqa", "vqa"])
+    refuses(model, TypeError, "tasks: must be a list of distinct names, not {'vqa'}", tasks={"vqa"})  # in no order
+    refuses(model, TypeError, "tasks: must be a list of distinct names, not 3", tasks=3)
+    refuses(model, TypeError, "tasks: must be a list of distinct names", tasks=(task for task in ("vqa", "gqa")))
     refuses(model, TypeError, "name: must be", name="")
     refuses(model, TypeError, "beside a VLPETConfig", VLPETConfig(rank=8), rank=8)
     with pytest.raises(TypeError, match=r"model: must be an nn.Module, not str"):
@@ -348,6 +432,50 @@ def test_bad_options() -> None:
     refuses(model, ValueError, "reduction_factor: must be an integer from 1 to the width 32, not 33", "vl_adapter", reduction_factor=33)
     refuses(model, ValueError, "layer_norms: must be one of", "vl_adapter", layer_norms="some")
     refuses(model, ValueError, "visual_embedding: must be", "vl_adapter", visual_embedding=1)
+
+
+@pytest.mark.parametrize("method", ["vl_adapter", "vlpet", "compacter", "low_rank_adapter", "lora", "hyperformer", "base_tuning", "uniadapter", "intrinsic_dimension"])
+def test_options_of_the_wrong_type(method: str) -> None:
+    """Every option that is a bool or a number; "False" would count as true."""
+    fields = {f.name: (f.type, f.default) for f in dataclasses.fields(methods.config(method))}
+    seen = {"bool": 0, "int": 0, "float": 0}
+    for name, (kind, _) in fields.items():
+        plain, _, optional = str(kind).partition(" | ")
+        if plain not in seen or optional not in ("", "None"):
+            continue
+        seen[plain] += 1
+        for wrong in ("False", "1", torch.tensor(1), 1 if plain == "bool" else True) + (() if plain != "int" else (1.5,)):
+            with pytest.raises(ValueError, match=f"^{name}: must be .* not {re.escape(repr(wrong))}$"):
+                patch(tiny("bart"), method, tasks=["vqa"], **{name: wrong})
+    assert seen["bool"] >= 5 and seen["int"] >= 3
+
+
+def test_numbers_of_numpy_are_pythons(tmp_path: Path) -> None:
+    model = tiny("bart")
+    options = {"biases": np.bool_(True), "rank": np.int64(4), "dropout": np.float32(0.25), "alpha": np.float64(2)}
+    handle = patch(model, "lora", fuse_residual=np.bool_(False), **options)  # type: ignore[arg-type]
+    assert [type(getattr(handle.config, name)) for name in options] == [bool, int, float, float] and handle.fuse_residual is False
+    train_a_step(model, handle)
+    handle.save(tmp_path)
+    assert fastadapt.load(tiny("bart"), tmp_path).resolved == handle.resolved
+    refuses(tiny("bart"), ValueError, "fuse_residual: must be True or False, not 'no'", fuse_residual="no")
+
+
+def test_layers_and_modules_that_are_nowhere() -> None:
+    model = tiny("bart", layers=(2, 3))
+    for method in ("vl_adapter", "hyperformer"):
+        refuses(model, ValueError, "^layers: no stack has 3, 7; encoder has 0 to 1, decoder has 0 to 2$", method, layers=[0, 3, 7], tasks=["vqa"])
+    refuses(model, ValueError, "^layers: no stack has 5, 6, 7, 8, 9, ...; encoder has 0 to 1", "adapterdrop")
+    refuses(model, ValueError, "^trained_modules: 'lm_haed' names no module of this BartForConditionalGeneration", "lora", trained_modules=("lm_haed", "fc1"))
+    # A stack may have none of them; what the published names lack is no mistake of the caller's.
+    handle = patch(model, "hyperformer", layers=[2], tasks=["vqa"], reduction_factor=4)
+    assert {name for name in handle.sites if "decoder" not in name} == set() and len(handle.sites) == 4
+    with handle.task("vqa"):
+        logits(model)
+    handle.unpatch()
+    handle = patch(tiny("t5", layers=6), "adapterdrop", reduction_factor=4)
+    assert {name.split(".")[1] for name in handle.sites} == {"5"}
+    assert len(patch(model, "lora", rank=2, biases=False, trained_modules=("fc1",)).report.trained_base) == 10
 
 
 def test_unknown_hosts() -> None:
@@ -374,7 +502,7 @@ def test_no_site() -> None:
         def roles(self) -> tuple[str, ...]:
             return ("decoder.feed_forward",)
 
-    refuses(encoder, ValueError, "has no site in this BartEncoder: .*encoder.0.self_attention: vl_adapter puts nothing there", Nowhere())
+    refuses(encoder, ValueError, r"has no site in this BartEncoder: encoder\.0\.self_attention and 7 more: vl_adapter puts nothing there$", Nowhere())
 
 
 def test_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +562,9 @@ def test_ddp() -> None:
     refuses(nn.parallel.DistributedDataParallel(model), ValueError, r"is wrapped \(DistributedDataParallel\)")
     # Patched first, it trains inside: no parameter is without a gradient.
     handle = patch(model, "vlpet", **SMALL["vlpet"])
-    nn.parallel.DistributedDataParallel(model)(**batch()).loss.backward()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(**batch()).loss.backward()
+    assert Handle.of(wrapped) is handle
     assert all(p.grad is not None for p in handle.trainable_parameters())
 
 

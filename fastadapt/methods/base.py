@@ -6,6 +6,7 @@ To add a method over existing modules and roles, write one file beside this one 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.nn import Init, PerTask, Prompt, share
+from fastadapt.nn.init import is_number, positive
 
 INITS = ("repo", "identity")
 LAYER_NORMS = ("all", "encoder", "none")
 TOWERS = ("text", "vision", "projector")
 SELECTORS = ("towers", "layers", "sites")
+
+FROM_ZERO = {"from_zero": True}
+"""Metadata of an integer option that may be zero; the others are positive."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Target:
 class MethodConfig:
     """Options of a method. A field that is None takes the value published for the host (``published``).
 
+    Fields of types bool, int and float, or None, hold Python's own, whether they were given so or as numpy's; the integers are positive unless `FROM_ZERO` is their metadata.
+
     Args:
         layer_norms: which of the host's layer norms are trained: "all", those of the "encoder", or "none".
         visual_embedding: train the module called ``visual_embedding``, where the model has one.
@@ -74,9 +81,13 @@ class MethodConfig:
         prompt_sharing: "single", one prompt for all tasks, or "multiple", one per task.
         towers: which parts of a vision-and-language model are patched, of "text", "vision" and "projector"; None: all that it has. Adapters, and base tensors that are trained,
             stay inside them; what is in no tower (an output layer) counts as text.
-        layers: the numbers of the layers of each stack, from 0, that get adapters (a list, or a range); None: all.
+        layers: the numbers of the layers of each stack, from 0, that get adapters (a list, or a range); None: all. What is in no stack, a projector for instance, gets its adapter
+            all the same.
         sites: for models that no host is registered for, or in place of the registered sites: {role: pattern}, where the pattern matches the whole path of ``nn.Linear`` modules
             ("model.layers.[0-9]+.mlp.down_proj"). Behind each goes an adapter, beside it for a ".query" or ".value" role; none there sees the residual stream.
+
+    Raises:
+        ValueError: a field's value is not of its type.
     """
 
     method: ClassVar[str]
@@ -90,14 +101,22 @@ class MethodConfig:
     lm_head: bool = False
     language_model: bool = False
     trained_modules: tuple[str, ...] = ()
-    encoder_prompt: int = 0
-    decoder_prompt: int = 0
+    encoder_prompt: int = field(default=0, metadata=FROM_ZERO)
+    decoder_prompt: int = field(default=0, metadata=FROM_ZERO)
     prompt_mid: int | None = 800
     prompt_start: Literal["random", "tokens"] = "random"
     prompt_sharing: Literal["single", "multiple"] = "single"
     towers: tuple[str, ...] | None = None
     layers: Sequence[int] | None = None
     sites: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            name = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))  # a string where annotations are not evaluated
+            kind, _, optional = name.partition(" | ")
+            value = getattr(self, f.name)
+            if kind in ("bool", "int", "float") and optional in ("", "None") and not (optional and value is None):
+                object.__setattr__(self, f.name, checked(f.name, kind, value, " or None" if optional else "", f.metadata.get("from_zero", False)))
 
     def resolved(self, family: str, init: str) -> Self:
         """The config with every None replaced by what is published for ``family``; checked.
@@ -111,11 +130,8 @@ class MethodConfig:
         config = dataclasses.replace(self, **fill)
         if config.layer_norms not in LAYER_NORMS:
             raise ValueError(f"layer_norms: must be one of {', '.join(LAYER_NORMS)}, not {config.layer_norms!r}")
-        for name in ("visual_embedding", "biases", "add_biases", "lm_head", "language_model"):
-            if not isinstance(value := getattr(config, name), bool):
-                raise ValueError(f"{name}: must be True or False, not {value!r}")
         for name in ("encoder_prompt", "decoder_prompt"):
-            if isinstance(value := getattr(config, name), bool) or not isinstance(value, int) or value < 0:
+            if (value := getattr(config, name)) < 0:
                 raise ValueError(f"{name}: must be a number of prompt vectors, 0 for none, not {value!r}")
             if value and init == "identity":
                 raise ValueError(f"init: 'identity' is impossible with {name}={value}: the vectors are attended to whatever they are")
@@ -180,8 +196,8 @@ class MethodConfig:
         lengths = {"encoder.prompt": self.encoder_prompt, "decoder.prompt": self.decoder_prompt}
         return tuple(role for role, length in lengths.items() if length)
 
-    def build_stage(self, role: str, target: Target, init: str, sites: Sequence[StageSite], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The module of one stack, whose layers have ``sites``; the config is a resolved one."""
+    def build_stage(self, role: str, target: Target, init: str, sites: Sequence[StageSite], *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+        """The module of one stack, whose layers have ``sites``, or None to leave it; the config is a resolved one."""
         length = self.encoder_prompt if role == "encoder.prompt" else self.decoder_prompt
         start = {"init": target.init, "table": target.table if self.prompt_start == "tokens" else None}
         return per_task(self.prompt_sharing, target, lambda: Prompt(length, target.width, self.prompt_mid, **start, device=device, dtype=dtype))  # type: ignore[arg-type]
@@ -193,6 +209,38 @@ class MethodConfig:
             tensors: all tensors of the base, in the model's order.
         """
         return None
+
+
+def checked(name: str, kind: str, value: Any, or_none: str = "", from_zero: bool = False) -> Any:
+    """The value of an option of type bool, int or float as Python's own.
+
+    Raises:
+        ValueError: it is not of that type.
+    """
+    if kind == "bool":
+        return as_bool(name, value, or_none)
+    if kind == "float":
+        if not is_number(value):
+            raise ValueError(f"{name}: must be a finite number{or_none}, not {value!r}")
+        return value if type(value) in (int, float) else float(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = int(value)
+    if not from_zero:
+        positive(**{name: value})
+    elif type(value) is not int:
+        raise ValueError(f"{name}: must be an integer, 0 or more, not {value!r}")
+    return value
+
+
+def as_bool(name: str, value: Any, or_none: str = "") -> bool:
+    """A bool of Python's or numpy's as Python's.
+
+    Raises:
+        ValueError: it is something else, such as "False", which would count as true.
+    """
+    if not isinstance(value, bool) and (type(value).__module__, type(value).__name__) not in (("numpy", "bool"), ("numpy", "bool_")):
+        raise ValueError(f"{name}: must be True or False{or_none}, not {value!r}")
+    return bool(value)
 
 
 class BaseTensor(NamedTuple):

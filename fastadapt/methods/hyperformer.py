@@ -58,9 +58,11 @@ class HyperformerConfig(MethodConfig):
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         return GeneratedBottleneck(target.width, self._rank(target.width), activation=self.activation)
 
-    def build_stage(self, role: str, target: Target, init: str, sites: Sequence[StageSite], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def build_stage(self, role: str, target: Target, init: str, sites: Sequence[StageSite], *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         if not role.endswith(".hypernetwork"):
             return super().build_stage(role, target, init, sites, device=device, dtype=dtype)
+        if not sites:  # ``layers`` may leave out all of a stack
+            return None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         embeddings: Any = target.shared.get("task embeddings")
         if embeddings is None:

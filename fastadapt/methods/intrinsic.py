@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
 
-from fastadapt.methods.base import BaseTensor, MethodConfig, Reparametrisation
+from fastadapt.methods.base import FROM_ZERO, BaseTensor, MethodConfig, Reparametrisation
 from fastadapt.nn import IntrinsicDimension
 
 
@@ -40,16 +40,13 @@ class IntrinsicDimensionConfig(MethodConfig):
     said: bool = True
     published_gradient: bool = False
     tied_output: bool = False
-    seed: int = 0
+    seed: int = field(default=0, metadata=FROM_ZERO)
 
     def resolved(self, family: str, init: str) -> Self:
         if self.add_biases:
             raise ValueError("add_biases: not with an intrinsic dimension, which moves the tensors that the base has")
         if self.towers is not None:
             raise ValueError("towers: not with an intrinsic dimension, which moves the whole base")
-        for name in ("said", "published_gradient", "tied_output"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name}: must be True or False, not {value!r}")
         return super().resolved(family, init)
 
     def roles(self) -> tuple[str, ...]:

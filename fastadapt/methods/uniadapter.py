@@ -69,9 +69,6 @@ class UniAdapterConfig(MethodConfig):
             raise ValueError("layer_norms: must be 'all' or 'none'; BLIP has no one encoder")
         if self.encoder_prompt or self.decoder_prompt:
             raise ValueError("encoder_prompt, decoder_prompt: must be 0; there are no prompts for BLIP")
-        for name in ("learnable_scale", *_BLOCKS.values(), "train_cross_norm", "init_adapter_weights"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name}: must be True or False, not {value!r}")
         return super().resolved(family, init)
 
     def roles(self) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -61,17 +60,14 @@ class VLAdapterConfig(MethodConfig):
 
     def resolved(self, family: str, init: str) -> Self:
         config = super().resolved(family, init)
-        for name in (*_SUBLAYERS, "decoder"):
-            if not isinstance(value := getattr(config, name), bool):
-                raise ValueError(f"{name}: must be True or False, not {value!r}")
         if not config.roles():
             raise ValueError("self_attention: must be True where cross_attention (of a decoder) and feed_forward are not, or there is no adapter")
         if config.reads not in READS:
             raise ValueError(f"reads: must be one of {', '.join(READS)}, not {config.reads!r}")
         if config.reads == "sum" and family not in ("bart", "t5"):
             raise ValueError(f"reads: 'sum' is known on BART- and T5-like hosts, not on {family}, since others have their layer norms elsewhere")
-        if (std := config.std) is not None and (isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 < std < math.inf):
-            raise ValueError(f"std: must be a positive number or None, not {std!r}")
+        if config.std is not None and config.std <= 0:
+            raise ValueError(f"std: must be a positive number or None, not {config.std!r}")
         return config
 
     def roles(self) -> tuple[str, ...]:

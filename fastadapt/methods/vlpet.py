@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from fastadapt.methods.base import MethodConfig, Target, per_task
+from fastadapt.methods.base import MethodConfig, Target, checked, per_task
 from fastadapt.methods.compacter import CompacterConfig, LowRankAdapterConfig
 from fastadapt.methods.lora import LoRAConfig
 from fastadapt.methods.vl_adapter import VLAdapterConfig
@@ -24,6 +24,11 @@ DECODER = (*_VALUES, "key_value", *_SEQUENTIAL, "multihead", "feed_forward_ia3")
 _ENCODER_ROLES = ("encoder.self_attention", "encoder.feed_forward")
 # The last layer of each gate. At zero, its logistic is 1/2 and middleY's 1 + v is 1.
 _GATE_ENDS = ("gate_up", "gate", "gate_vector")
+
+
+def _each(name: str, kind: str, values: Any) -> Any:
+    """`checked` of an option that may be one value or several."""
+    return tuple(checked(name, kind, value) for value in values) if isinstance(values, Sequence) and not isinstance(values, str) else checked(name, kind, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,15 +139,14 @@ class VLPETConfig(MethodConfig):
         for name, known in (("granularity", GRANULARITIES), ("adapter", ADAPTERS), ("combine", ("multiply", "add")), ("sharing", ("single", "multiple"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; must be one of {', '.join(known)}")
-        ranks, scales = self.decoder_ranks, self.adapter_scale
+        made = self._adapter()
         config = dataclasses.replace(
             self,
             decoder=parts,
-            adapter_options=dict(self.adapter_options),
-            decoder_ranks=ranks if ranks is None or isinstance(ranks, int) else tuple(ranks),
-            adapter_scale=tuple(scales) if isinstance(scales, (tuple, list)) else scales,  # type: ignore[arg-type]
+            adapter_options={} if made is None else {name: getattr(made, name) for name in self.adapter_options},
+            decoder_ranks=None if self.decoder_ranks is None else _each("decoder_ranks", "int", self.decoder_ranks),
+            adapter_scale=_each("adapter_scale", "float", self.adapter_scale),
         )
-        config._adapter()
         for name, (used, why) in config._ranks().items():
             if getattr(config, name) is not None and not used:
                 raise ValueError(f"{name}: {why}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn.init import TORCH, Init, linear, positive, weights
+from fastadapt.nn.init import TORCH, Init, is_number, linear, positive, weights
 from fastadapt.nn.projections import Projection, low_rank_phm
 
 
@@ -243,5 +242,5 @@ def check_projections(width: int, rank: int, heads: int, pair: bool, activation:
 
 def check_scales(**scales: float) -> None:
     for name, value in scales.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not is_number(value):
             raise ValueError(f"{name}: must be a finite number, not {value!r}")

@@ -184,6 +184,9 @@ class HyperNetwork(nn.Module):
                 self.add_module(f"{prefix}{side}_layernorm_hypernet", nn.ModuleDict({f"{kind}_generator": linear(projected, width) for kind in ("weight", "bias")}))
         self.reset_parameters()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "task_ids": None}  # as in `PerTask`
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the starting values again: the rule ``init``'s std (torch's default rule has 0.01 here) and zero biases; N(0, 1) for torch's embeddings."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -72,3 +73,19 @@ def positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: must be a positive integer, not {value!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number of Python or numpy; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def probability(name: str, value: float) -> float:
+    """A dropout probability, as a Python number.
+
+    Raises:
+        ValueError: it is no number from 0 to below 1.
+    """
+    if not is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: must be from 0 to below 1, not {value!r}")
+    return float(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn.init import linear, positive, weights
+from fastadapt.nn.bottleneck import check_scales
+from fastadapt.nn.init import linear, positive, probability, weights
 
 
 class LoRA(nn.Module):
@@ -42,11 +42,8 @@ class LoRA(nn.Module):
     ) -> None:
         super().__init__()
         positive(in_features=in_features, out_features=out_features, rank=rank)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: must be from 0 to below 1, not {dropout!r}")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"alpha: must be a finite number, not {alpha!r}")
-        self.rank, self.alpha, self.dropout = rank, float(alpha), dropout
+        check_scales(alpha=alpha)
+        self.rank, self.alpha, self.dropout = rank, float(alpha), probability("dropout", dropout)
         self.lora_A = linear(in_features, rank, False, device=device, dtype=dtype)
         self.lora_B = linear(rank, out_features, False, device=device, dtype=dtype)
         self.reset_parameters()

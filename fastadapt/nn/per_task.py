@@ -64,6 +64,10 @@ class PerTask(nn.Module):
         """Gives each sample of the batches to come its task, by its place among ``adapters``, int64, (batch,); None: all samples are of the selected task again."""
         self.task_ids = task_ids
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no `with handle.route(...)`.
+        return {**self.__dict__, "task_ids": None}
+
     def reset_parameters(self) -> None:
         """Draws the starting values of all tasks again."""
         for adapter in self.adapters.values():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_scales
-from fastadapt.nn.init import Init, linear, positive
+from fastadapt.nn.init import Init, linear, positive, probability
 from fastadapt.nn.projections import once
 
 MODES = ("text", "visual", "multimodal")
@@ -67,11 +67,9 @@ class UniAdapter(nn.Module):
         super().__init__()
         positive(width=width, rank=rank)
         check_scales(scale=scale)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: must be from 0 to below 1, not {dropout!r}")
         if layer_norm not in LAYER_NORMS:
             raise ValueError(f"layer_norm: must be one of {', '.join(LAYER_NORMS)}, not {layer_norm!r}")
-        self.dropout, self.layer_norm, self.init = dropout, layer_norm, init
+        self.dropout, self.layer_norm, self.init = probability("dropout", dropout), layer_norm, init
         self._start = float(scale)
         self.scale: float | nn.Parameter = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learnable_scale else float(scale)
         self.adapter_layer_norm_before = None if layer_norm == "none" else nn.LayerNorm(width, device=device, dtype=dtype)

@@ -38,7 +38,8 @@ def track_z(handle: Handle, sites: Callable[[str], bool] = lambda site: True) ->
     r"""VL-Adapter's z-regulariser (``--track_z --lambda_z 0.001``): :math:`loss + \lambda\, mean_k\, mean(z_k^2)`, with :math:`z_k = \phi(h W_d^\top + b_d)` of adapter k.
 
     The fused operation does not give z away: inside the block every adapter's down-projection is computed a second time. Of a site that runs more than once the last run counts, as
-    in the published code; with Hyperformer on BART that code counts the feed-forward sites only (``sites=lambda s: s.endswith("feed_forward")``).
+    in the published code; with Hyperformer on BART that code counts the feed-forward sites only (``sites=lambda s: s.endswith("feed_forward")``). Batches that mix tasks
+    (`Handle.route`), whose z no module sees, are refused inside the block.
 
     Args:
         handle: of a model patched with adapters behind sub-layers.
@@ -46,6 +47,7 @@ def track_z(handle: Handle, sites: Callable[[str], bool] = lambda site: True) ->
 
     Raises:
         ValueError: no site counts.
+        RuntimeError: in the model's forward, inside `Handle.route`.
 
     >>> with track_z(handle) as z:  # doctest: +SKIP
     ...     loss = model(**batch).loss + z.penalty(0.001)
@@ -55,7 +57,7 @@ def track_z(handle: Handle, sites: Callable[[str], bool] = lambda site: True) ->
     for site, module in handle.sites.items():
         adapters = list(module.adapters.values()) if isinstance(module, PerTask) else [module]  # type: ignore[arg-type]
         if sites(site) and isinstance(adapters[0], kinds) and not isinstance(adapters[0], ValueParallelAdapter):
-            hooks += [adapter.register_forward_pre_hook(_recorder(tracked, site)) for adapter in adapters]
+            hooks += [module.register_forward_pre_hook(_not_routed), *(adapter.register_forward_pre_hook(_recorder(tracked, site)) for adapter in adapters)]
     if not hooks:
         raise ValueError("sites: the handle's model has no bottleneck adapter behind a sub-layer that counts")
     try:
@@ -63,6 +65,12 @@ def track_z(handle: Handle, sites: Callable[[str], bool] = lambda site: True) ->
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _not_routed(module: Any, inputs: tuple[Any, ...]) -> None:
+    of = module.weights if isinstance(module, GeneratedBottleneck) else module
+    if getattr(of, "task_ids", None) is not None:
+        raise RuntimeError("track_z: does not see what adapters do in a batch that mixes tasks (`with handle.route(...)`); use batches of one task, with handle.task(...)")
 
 
 def _recorder(tracked: Tracked, site: str) -> Callable[[Any, tuple[Any, ...]], None]:

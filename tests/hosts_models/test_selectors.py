@@ -104,10 +104,21 @@ def test_layer_norms_of_one_family_alone() -> None:
 def test_layers(method: str) -> None:
     options: dict[str, Any] = {"vl_adapter": R4, "vlpet": {"rank": 8, "gate_rank": 4}, "lora": {"rank": 2}}[method]
     model = tiny("llava")
-    handle = patch(model, method, layers=range(1, 5), towers=["text", "vision"], **options)
+    handle = patch(model, method, layers=range(1, 3), towers=["text", "vision"], **options)
     assert {name.split(".")[1] for name in handle.sites} == {"1"} and stacks(handle) == ["vision", "language"]
-    assert handle.resolved["other hosts"].layers == (1, 2, 3, 4)
+    assert handle.resolved["other hosts"].layers == (1, 2)
     assert any(why == f"{handle.config.method} leaves out this layer" for _, why in handle.skipped)
+
+
+def test_layers_keep_what_is_in_no_stack(tmp_path: Path) -> None:
+    """A projector has no layers; it stays with any of the others', and so it does in a file."""
+    model = tiny("llava")
+    handle = patch(model, "vl_adapter", layers=range(1, 2), towers=["text", "projector"], **R4)
+    assert set(handle.sites) == {"language.1.self_attention", "language.1.feed_forward", "projector.0.feed_forward"}
+    handle.save(tmp_path)
+    assert set(patching.load(tiny("llava"), tmp_path).sites) == set(handle.sites)
+    handle = patch(tiny("llama"), "vl_adapter", layers=[1], sites={"encoder.feed_forward": r".*\.down_proj|lm_head"}, **R4)
+    assert [s.path.rpartition(".")[0] for s in handle.report.sites] == ["model.layers.1.mlp.down_proj", "lm_head"]
 
 
 def test_bad_selectors() -> None:
@@ -120,7 +131,12 @@ def test_bad_selectors() -> None:
         ({"layers": "0"}, "layers: must be numbers of layers, from 0, or None for all, not '0'"),
         ({"layers": range(0)}, "layers: must be numbers of layers"),
         ({"layers": [-1]}, r"layers: must be numbers of layers, from 0, or None for all, not \[-1\]"),
-        ({"layers": [7]}, "has no site in this LlavaForConditionalGeneration: .*language.0.self_attention: vl_adapter leaves out this layer"),
+        ({"layers": [0, 7]}, "layers: no stack has 7; vision has 0 to 2, language has 0 to 1"),
+        ({"layers": [2], "towers": ["text", "projector"]}, "layers: no stack has 2; language has 0 to 1"),
+        ({"layers": [0], "towers": ["projector"]}, "layers: no stack has 0; there is none here"),
+        ({"trained_modules": ["lm_haed"]}, "trained_modules: 'lm_haed' names no module of this LlavaForConditionalGeneration that has parameters"),
+        ({"trained_modules": ["lm_head"], "towers": ["vision"]}, r"trained_modules: 'lm_head' names no module .* in towers=\['vision'\]"),
+        ({"layers": [7]}, "layers: no stack has 7; vision has 0 to 2, language has 0 to 1"),
     ):
         with pytest.raises(ValueError, match=match):
             patch(model, "vl_adapter", **options)  # type: ignore[arg-type]

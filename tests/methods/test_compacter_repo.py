@@ -482,7 +482,7 @@ def test_the_model_saves_without_projections() -> None:
     [
         ("houlsby", {"layers": []}, r"layers: must be numbers of layers, from 0, or None for all, not \[\]"),
         ("houlsby", {"layers": [-1]}, r"layers: must be numbers of layers, from 0, or None for all, not \[-1\]"),
-        ("houlsby", {"layers": [9]}, "model: vl_adapter has no site in this T5ForConditionalGeneration"),
+        ("houlsby", {"layers": [9]}, "layers: no stack has 9; encoder has 0 to 1, decoder has 0 to 1"),
         ("houlsby", {"self_attention": 1}, "self_attention: must be True or False, not 1"),
         ("houlsby", {"self_attention": False, "feed_forward": False}, "self_attention: must be True where"),
         ("houlsby", {"std": 0.0}, "std: must be a positive number or None, not 0.0"),

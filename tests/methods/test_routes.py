@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -187,3 +188,19 @@ def test_a_demanded_backend_runs_or_says_why() -> None:
     model, handle = patched("bart", "multiple, plain", torch.float32)
     with backend.use("triton"), handle.route(MIX), pytest.raises(backend.BackendError, match="routed_bottleneck"):
         model(**batch())
+
+
+@pytest.mark.parametrize("variant", ["multiple, plain", "hyperformer"])
+def test_one_task_inside_a_route(variant: str) -> None:
+    """A selected task would change nothing there, so it is refused; a copy is inside no route."""
+    model, handle = patched("bart", variant)
+    handle.set_task(TASKS[0])
+    alone = model(**batch()).logits
+    with handle.route(MIX):
+        mixed, copied = model(**batch()).logits, copy.deepcopy(model)
+        for select in (handle.set_task, lambda task: handle.task(task).__enter__()):
+            with pytest.raises(RuntimeError, match=r"task: not inside `with handle.route\(...\)`, where every sample has a task of its own"):
+                select(TASKS[1])
+        assert torch.equal(model(**batch()).logits, mixed)
+    assert not torch.equal(mixed, alone)
+    assert handle.active_task == TASKS[0] and torch.equal(model(**batch()).logits, alone) and torch.equal(copied(**batch()).logits, alone)

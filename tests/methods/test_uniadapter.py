@@ -176,7 +176,7 @@ def test_options_reach_the_modules() -> None:
         ({"init_adapter_weights": None}, "init_adapter_weights: must be True or False"),
         ({"layer_norm": "middle"}, "layer_norm: must be one of in, out, none"),
         ({"rank": 0}, "rank: must be a positive integer"),
-        ({"key_value_rank": 0}, "rank: must be a positive integer"),
+        ({"key_value_rank": 0}, "key_value_rank: must be a positive integer"),
         ({"dropout": -0.1}, "dropout: must be from 0"),
         ({"frames": 0}, "frames: must be a positive integer"),
         ({"visual": False, "textual": False, "multimodal": False, "key_value_rank": None}, "has no site"),

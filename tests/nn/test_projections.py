@@ -297,6 +297,8 @@ def test_only_the_selected_task_gets_gradients() -> None:
         (lambda: PHMLinear(8, 8, 0), ValueError, "division: must be a positive integer, not 0"),
         (lambda: LowRankLinear(8, 8, 0), ValueError, "rank: must be a positive integer, not 0"),
         (lambda: LoRA(8, 8, 4, dropout=1.0), ValueError, "dropout: must be from 0 to below 1, not 1.0"),
+        (lambda: LoRA(8, 8, 4, dropout=False), ValueError, "dropout: must be from 0 to below 1, not False"),
+        (lambda: LoRA(8, 8, 4, dropout="0.1"), ValueError, "dropout: must be from 0 to below 1, not '0.1'"),  # type: ignore[arg-type]
         (lambda: LoRA(8, 8, 4, alpha=math.nan), ValueError, "alpha: must be a finite number, not nan"),
         (lambda: MergedLoRA(8, 9, 4, enabled=(True, False)), ValueError, r"enabled: must have a true part, and as many parts as divide out_features 9, not \(True, False\)"),
         (lambda: MergedLoRA(8, 9, 4, enabled=(False,) * 3), ValueError, "enabled: must have a true part"),

@@ -226,6 +226,7 @@ def test_frame_weights() -> None:
         (lambda: UniAdapter(0), "width: must be a positive integer, not 0"),
         (lambda: UniAdapter(8, 0), "rank"),
         (lambda: UniAdapter(8, 4, dropout=1.0), "dropout: must be from 0 to below 1"),
+        (lambda: UniAdapter(8, 4, dropout=False), "dropout: must be from 0 to below 1, not False"),
         (lambda: UniAdapter(8, 4, scale=float("nan")), "scale: must be a finite number"),
         (lambda: UniAdapter(8, 4, layer_norm="before"), "layer_norm: must be one of in, out, none"),  # type: ignore[arg-type]
         (lambda: UniAdapter(8, 4)(torch.zeros(2, 8), mode="cross"), "mode: must be one of text, visual, multimodal, not 'cross'"),  # type: ignore[arg-type]

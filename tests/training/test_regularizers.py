@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,3 +71,13 @@ def test_errors() -> None:
     handle.unpatch()
     with track_z(patch(model, "vl_adapter", reduction_factor=4)) as z, pytest.raises(RuntimeError, match="no adapter has run"):
         z.penalty()
+
+
+@pytest.mark.parametrize(("method", "options"), [("vl_adapter", {"sharing": "multiple"}), ("hyperformer", {"task_dim": 8, "hidden_dim": 8})])
+def test_batches_that_mix_tasks_are_refused(method: str, options: dict[str, Any]) -> None:
+    model = tiny("bart")
+    handle = patch(model, method, reduction_factor=4, tasks=["vqa", "gqa"], **options)
+    with track_z(handle), handle.route(["vqa", "gqa"]), pytest.raises(RuntimeError, match="track_z: does not see what adapters do in a batch that mixes tasks"):
+        model(**batch())
+    with handle.route(["vqa", "gqa"]):
+        model(**batch())
