@@ -66,7 +66,7 @@ class PerTask(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no `with handle.route(...)`.
-        return {**self.__dict__, "task_ids": None}
+        return {**self.__dict__, "task_ids": None, "_ran": None}
 
     def reset_parameters(self) -> None:
         """Draws the starting values of all tasks again."""

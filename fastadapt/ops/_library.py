@@ -41,9 +41,7 @@ def refuse_double_backward(name: str) -> None:
     """Gives a backward op an autograd formula that raises, where torch would otherwise return wrong or zero second derivatives."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"fastadapt: double backward of {name} is not supported; torch.func.grad and its like, under which fastadapt's functions are plain torch, can be nested"
-        )
+        raise RuntimeError(f"fastadapt: double backward of {name} is not supported; torch.func.grad and its like, under which fastadapt's functions are plain torch, can be nested")
 
     torch.library.register_autograd(f"fastadapt::{name}_backward", backward, lib=LIBRARY)
 
