@@ -37,6 +37,12 @@ _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # moved, is sure; calibrated times are better.
 MARGIN, MARGIN_CALIBRATED = 1.25, 1.05
 
+# Short names of dtypes, as the command line has them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+# Compute capabilities that NVIDIA's devices have. Those below 8.0 have no kernels, and a name that is none of these is a mistake.
+ARCHITECTURES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
+
 
 class BackendError(RuntimeError):
     """A backend was demanded that cannot run the call."""
@@ -136,7 +142,7 @@ class Explanation:
         known = self.estimates[self.chosen]
         calibrated = sorted({e.basis for e in self.estimates.values()} - {"modelled"})
         if not calibrated:
-            return f"times modelled for {known.device}, not measured"
+            return f"times modelled for {known.device}, which stands for sm_{self.call.arch}, not measured"
         return f"times {', '.join(calibrated)}; modelled for {known.device} where a backend has no calibration"
 
     def __str__(self) -> str:
@@ -170,6 +176,7 @@ class Explanation:
 
 
 _plans: dict[str, Plan] = {}
+_doors: dict[str, Callable[[Call], None]] = {}
 _ran: Counter[tuple[str, str, str]] = Counter()
 _counters: list[Callable[[bool], dict[tuple[str, str, str], int]]] = []
 _warned: set[str] = set()
@@ -183,7 +190,14 @@ def index(name: str) -> int:
     return NAMES.index(name)
 
 
-_default = index(os.environ.get("FASTADAPT_BACKEND", "auto"))
+def _demanded_by_environment() -> int:
+    try:
+        return index(os.environ.get("FASTADAPT_BACKEND", "auto"))
+    except ValueError as error:
+        raise ValueError(f"environment variable FASTADAPT_BACKEND: {error}") from None
+
+
+_default = _demanded_by_environment()
 _demand: ContextVar[int] = ContextVar("fastadapt_backend", default=_default)
 # What torch.compile reads: it cannot trace a ContextVar, and it guards on a module global, so a compiled function is compiled again when the demand changes. A `use` in one
 # thread is therefore seen by a compilation that runs in another at the same time.
@@ -224,6 +238,11 @@ def register(op: str, plan: Plan) -> None:
     _plans[op] = plan
 
 
+def register_door(op: str, door: Callable[[Call], None]) -> None:
+    """Tells `explain` what raises for a call that no arguments of an op's function make: of other options, or of sizes that the function refuses."""
+    _doors[op] = door
+
+
 @functools.cache
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
@@ -237,42 +256,71 @@ def architecture(device: torch.device) -> int:
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def named_architecture(name: object) -> int:
+    """The compute capability that a name such as ``"sm_90"`` or ``"sm_90a"`` stands for; 0 where it is no such name.
+
+    Raises:
+        ValueError: no device has it.
+    """
+    named = re.fullmatch(r"sm_?(\d+)[af]?", str(name))
+    if named and int(named[1]) not in ARCHITECTURES:
+        raise ValueError(f"device: unknown architecture {str(name)!r}: must be one of {', '.join(f'sm_{arch}' for arch in ARCHITECTURES)}")
+    return int(named[1]) if named else 0
+
+
 def explain(
     op: str,
     *,
     rows: int,
     width: int,
     rank: int = 0,
-    dtype: torch.dtype = torch.float32,
-    param_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    param_dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     **options: Any,
 ) -> Explanation:
     """Which backend would run a call under the present demand, why the others would not, and on a CUDA device what each is predicted to take.
 
     Args:
-        op: an op of `fastadapt.functional`.
+        op: an op of `fastadapt.functional`; a call of `multimodal_bottleneck` is one of "bottleneck".
         rows: T, all leading dimensions together.
         width: D.
         rank: R; 0 of an op without one.
-        dtype: of the activations.
+        dtype: of the activations; also "fp32", "bf16", "fp16" or "fp64", as on the command line.
         param_dtype: of the parameters, by default that of the activations.
         device: a torch device, or an architecture such as ``"sm_90"``, which need not be here: the answer is then of any machine that has it, with what this one lacks beside it.
         options: of the op, such as ``granularity="large", gate_rank=96``.
 
     Raises:
-        ValueError: the op or the architecture is unknown.
+        TypeError: the op has no such option, or a dtype is none.
+        ValueError: the op, the device or the architecture is unknown, or the op takes no such sizes or values of its options.
         BackendError: the demanded backend cannot run the call.
 
     >>> print(fastadapt.backend.explain("bottleneck", rows=4096, width=768, rank=96, dtype=torch.bfloat16, device="sm_90"))  # doctest: +SKIP
     """
     if op not in _plans:
         raise ValueError(f"unknown op {op!r}: must be one of {', '.join(sorted(_plans))}")
-    shape = (op, "cuda", dtype, param_dtype or dtype, rows, width, rank, tuple(sorted(options.items())))
-    if named := re.fullmatch(r"sm_?(\d{2,3})[a-z]?", str(device)):
-        return _explain(Call(*shape, int(named[1])), demand(), True)
-    where = torch.device(device)
-    return _explain(Call(*shape, architecture(where))._replace(device=where.type), demand())
+    for name, value, least in (("rows", rows, 0), ("width", width, 1), ("rank", rank, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: must be a whole number from {least} on, not {value!r}")
+    dtype = _dtype("dtype", dtype)
+    param_dtype = dtype if param_dtype is None else _dtype("param_dtype", param_dtype)
+    named = named_architecture(device)
+    try:
+        where = torch.device("cuda" if named else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: must be a torch device or an architecture such as 'sm_90', not {device!r}") from None
+    call = Call(op, where.type, dtype, param_dtype, rows, width, rank, tuple(sorted(options.items())), named or architecture(where))
+    if op in _doors:
+        _doors[op](call)
+    return _explain(call, demand(), bool(named))
+
+
+def _dtype(name: str, dtype: torch.dtype | str) -> torch.dtype:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise TypeError(f"{name}: must be a floating-point torch.dtype or one of {', '.join(DTYPES)}, not {dtype!r}")
+    return found
 
 
 def _explain(call: Call, demanded: int, named: bool = False) -> Explanation:

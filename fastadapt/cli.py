@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
-import re
+import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fastadapt._version import __version__
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -27,6 +31,12 @@ def _demo(options: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
+    try:  # before the training, whose results go there
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        print(f"fastadapt demo: --out {options.out}: cannot be written ({error})", file=sys.stderr)
+        return 1
     run(options.out, seed=options.seed, steps=options.steps)
     return 0
 
@@ -46,9 +56,8 @@ def _explain(options: argparse.Namespace) -> int:
 
     from fastadapt import backend
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-    dtype = dtypes[options.dtype]
-    param_dtype = dtypes[options.param_dtype] if options.param_dtype else torch.float32 if dtype.itemsize < 4 else dtype
+    dtype = backend.DTYPES[options.dtype]
+    param_dtype = backend.DTYPES[options.param_dtype] if options.param_dtype else torch.float32 if dtype.itemsize < 4 else dtype
     if param_dtype not in (dtype, torch.float32):
         print(f"fastadapt explain: --param-dtype must be {options.dtype} or fp32, not {options.param_dtype}", file=sys.stderr)
         return 2
@@ -81,6 +90,9 @@ def _explain(options: argparse.Namespace) -> int:
     except backend.BackendError as error:  # FASTADAPT_BACKEND demands one
         print(f"fastadapt explain: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:  # sizes that the op does not take
+        print(f"fastadapt explain: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(told.as_dict(), indent=1) if options.json else told)
     return 0
 
@@ -92,6 +104,9 @@ def _convert(options: argparse.Namespace) -> int:
         said = convert(options.source, options.destination, host=options.host, method=options.method, tasks=options.tasks, layout=options.layout, **dict(options.option))
     except (ValueError, TypeError) as error:
         print(f"fastadapt convert: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"fastadapt convert: destination: {options.destination!r} cannot be written ({error})", file=sys.stderr)
         return 1
     print(said)
     return 0
@@ -123,10 +138,14 @@ def _option(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be name=value, not {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    if name in ("source", "destination", "host", "method", "tasks", "layout"):
+        raise argparse.ArgumentTypeError(f"{name!r} is no option of a method but an argument of the command")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
+    for read in (json.loads, int, float):  # the last two for what is a number but not in JSON, such as .5
+        with contextlib.suppress(ValueError):
+            return name, read(value)
+    return name, value
 
 
 def _op(text: str) -> str:
@@ -138,31 +157,53 @@ def _op(text: str) -> str:
 
 
 def _device(text: str) -> str:
-    if text not in ("cpu", "cuda") and not re.fullmatch(r"sm_?\d{2,3}[a-z]?", text):
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}: must be cpu, cuda or an architecture such as sm_90")
-    return text
+    from fastadapt import backend
+
+    try:
+        if text in ("cpu", "cuda") or backend.named_architecture(text):
+            return text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from None
+    raise argparse.ArgumentTypeError(f"unknown device {text!r}: must be cpu, cuda or an architecture such as sm_90")
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
 
 
 def _steps(text: str) -> int:
-    steps = int(text)
+    steps = _whole(text)
     if steps < 4 or steps % 4:
         raise argparse.ArgumentTypeError(f"must be a positive multiple of 4, the number of tasks, not {steps}")
     return steps
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
 
 
+def _seconds(text: str) -> float:
+    try:
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="fastadapt", description="Fused adapter layers for tuning vision-and-language models.")
+    top.add_argument("--version", action="version", version=f"fastadapt {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="tune a small vision-and-language model on four tasks with three methods", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for demo.json, demo.png and the saved adapter")
-    demo.add_argument("--seed", type=int, default=0, help="of data, order and starting values")
+    demo.add_argument("--seed", type=_whole, default=0, help="of data, order and starting values")
     demo.add_argument("--steps", type=_steps, default=400, help="training steps of each method, a multiple of 4")
     demo.add_argument("--threads", type=_positive, default=1, help="one is fastest for so small a model as soon as anything else runs")
     demo.set_defaults(run=_demo)
@@ -187,13 +228,13 @@ def parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
     bench = commands.add_parser("bench", help="time the ops and whole models against eager code, torch.compile and PEFT, and count memory and launches; needs a checkout")
     bench.add_argument("--suite", choices=SUITES, nargs="+", help="(default: all)")
-    bench.add_argument("--quick", action="store_true", help="short lists and few rounds: all suites in five minutes on two cores")
+    bench.add_argument("--quick", action="store_true", help="short lists and few rounds: all suites in about two minutes on two cores that have nothing else to do")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     bench.add_argument("--op", type=_op, help="of the suite ops, this op alone")
     for name in ("rows", "width", "rank"):
-        bench.add_argument(f"--{name}", type=int, nargs="+", help=f"of the suite ops, what has this {name} alone")
+        bench.add_argument(f"--{name}", type=_positive, nargs="+", help=f"of the suite ops, what has this {name} alone")
     bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), nargs="+", help="of the suite ops, these activations alone")
-    bench.add_argument("--seconds", type=float, help="for the rounds of one comparison (default: 6, with --quick 2)")
+    bench.add_argument("--seconds", type=_seconds, help="for the rounds of one comparison (default: 6, with --quick 2)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file, as they come")
     bench.add_argument("--list", action="store_true", help="print what would be measured, and measure nothing")
     bench.add_argument("--history", action="store_true", help="append the timings to benchmarks/data/history.csv, with versions, commit, device and date")
@@ -207,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--host", choices=("vlbart", "vlt5", "t5", "bart"), required=True, help="the base model")
     convert.add_argument("--method", help="as in fastadapt.patch; for a file only")
     convert.add_argument("--tasks", type=lambda text: text.split(","), default=[], help="the tasks' names, with commas, of a file; the one task that AdapterHub or PEFT shall read")
-    convert.add_argument("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="an option of the method, a JSON value or a word; for a file only")
+    convert.add_argument("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="an option of the method: a JSON value or a word; for a file only")
     convert.add_argument("--layout", choices=("vl", "compacter", "adapterhub", "peft"), default="vl", help="whose keys, or whose directory to write (default: vl)")
     convert.set_defaults(run=_convert)
     return top

@@ -38,7 +38,11 @@ __all__ = ["bottleneck", "dropout_add_norm", "gated_bottleneck", "lora", "multim
 LayerNorm = tuple[Tensor, Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
 
+_STRIDED = torch.strided
 _NORMS = {None: 0, "layer": 1, "rms": 2}
+_SAVING = {None: -1, False: 0, True: 1}
+_FACTORS = ("rule_down", "left_down", "right_down", "rule_up", "left_up", "right_up")
+_GATES = ("gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -104,7 +108,11 @@ def bottleneck(
     def call(u: Tensor, residual: Tensor | None, add_input: bool) -> Tensor:
         return _call(_bottleneck, _bottleneck_reference.composed, u, w_down, b_down, w_up, b_up, gate, scale_tensor, _rows(residual), scale_number, act, add_input)
 
-    return _normed(call, x, other, add_input, norm_before, norm_after)
+    try:
+        return _normed(call, x, other, add_input, norm_before, norm_after)
+    except RuntimeError:
+        _dense(x=x, residual=other, w_down=w_down, w_up=w_up, b_down=b_down, b_up=b_up, gate=gate, scale=scale_tensor)
+        raise
 
 
 def gated_bottleneck(
@@ -173,14 +181,14 @@ def gated_bottleneck(
         raise ValueError(f"x: granularity {granularity!r} needs the residual stream, got None")
     other = x if granularity != "middleY" else None
     gates = (gate_weight, gate_bias, gate_up_weight, gate_up_bias)
-    saving = -1 if save_gate is None else int(save_gate)
+    saving = _saving(save_gate)
     if granularity != "large_full" and heads == 1 and type(input_scale) is type(adapter_scale) is type(scale) is float:
         tensors = h, other, w_down, b_down, w_up, b_up, *gates
         if enter := _cpu.entrance("gated_bottleneck", tuple(map(type, tensors))):
             y = enter(*tensors, input_scale, adapter_scale, scale, act, KINDS.index(granularity), combine == "add", saving)
             if y is not None:
                 return y  # type: ignore[no-any-return]
-    scales = [_scale(n, v)[0] for n, v in (("input_scale", input_scale), ("adapter_scale", adapter_scale), ("scale", scale)) if not _is_tensor(n, v)]
+    scales = [_number(n, v) for n, v in (("input_scale", input_scale), ("adapter_scale", adapter_scale), ("scale", scale))]
     if not (_evident(h, (other,), (w_down, w_up, b_down, b_up), heads) and _evident_gate(h, w_down.dtype, granularity, gates)):
         h, other = _activations(h=h, x=other)
         _projections(h, w_down, w_up, b_down, b_up, heads)
@@ -196,10 +204,14 @@ def gated_bottleneck(
     if granularity == "large_full":
         kind, other = "logits", F.linear(other, gate_weight.to(h.dtype), None if gate_bias is None else gate_bias.to(h.dtype))  # type: ignore[arg-type, union-attr]
         gate_weight = gate_bias = None
-    return _call(
-        _gated_bottleneck, _gated_reference.composed, h, _rows(other), w_down, b_down, w_up, b_up, gate_weight, gate_bias, gate_up_weight, gate_up_bias,
-        *scales, act, KINDS.index(kind), combine == "add", samples, saving,
-    )  # fmt: skip
+    try:
+        return _call(
+            _gated_bottleneck, _gated_reference.composed, h, _rows(other), w_down, b_down, w_up, b_up, gate_weight, gate_bias, gate_up_weight, gate_up_bias,
+            *scales, act, KINDS.index(kind), combine == "add", samples, saving,
+        )  # fmt: skip
+    except RuntimeError:
+        _dense(h=h, x=x, w_down=w_down, w_up=w_up, b_down=b_down, b_up=b_up, **dict(zip(_GATES, gates, strict=True)))
+        raise
 
 
 def lora(
@@ -241,17 +253,17 @@ def lora(
         out = enter(x, y, w_down, w_up, b_up, seed, scale, dropout)
         if out is not None:
             return out  # type: ignore[no-any-return]
-    _is_tensor("scale", scale)
-    scale, _ = _scale("scale", scale)
+    scale = _number("scale", scale)
     _check_dropout(dropout)
     if not _evident_lora(x, y, w_down, w_up, b_up):
-        for name, t in (("x", x), ("y", y)):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
         (x,), (y,) = _activations(x=x), _activations(y=y)
         _beside(x, y, w_down, w_up, b_up)
     seed = _seed(x, seed, dropout)
-    return _call(_lora, _lora_reference.composed, x, _rows(y), w_down, w_up, b_up, seed, scale, float(dropout), shape=y.shape)
+    try:
+        return _call(_lora, _lora_reference.composed, x, _rows(y), w_down, w_up, b_up, seed, scale, float(dropout), shape=y.shape)
+    except RuntimeError:
+        _dense(x=x, y=y, w_down=w_down, w_up=w_up, b_up=b_up, seed=seed)
+        raise
 
 
 @overload
@@ -308,17 +320,18 @@ def dropout_add_norm(
     """
     kind = _norm_index(norm)
     if type(eps) is type(dropout) is float and (enter := _cpu.entrance("dropout_add_norm", (type(x), type(residual), type(weight), type(bias), type(seed)))):
-        y, v = enter(x, residual, weight, bias, seed, kind, eps, dropout, return_sum)
+        try:
+            y, v = enter(x, residual, weight, bias, seed, kind, eps, dropout, return_sum)
+        except RuntimeError:
+            _flag("return_sum", return_sum)
+            raise
         if y is not None:
             return (y, v) if return_sum else y
-    _is_tensor("eps", eps)
-    eps, _ = _scale("eps", eps)
+    eps = _number("eps", eps)
     if eps < 0.0:
         raise ValueError(f"eps: must not be negative, not {eps!r}")
     _check_dropout(dropout)
     if not _evident_norm(x, residual, weight, bias, kind):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: must be a tensor, not {type(x).__name__}")
         (x,) = _activations(False, x=x)
         residual = _stream(x, residual)
         _norm_parameters(x if residual is None else residual, weight, bias, kind)
@@ -327,11 +340,16 @@ def dropout_add_norm(
         return (x, x) if return_sum else x
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)
-    args = _rows(x), _rows(residual), weight, bias, seed, kind, eps, float(dropout)
-    if torch._C._are_functorch_transforms_active():
-        y, v = _norm_reference.composed(*args)[:2]
-    else:
-        y, v = _dropout_add_norm(*args, return_sum=return_sum, demand=backend.demand())
+    try:
+        args = _rows(x), _rows(residual), weight, bias, seed, kind, eps, float(dropout)
+        if torch._C._are_functorch_transforms_active():
+            y, v = _norm_reference.composed(*args)[:2]
+        else:
+            y, v = _dropout_add_norm(*args, return_sum=return_sum, demand=backend.demand())
+    except RuntimeError:
+        _dense(x=x, residual=residual, weight=weight, bias=bias, seed=seed)
+        _flag("return_sum", return_sum)
+        raise
     if x.dim() != 2:
         y, v = y.reshape(x.shape), v.reshape(x.shape) if return_sum else v
     return (y, v) if return_sum else y
@@ -385,8 +403,7 @@ def phm_bottleneck(
     """
     act = activation_index(activation)
     other, add_input = _residual(residual)
-    _is_tensor("scale", scale)
-    scale, _ = _scale("scale", scale)
+    scale = _number("scale", scale)
     factors = (rule_down, left_down, right_down, rule_up, left_up, right_up)
     if not _evident_phm(x, other, factors, b_down, b_up) or norm_before is not None or norm_after is not None:
         x, other = _activations(x=x, residual=other)
@@ -397,7 +414,11 @@ def phm_bottleneck(
     def call(u: Tensor, residual: Tensor | None, add_input: bool) -> Tensor:
         return _call(_phm_bottleneck, _phm_reference.composed, u, *factors[:3], b_down, *factors[3:], b_up, _rows(residual), scale, act, add_input)
 
-    return _normed(call, x, other, add_input, norm_before, norm_after)
+    try:
+        return _normed(call, x, other, add_input, norm_before, norm_after)
+    except RuntimeError:
+        _dense(x=x, residual=other, **dict(zip(_FACTORS, factors, strict=True)), b_down=b_down, b_up=b_up)
+        raise
 
 
 def multimodal_bottleneck(
@@ -457,6 +478,8 @@ def multimodal_bottleneck(
             b_up = b_cross if b_up is None else b_up + b_cross
     scale = scale if isinstance(scale, Tensor) else _scale("scale", scale)[0]
     if norm_cross is not None:
+        _tensor("x", x)
+        _tensor("w_down", w_down)
         _parameters(
             x,
             w_down.dtype,
@@ -471,8 +494,7 @@ def multimodal_bottleneck(
 def _alike(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """Checks that two parameters can be added: a sum that broadcasts or promotes would hide a mistake."""
     for n, value in ((name, t), (other_name, other)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{n}: must be a tensor, not {type(value).__name__}")
+        _tensor(n, value)
     if t.shape != other.shape:
         raise ValueError(f"{name}: shape {tuple(t.shape)} must equal that of {other_name}, {tuple(other.shape)}")
     if t.dtype != other.dtype:
@@ -519,11 +541,14 @@ def routed_bottleneck(
     """
     act = activation_index(activation)
     other, add_input = _residual(residual)
-    _is_tensor("scale", scale)
-    scale, _ = _scale("scale", scale)
+    scale = _number("scale", scale)
     x, other = _activations(x=x, residual=other)
-    _banks(x, task_ids, w_down, w_up, b_down, b_up)
-    return _call(_routed_bottleneck, _routed_reference.composed, x, task_ids, w_down, b_down, w_up, b_up, _rows(other), scale, act, add_input)
+    try:
+        _banks(x, task_ids, w_down, w_up, b_down, b_up)
+        return _call(_routed_bottleneck, _routed_reference.composed, x, task_ids, w_down, b_down, w_up, b_up, _rows(other), scale, act, add_input)
+    except RuntimeError:
+        _dense(x=x, task_ids=task_ids, w_down=w_down, w_up=w_up, b_down=b_down, b_up=b_up)
+        raise
 
 
 def _banks(x: Tensor, task_ids: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None) -> None:
@@ -552,8 +577,8 @@ def _residual(residual: Tensor | str | None) -> tuple[Tensor | None, bool]:
     """Another tensor to add, and whether the input is added."""
     if isinstance(residual, Tensor):
         return residual, False
-    if residual is not None and residual != "input":
-        raise TypeError(f"residual: must be a tensor, 'input' or None, not {residual!r}")
+    if residual is not None and (not isinstance(residual, str) or residual != "input"):
+        raise TypeError(f"residual: must be a tensor, 'input' or None, not {repr(residual) if isinstance(residual, str) else type(residual).__name__}")
     return None, residual is not None
 
 
@@ -607,7 +632,7 @@ def _evident(x: Tensor, others: tuple[Tensor | None, ...], parameters: tuple[Ten
             and all(p is None or (p.dtype == p_dtype and p.device == device) for p in parameters)
             and all(t is None or (t.shape == shape and t.dtype == dtype and t.device == device) for t in others)
         )
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, RuntimeError):  # the last of nested tensors, which have no shape
         return False
 
 
@@ -630,12 +655,13 @@ def _evident_gate(h: Tensor, dtype: torch.dtype, granularity: str, gates: tuple[
             right = granularity in ("middleX", "middleY") and weight.shape == (width,) and up is None and up_bias is None  # type: ignore[union-attr]
             right = right and (bias is None or (granularity == "middleX" and bias.shape == (1,)))
         return right and all(p is None or (p.dtype == dtype and p.device == device) for p in gates)
-    except (AttributeError, IndexError):
+    except (AttributeError, IndexError, RuntimeError):
         return False
 
 
 def _gate_parameters(h: Tensor, dtype: torch.dtype, granularity: str, gates: tuple[Tensor | None, ...]) -> None:
     """Checks that the gate parameters are those that the granularity has."""
+    _dense(**dict(zip(_GATES, gates, strict=True)))
     width, gate_weight = h.shape[-1], gates[0]
     gate_rank = gate_weight.shape[0] if granularity == "large" and isinstance(gate_weight, Tensor) and gate_weight.dim() == 2 else None
     expected: dict[str, tuple[int, ...]] = {
@@ -645,7 +671,7 @@ def _gate_parameters(h: Tensor, dtype: torch.dtype, granularity: str, gates: tup
         "middleY": {"gate_weight": (width,)},
         "small": {"gate_weight": (2 * width,), "gate_bias": (1,)},
     }[granularity]  # type: ignore[assignment]
-    given = dict(zip(("gate_weight", "gate_bias", "gate_up_weight", "gate_up_bias"), gates))
+    given = dict(zip(_GATES, gates, strict=True))
     for name, value in given.items():
         if value is not None and name not in expected:
             raise ValueError(f"{name}: granularity {granularity!r} has no such parameter")
@@ -680,16 +706,14 @@ def _evident_phm(x: Tensor, other: Tensor | None, factors: tuple[Tensor, ...], b
             and all(p.dtype == p_dtype and p.device == device for p in factors)
             and (other is None or (other.shape == shape and other.dtype == dtype and other.device == device))
         )
-    except (AttributeError, IndexError, ValueError):
+    except (AttributeError, IndexError, ValueError, RuntimeError):
         return False
 
 
 def _factors(x: Tensor, factors: tuple[Tensor, ...], b_down: Tensor | None, b_up: Tensor | None) -> None:
     """Checks the factors of a `phm_bottleneck` over x."""
-    names = ("rule_down", "left_down", "right_down", "rule_up", "left_up", "right_up")
-    for name, factor in zip(names, factors, strict=True):
-        if not isinstance(factor, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {type(factor).__name__}")
+    for name, factor in zip(_FACTORS, factors, strict=True):
+        _tensor(name, factor)
     width, rule, left, right = x.shape[-1], *factors[:3]
     n = rule.shape[0] if rule.dim() == 3 else 0
     if n == 0 or rule.shape != (n, n, n) or width % n:
@@ -701,7 +725,7 @@ def _factors(x: Tensor, factors: tuple[Tensor, ...], b_down: Tensor | None, b_up
     if inner == 0 or right.shape[:2] != (n, k):
         raise ValueError(f"right_down: shape {tuple(right.shape)} must be ({n}, {k}, R/{n}) with R >= {n}")
     shapes = ((n, n, n), (n, width // n, k), (n, k, inner), (n, n, n), (n, inner, k), (n, k, width // n))
-    expected = {name: (factor, shape) for name, factor, shape in zip(names, factors, shapes, strict=True)}
+    expected = {name: (factor, shape) for name, factor, shape in zip(_FACTORS, factors, shapes, strict=True)}
     _parameters(x, rule.dtype, "rule_down", **expected, b_down=(b_down, (n * inner,)), b_up=(b_up, (width,)))
 
 
@@ -728,7 +752,7 @@ def _evident_lora(x: Tensor, y: Tensor, w_down: Tensor, w_up: Tensor, b_up: Tens
             and w_down.device == w_up.device == device
             and (b_up is None or (b_up.shape == out[-1:] and b_up.dtype == p_dtype and b_up.device == device))
         )
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, RuntimeError):  # the last of nested tensors, which have no shape
         return False
 
 
@@ -770,7 +794,7 @@ def _evident_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bia
             and weight.device == device
             and (bias is None or (bias.shape == shape[-1:] and bias.dtype == p_dtype and bias.device == device))
         )
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         return False
 
 
@@ -796,8 +820,7 @@ def _norm_parameters(v: Tensor, weight: Tensor | None, bias: Tensor | None, kind
     for name, p in given.items():
         if kind == 0:
             raise ValueError(f"{name}: norm None has no such parameter")
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {type(p).__name__}")
+        _tensor(name, p)
     if given:
         first = next(iter(given))
         _parameters(v, given[first].dtype, first, **{name: (p, (v.shape[-1],)) for name, p in given.items()})
@@ -820,6 +843,7 @@ def _seed(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | None:
 def _check_seed(x: Tensor, seed: Tensor) -> None:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         raise TypeError(f"seed: must be an int64 tensor, not {seed.dtype if isinstance(seed, Tensor) else type(seed).__name__}")
+    _tensor("seed", seed)
     if seed.numel() != 1:
         raise ValueError(f"seed: shape {tuple(seed.shape)} must be one element")
     if seed.device != x.device:
@@ -831,11 +855,10 @@ def _activations(cast: bool = True, /, **tensors: Tensor | None) -> list[Any]:
     first_name, first = next(iter(tensors.items()))
     out: list[Any] = []
     for name, t in tensors.items():
-        if t is None:
+        if t is None and out:  # the first one is needed
             out.append(t)
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
+        t = _tensor(name, t)
         if t.dtype not in _FLOATS:
             raise TypeError(f"{name}: dtype {t.dtype} is not supported; must be float32, bfloat16, float16 or float64")
         if cast and t.dtype != torch.float64 and _autocasts(t.device.type):
@@ -859,8 +882,7 @@ def _parameters(x: Tensor, dtype: torch.dtype, first: str = "w_down", /, **expec
     for name, (p, shape) in expected.items():
         if p is None:
             continue
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {type(p).__name__}")
+        _tensor(name, p)
         if p.numel() != 1 if shape is None else p.shape != shape:
             raise ValueError(f"{name}: shape {tuple(p.shape)} must be {'one element' if shape is None else shape}")
         if p.device != x.device:
@@ -883,8 +905,7 @@ def _projections(x: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor | None,
 def _rank(w_down: Tensor, width: int, **w_up: Tensor) -> int:
     """R of a down-projection of rows of ``width``."""
     for name, w in {"w_down": w_down, **w_up}.items():
-        if not isinstance(w, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {type(w).__name__}")
+        _tensor(name, w)
     if w_down.dim() != 2 or w_down.shape[1] != width or w_down.shape[0] == 0:
         raise ValueError(f"w_down: shape {tuple(w_down.shape)} must be (R, {width}) with R >= 1")
     return w_down.shape[0]
@@ -898,17 +919,49 @@ def _scale(name: str, value: float | Tensor) -> tuple[float, Tensor | None]:
     return float(value), None
 
 
-def _is_tensor(name: str, value: object) -> bool:
+def _number(name: str, value: float) -> float:
+    """As `_scale`, of what no tensor may be."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a Python number, not a tensor")
-    return False
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: must be a finite number, not {value!r}")
+    return float(value)
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: must be True or False, not {type(value).__name__}") from None
+
+
+def _saving(save_gate: bool | None) -> int:
+    try:
+        return _SAVING[save_gate]
+    except (KeyError, TypeError):
+        raise TypeError(f"save_gate: must be True, False or None, not {repr(save_gate) if isinstance(save_gate, str) else type(save_gate).__name__}") from None
+
+
+def _tensor(name: str, t: object) -> Tensor:
+    """t, unless it is no tensor with strides."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: must be a tensor, not {type(t).__name__}")
+    if t.layout is not _STRIDED or t.is_nested:
+        raise TypeError(f"{name}: must be a dense tensor, not {'a nested one' if t.is_nested else f'one of layout {t.layout}'}") from None
+    return t
+
+
+def _dense(**tensors: Tensor | None) -> None:
+    """`_tensor` of those that are given. Behind a call that failed it says by which argument, where that was one without strides: to look beforehand would cost every call."""
+    for name, t in tensors.items():
+        if t is not None:
+            _tensor(name, t)
 
 
 def _norm_vectors(name: str, norm: LayerNorm | None) -> dict[str, Tensor]:
     if norm is None:
         return {}
     if not isinstance(norm, tuple) or len(norm) != 3 or not all(isinstance(v, Tensor) for v in norm[:2]):
-        raise TypeError(f"{name}: must be (weight, bias, eps) with two tensors and a number, not {norm!r}")
+        was = f"({', '.join(type(v).__name__ for v in norm)})" if isinstance(norm, tuple) else type(norm).__name__
+        raise TypeError(f"{name}: must be (weight, bias, eps) with two tensors and a number, not {was}")
     return {f"{name} weight": norm[0], f"{name} bias": norm[1]}
 
 
@@ -920,3 +973,42 @@ def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
 def _block_diagonal(w_up: Tensor, heads: int) -> Tensor:
     """(D, R/h) -> the dense (D, R) that it stands for; D R numbers, negligible beside T D."""
     return torch.block_diag(*w_up.chunk(heads))
+
+
+# What `backend.explain` is told of a call beside its sizes: by op the options, what each must be, and whether a value is.
+_SIZE = ("a whole number from 1 on", lambda value: type(value) is int and value >= 1)
+_FLAG = ("True or False", lambda value: type(value) is bool)
+_EXPLAINED: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "bottleneck": {},
+    "dropout_add_norm": {"dropout": _FLAG, "norm": ("'layer', 'rms' or 'none'", ("layer", "rms", "none").__contains__), "wide": _FLAG},
+    "gated_bottleneck": {
+        "gate_rank": ("a whole number from 0 on", lambda value: type(value) is int and value >= 0),
+        "granularity": ("one of large, large_full, middleX, middleY, small", ("large_full", *KINDS).__contains__),
+    },
+    "lora": {"dropout": _FLAG, "out_width": _SIZE},
+    "phm_bottleneck": {"division": _SIZE, "factor_rank": _SIZE},
+    "routed_bottleneck": {"tasks": _SIZE},
+}
+
+
+def _door(call: backend.Call) -> None:
+    """Refuses a call to be explained that no arguments of the op's function make."""
+    known = _EXPLAINED[call.op]
+    for name, value in call.options:
+        if name not in known:
+            raise TypeError(f"{name}: is no option of {call.op}, which has {', '.join(known) or 'none'}")
+        must, right = known[name]
+        if not right(value):
+            raise ValueError(f"{name}: must be {must}, not {value!r}")
+    if (call.op == "dropout_add_norm") != (call.rank == 0):
+        raise ValueError(f"rank: must be {'0, dropout_add_norm has none' if call.rank else 'a whole number from 1 on'}, not {call.rank}")
+    if call.width % (n := call.option("division", 1)) or call.rank % n:
+        raise ValueError(f"division: must divide the width {call.width} and the rank {call.rank}, not {n}")
+    if call.option("gate_rank", 0) and (granularity := call.option("granularity", "large")) != "large":
+        raise ValueError(f"gate_rank: granularity {granularity!r} has none, not {call.option('gate_rank')}")
+    if call.option("wide", False) and call.dtype.itemsize != 2:
+        raise ValueError(f"wide: a float32 residual stands beside half-precision activations, not beside {call.dtype}")
+
+
+for _op in _EXPLAINED:
+    backend.register_door(_op, _door)

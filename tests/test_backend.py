@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_explain_says_what_would_run_and_runs_nothing(op: str) -> None:
     before = backend.ran()
     for name in ("reference", *(n for n in kernel_names if n == "cpu")):
         with backend.use(name):
-            assert backend.explain(op, **SHAPE, granularity="large").chosen == name
+            assert backend.explain(op, **SHAPE).chosen == name
     assert backend.explain(op, **SHAPE, device="meta").chosen == "reference"
     assert backend.ran() == before
 
@@ -87,6 +88,43 @@ def test_unknown_names() -> None:
         pass
     with pytest.raises(ValueError, match="unknown op 'lora_x': must be one of bottleneck, dropout_add_norm, gated_bottleneck"):
         backend.explain("lora_x", **SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "kind", "says"),
+    [
+        ("bottleneck", {"granularty": "large"}, TypeError, "granularty: is no option of bottleneck, which has none"),
+        ("gated_bottleneck", {"granularty": "large"}, TypeError, "granularty: is no option of gated_bottleneck, which has gate_rank, granularity"),
+        ("gated_bottleneck", {"granularity": "huge"}, ValueError, "granularity: must be one of large, large_full, middleX, middleY, small, not 'huge'"),
+        ("gated_bottleneck", {"granularity": "small", "gate_rank": 4}, ValueError, "gate_rank: granularity 'small' has none, not 4"),
+        ("bottleneck", {"dtype": torch.int64}, TypeError, "dtype: must be a floating-point torch.dtype or one of fp32, bf16, fp16, fp64, not torch.int64"),
+        ("bottleneck", {"dtype": "int8"}, TypeError, "dtype: must be a floating-point torch.dtype or one of fp32, bf16, fp16, fp64, not 'int8'"),
+        ("bottleneck", {"param_dtype": torch.int8}, TypeError, "param_dtype: must be a floating-point torch.dtype or one of fp32, bf16, fp16, fp64, not torch.int8"),
+        ("bottleneck", {"rows": -1}, ValueError, "rows: must be a whole number from 0 on, not -1"),
+        ("bottleneck", {"width": 0}, ValueError, "width: must be a whole number from 1 on, not 0"),
+        ("bottleneck", {"width": 8.0}, ValueError, "width: must be a whole number from 1 on, not 8.0"),
+        ("bottleneck", {"rank": 0}, ValueError, "rank: must be a whole number from 1 on, not 0"),
+        ("dropout_add_norm", {}, ValueError, "rank: must be 0, dropout_add_norm has none, not 8"),
+        ("dropout_add_norm", {"rank": 0, "wide": True}, ValueError, "wide: a float32 residual stands beside half-precision activations, not beside torch.float32"),
+        ("dropout_add_norm", {"rank": 0, "norm": "batch"}, ValueError, "norm: must be 'layer', 'rms' or 'none', not 'batch'"),
+        ("lora", {"dropout": 0.1}, ValueError, "dropout: must be True or False, not 0.1"),
+        ("lora", {"out_width": 0}, ValueError, "out_width: must be a whole number from 1 on, not 0"),
+        ("phm_bottleneck", {"division": 3}, ValueError, "division: must divide the width 32 and the rank 8, not 3"),
+        ("phm_bottleneck", {"division": 4, "rank": 6}, ValueError, "division: must divide the width 32 and the rank 6, not 4"),
+        ("routed_bottleneck", {"tasks": 0}, ValueError, "tasks: must be a whole number from 1 on, not 0"),
+        ("bottleneck", {"device": "sm_999"}, ValueError, "device: unknown architecture 'sm_999': must be one of sm_50, "),
+        ("bottleneck", {"device": "gpu"}, ValueError, "device: must be a torch device or an architecture such as 'sm_90', not 'gpu'"),
+    ],
+)
+def test_explain_refuses_what_the_op_refuses(op: str, changes: dict[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind) as raised:
+        backend.explain(op, **{**SHAPE, **changes})
+    assert str(raised.value).startswith(says)
+
+
+def test_explain_takes_the_command_lines_dtypes() -> None:
+    with backend.use("auto"):
+        assert backend.explain("bottleneck", **SHAPE, dtype="bf16", param_dtype="fp32") == backend.explain("bottleneck", **SHAPE, dtype=torch.bfloat16, param_dtype=torch.float32)
 
 
 def test_use_nests_and_ends() -> None:
@@ -208,7 +246,7 @@ def test_the_environment_is_a_demand_and_not_a_wish() -> None:
 
 def test_an_unknown_name_in_the_environment() -> None:
     done = python("import fastadapt", FASTADAPT_BACKEND="fastest")
-    assert done.returncode != 0 and "unknown backend 'fastest': must be one of auto, reference, cpu, triton" in done.stderr
+    assert done.returncode != 0 and "FASTADAPT_BACKEND: unknown backend 'fastest': must be one of auto, reference, cpu, triton" in done.stderr
 
 
 def test_import_loads_nothing_heavy() -> None:
@@ -221,6 +259,21 @@ def test_import_loads_nothing_heavy() -> None:
         print([line.rsplit("/", 1)[1] for line in open("/proc/self/maps").read().split("\\n") if "/_cpu_" in line] if sys.platform == "linux" else [])
     """
     assert output(code) == "[] False\n[]\n"
+
+
+def test_public_names_are_listed_and_found_before_they_are_loaded() -> None:
+    code = """
+        import fastadapt
+        absent = {"checkpoint", "hosts", "interop", "methods", "nn", "patching", "training", "Handle", "fuse", "load", "patch", "unfuse"} - set(vars(fastadapt))
+        print(len(absent), absent - set(dir(fastadapt)), absent - set(fastadapt.__all__))
+        for name in absent:
+            assert fastadapt.__getattr__(name) is not None  # which of them a former one has loaded does not matter
+        try:
+            fastadapt.nothing
+        except AttributeError as error:
+            print(error)
+    """
+    assert output(code) == "12 set() set()\nmodule 'fastadapt' has no attribute 'nothing'\n"
 
 
 def test_everything_runs_without_triton_transformers_and_compiled_kernels(tmp_path: Path) -> None:
@@ -277,7 +330,7 @@ def test_explain_for_an_architecture_is_of_no_machine(monkeypatch: pytest.Monkey
     assert e.estimates["cuda"].microseconds == e.estimates["cuda"].forward.microseconds + e.estimates["cuda"].backward.microseconds
     for name, estimate in e.estimates.items():
         assert f"  {name}: can run it, {estimate.microseconds:.0f} us modelled: forward {estimate.forward.microseconds:.0f} (" in str(e)
-    assert "times modelled for H100-SXM5, not measured" in str(e) and "on this machine: triton: " in str(e) and "on sm_90: cuda" in str(e)
+    assert "times modelled for H100-SXM5, which stands for sm_90, not measured" in str(e) and "on this machine: triton: " in str(e) and "on sm_90: cuda" in str(e)
     with backend.use("triton"):
         assert backend.explain("bottleneck", **BF16, device="sm_90").chosen == "triton"
     with backend.use("cpu"), pytest.raises(backend.BackendError, match="'cpu' was demanded"):

@@ -1,4 +1,4 @@
-"""``fastadapt explain``: what it prints, in which words, and with which exit codes."""
+"""``fastadapt explain``: what it prints, in which words, and with which exit codes; what is wrong with a command line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fastadapt
 from fastadapt import backend, cli
 from fastadapt.ops import _cost
 
@@ -41,7 +43,7 @@ def test_any_architecture_without_a_gpu(capsys: pytest.CaptureFixture[str], op: 
     assert first == f"{op}: rows=8192 width=768 rank=96 torch.bfloat16 (parameters torch.float32) on {arch.rstrip('a')}: cuda"
     for name, line in zip(("cuda", "triton", "reference"), rest, strict=False):
         assert line.startswith(f"  {name}: can run it, ") and " us modelled: forward " in line and " backward " in line and "launches, mostly " in line
-    assert rest[3].startswith("  times modelled for ") and rest[3].endswith(", not measured")
+    assert rest[3].startswith("  times modelled for ") and rest[3].endswith(f", which stands for {arch.rstrip('a')}, not measured")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -85,7 +87,8 @@ def test_options_reach_the_call(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_has_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(explain(capsys, "bottleneck", *SHAPE, "--device", "sm_90", "--json"))
-    assert told["chosen"] == "cuda" and told["basis"] == "times modelled for H100-SXM5, not measured" and set(told["backends"]) == {"cuda", "triton", "reference"}
+    assert told["chosen"] == "cuda" and set(told["backends"]) == {"cuda", "triton", "reference"}
+    assert told["basis"] == "times modelled for H100-SXM5, which stands for sm_90, not measured"
     backward = told["backends"]["cuda"]["estimate"]["backward"]
     assert [term[0] for term in backward["terms"]] == ["pack", "rows", "slabs", "reduce"]
     assert sum(term[1] for term in backward["terms"]) == pytest.approx(backward["gpu"]) and all(
@@ -99,8 +102,11 @@ def test_json_has_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("bottle", *SHAPE), "argument op: unknown op 'bottle': must be one of bottleneck, dropout_add_norm, gated_bottleneck, lora, phm_bottleneck, routed_bottleneck"),
         (("bottleneck", *SHAPE, "--device", "gpu"), "argument --device: unknown device 'gpu': must be cpu, cuda or an architecture such as sm_90"),
+        (("bottleneck", *SHAPE, "--device", "sm_999"), "argument --device: unknown architecture 'sm_999': must be one of sm_50, "),
+        (("bottleneck", *SHAPE, "--device", "sm_90z"), "argument --device: unknown device 'sm_90z': must be cpu, cuda or an architecture such as sm_90"),
         (("bottleneck", *SHAPE, "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
         (("bottleneck", "--rows", "0", "--width", "8", "--rank", "2"), "argument --rows: must be at least 1, not 0"),
+        (("bottleneck", "--rows", "x", "--width", "8", "--rank", "2"), "argument --rows: must be a whole number, not 'x'"),
         (("bottleneck", "--rows", "4"), "the following arguments are required: --width"),
         (("gated_bottleneck", *SHAPE, "--granularity", "huge"), "argument --granularity: invalid choice: 'huge'"),
     ],
@@ -109,6 +115,44 @@ def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], args: tuple[s
     with pytest.raises(SystemExit) as exit:
         cli.main(["explain", *args])
     assert exit.value.code == 2 and why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("demo", "--steps", "x"), "argument --steps: must be a whole number, not 'x'"),
+        (("demo", "--seed", "1.5"), "argument --seed: must be a whole number, not '1.5'"),
+        (("bench", "--width", "0"), "argument --width: must be at least 1, not 0"),
+        (("bench", "--seconds", "nan"), "argument --seconds: must be a positive number, not 'nan'"),
+        (("convert", "a", "b", "--host", "bart", "--option", "host=1"), "argument --option: 'host' is no option of a method but an argument of the command"),
+        (("convert", "a", "b", "--host", "bart", "--option", "rank"), "argument --option: must be name=value, not 'rank'"),
+    ],
+)
+def test_what_is_wrong_with_other_commands(capsys: pytest.CaptureFixture[str], args: tuple[str, ...], why: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(args)
+    assert exit.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_values_of_options() -> None:
+    given = {"True": True, "false": False, "0.5": 0.5, ".5": 0.5, "1e-3": 1e-3, "+4": 4, "[0, 1]": [0, 1], "null": None, "small": "small", "none": "none", '"true"': "true"}
+    for text, value in given.items():
+        found = cli._option(f"name={text}")
+        assert found == ("name", value) and type(found[1]) is type(value), text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"fastadapt {fastadapt.__version__}\n"
+
+
+def test_a_demo_that_cannot_be_written_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "demo")]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"fastadapt demo: --out {tmp_path / 'file' / 'demo'}: cannot be written (") and said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -124,6 +168,9 @@ def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], args: tuple[s
         (("phm_bottleneck", *SHAPE, "--tasks", "8"), "--tasks is an option of routed_bottleneck, not of phm_bottleneck"),
         (("bottleneck", *SHAPE, "--dtype", "bf16", "--param-dtype", "fp16"), "--param-dtype must be bf16 or fp32, not fp16"),
         (("gated_bottleneck", *SHAPE, "--granularity", "small", "--gate-rank", "8"), "--gate-rank is an option of granularity large, not of small"),
+        (("phm_bottleneck", "--rows", "8", "--width", "770", "--rank", "96"), "division: must divide the width 770 and the rank 96, not 4"),
+        (("phm_bottleneck", "--rows", "8", "--width", "768", "--rank", "97"), "division: must divide the width 768 and the rank 97, not 4"),
+        (("dropout_add_norm", "--rows", "8", "--width", "64", "--wide", "--dtype", "fp32"), "wide: a float32 residual stands beside half-precision activations"),
     ],
 )
 def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], args: tuple[str, ...], why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ BOTTLENECK = {
     "boolean x": ({"x": torch.ones(3, D, dtype=torch.bool)}, TypeError, "x", "torch.bool", "float32"),
     "complex x": ({"x": torch.ones(3, D, dtype=torch.complex64)}, TypeError, "x", "torch.complex64", "float32"),
     "x is a list": ({"x": [1.0]}, TypeError, "x", "list", "tensor"),
+    "x is None": ({"x": None}, TypeError, "x", "NoneType", "tensor"),
+    "residual is an array": ({"residual": np.zeros((3, 5, D))}, TypeError, "residual", "ndarray", "'input'"),
     "w_down is None": ({"w_down": None}, TypeError, "w_down", "NoneType", "tensor"),
     "w_up is None": ({"w_up": None}, TypeError, "w_up", "NoneType", "tensor"),
     "b_up is a number": ({"b_up": 1.0}, TypeError, "b_up", "float", "tensor"),
@@ -111,6 +114,12 @@ GATED = {
     "unknown combine": ("large", {"combine": "mul"}, ValueError, "combine", "'mul'", "'multiply'"),
     "unknown activation": ("large", {"activation": "tanh"}, ValueError, "activation", "'tanh'", "gelu_new"),
     "no x": ("large", {"x": None}, ValueError, "x", "large", "None"),
+    "no h": ("large", {"h": None}, TypeError, "h: must be a tensor, not NoneType"),
+    "no h of middleY": ("middleY", {"h": None, "x": None}, TypeError, "h: must be a tensor, not NoneType"),
+    "save_gate is a word": ("large", {"save_gate": "yes"}, TypeError, "save_gate: must be True, False or None, not 'yes'"),
+    "save_gate is a list": ("middleX", {"save_gate": []}, TypeError, "save_gate: must be True, False or None, not list"),
+    "gate_weight is a number": ("large", {"gate_weight": 1.0}, TypeError, "gate_weight: must be a tensor, not float"),
+    **{f"{name} is no number": ("large", {name: "1"}, ValueError, f"{name}: must be a finite number, not '1'") for name in ("input_scale", "adapter_scale", "scale")},
     "shape of x": ("middleX", {"x": torch.randn(3, 5, D + 1)}, ValueError, "x", f"(3, 5, {D + 1})", f"(3, 5, {D})"),
     "dtype of x": ("small", {"x": torch.randn(3, 5, D).bfloat16()}, TypeError, "x", "torch.bfloat16", "torch.float32"),
     "device of x": ("large", {"x": meta(3, 5, D)}, ValueError, "x", "meta", "cpu"),
@@ -157,6 +166,9 @@ PHM = {
     "length of b_up": ({"b_up": torch.randn(1)}, ValueError, "b_up", "(1,)", f"({D},)"),
     "width of x": ({"x": torch.randn(3, 2 * D)}, ValueError, "left_down", f"({N}, {D // N}, {K})", f"({N}, {D}, k)"),
     "1-D x": ({"x": torch.randn(D)}, ValueError, "x", f"({D},)", "(..., D)"),
+    "x is None": ({"x": None}, TypeError, "x: must be a tensor, not NoneType"),
+    "residual is an array": ({"residual": np.zeros((3, 5, D))}, TypeError, "residual", "ndarray", "'input'"),
+    "scale is no number": ({"scale": "1"}, ValueError, "scale: must be a finite number, not '1'"),
     "integer x": ({"x": torch.ones(3, D, dtype=torch.int64)}, TypeError, "x", "torch.int64", "float32"),
     "left_up is None": ({"left_up": None}, TypeError, "left_up", "NoneType", "tensor"),
     "half parameters over float32": ({n: v.half() for n, v in _phm().items() if n != "x"}, TypeError, "rule_down", "torch.float16", "torch.float32"),
@@ -184,6 +196,7 @@ LORA = {
     "dtype of y": ({"y": torch.randn(3, 5, E).half()}, TypeError, "y", "torch.float16", "torch.float32"),
     "device of y": ({"y": meta(3, 5, E)}, ValueError, "y", "meta", "cpu"),
     "y is None": ({"y": None}, TypeError, "y", "must be a tensor"),
+    "scale is no number": ({"scale": "1"}, ValueError, "scale: must be a finite number, not '1'"),
     "1-D x": ({"x": torch.randn(D)}, ValueError, "x", f"({D},)", "(..., D)"),
     "integer x": ({"x": torch.ones(3, 5, D, dtype=torch.int64)}, TypeError, "x", "torch.int64", "float32"),
     "w_up is None": ({"w_up": None}, TypeError, "w_up", "NoneType", "tensor"),
@@ -213,6 +226,8 @@ NORM = {
     "norm is a list": ({"norm": ["rms"]}, ValueError, "norm", "['rms']"),
     "negative eps": ({"eps": -1e-5}, ValueError, "eps", "-1e-05", "negative"),
     "NaN eps": ({"eps": float("nan")}, ValueError, "eps", "nan", "finite"),
+    "eps is no number": ({"eps": "1"}, ValueError, "eps: must be a finite number, not '1'"),
+    "return_sum is a word": ({"return_sum": "yes"}, TypeError, "return_sum: must be True or False, not str"),
     "tensor eps": ({"eps": torch.ones(1)}, TypeError, "eps", "tensor", "number"),
     "x is None": ({"x": None}, TypeError, "x", "NoneType", "tensor"),
     "1-D x": ({"x": torch.randn(D)}, ValueError, "x", f"({D},)", "(..., D)"),
@@ -233,6 +248,59 @@ NORM = {
     "device of seed": ({"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64, device="meta")}, ValueError, "seed", "meta", "cpu"),
     "seed without dropout": ({"seed": torch.ones(1)}, TypeError, "seed", "torch.float32", "int64"),
 }
+
+
+def _routed() -> dict[str, Any]:
+    ids = torch.zeros(3, dtype=torch.int64)
+    return {"x": torch.randn(3, 5, D), "task_ids": ids, "w_down": torch.randn(2, R, D), "w_up": torch.randn(2, D, R), "b_down": torch.randn(2, R), "b_up": torch.randn(2, D)}
+
+
+def _multimodal() -> dict[str, Any]:
+    return {"x": torch.randn(3, 5, D), "w_down": torch.randn(R, D), "w_up": torch.randn(D, R), "w_cross": torch.randn(D, R)}
+
+
+ARGUMENTS: dict[str, Any] = {
+    "bottleneck": lambda: {**_bottleneck(), "residual": torch.randn(3, 5, D), "gate": torch.randn(D), "scale": torch.ones(1)},
+    "gated_bottleneck": _gated,
+    "phm_bottleneck": lambda: {**_phm(), "residual": torch.randn(3, 5, D)},
+    "lora": lambda: {**_lora(), "dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64)},
+    "dropout_add_norm": _norm,
+    "routed_bottleneck": lambda: {**_routed(), "residual": torch.randn(3, 5, D)},
+    "multimodal_bottleneck": _multimodal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage)")
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "nested", "jagged"])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_tensors_without_strides(op: str, kind: str) -> None:
+    """Of any argument, the shape being right."""
+    tried = 0
+    for name, t in ARGUMENTS[op]().items():
+        if not isinstance(t, Tensor) or t.dim() < (1 if kind == "sparse_coo" else 2) or (kind == "jagged" and t.dim() < 3):
+            continue
+        if kind in ("nested", "jagged"):
+            other = torch.nested.nested_tensor(list(t.unbind()), layout=torch.jagged if kind == "jagged" else torch.strided)
+        else:
+            other = t.to_sparse() if kind == "sparse_coo" else t.to_sparse_csr()
+        arguments = {**ARGUMENTS[op](), name: other}
+        ran = backend.ran()
+        with pytest.raises(TypeError, match=rf"^{name}: must be a dense tensor, not (one of layout torch.{kind}|a nested one)$"):
+            getattr(functional, op)(**arguments)
+        assert backend.ran() == ran
+        tried += 1
+    assert tried
+
+
+def test_multimodal_without_x() -> None:
+    norm = (torch.ones(D), torch.zeros(D), 1e-5)
+    for changes in ({"x": None}, {"x": None, "norm_cross": norm}):
+        _refused(functional.multimodal_bottleneck, {**_multimodal(), **changes}, TypeError, "x: must be a tensor, not NoneType")
+    _refused(functional.multimodal_bottleneck, {**_multimodal(), "w_down": None, "norm_cross": norm}, TypeError, "w_down: must be a tensor, not NoneType")
+
+
+def test_routed_scale_is_a_number() -> None:
+    _refused(functional.routed_bottleneck, {**_routed(), "scale": "1"}, ValueError, "scale: must be a finite number, not '1'")
 
 
 @pytest.mark.parametrize("case", NORM)

@@ -12,6 +12,7 @@ up-projection and the library's own steps follow.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -21,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt import functional, patching
+from fastadapt import checkpoint, functional, patching
 from fastadapt.checkpoint import AdapterFileError
-from fastadapt.interop.fusing import Foreign, Fused, Kind, activation_name, autocast_dtype, fits, plain, quiet
-from fastadapt.interop.published import read_state_dict
+from fastadapt.interop.fusing import Foreign, Fused, Kind, activation_name, autocast_dtype, check_model, fits, plain, quiet
+from fastadapt.interop.published import check_handle, read_state_dict
 from fastadapt.nn import Bottleneck, PerTask, PHMLinear, StreamBottleneck
 from fastadapt.nn.projections import factor_product, kronecker_sum
 from fastadapt.patching import Handle, _some
@@ -196,6 +197,7 @@ def from_adapterhub(model: nn.Module, directory: str | os.PathLike[str], *, name
         fastadapt.patching.AdapterFileError: the files are missing, hold another kind of adapter, or do not fit the model, which stays as it was.
         ValueError, TypeError: see `fastadapt.patch`.
     """
+    check_model(model)
     saved, tensors, file = _read(Path(directory))
     method, options = _options(Path(directory) / _CONFIG, saved, file, tensors)
     handle = patching.patch(model, method, name=name, dtype=dtype, **options)
@@ -280,15 +282,18 @@ def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: st
         task: whose adapters, where there is one per task.
 
     Raises:
+        TypeError: ``handle`` is no `fastadapt.Handle`.
         ValueError: the model is another, the adapters are others or have layer norms or an activation that AdapterHub has not, the patch trains tensors of the base, ``task`` is
             missing or unknown, or a T5's Compacter adapters share tensors.
+        OSError: the directory cannot be written.
     """
+    check_handle(handle)
     kind = getattr(getattr(handle.model, "config", None), "model_type", None)
     if kind not in _HOLDERS:
         raise ValueError(f"handle: of a {kind!r}; must be of one of {', '.join(_HOLDERS)}")
-    if handle._trained:
-        raise ValueError(f"handle: trains {handle._trained[0].id} of the base, which AdapterHub's file has no place for; patch with visual_embedding=False and layer_norms='none'")
     tensors = _places(handle, kind, name, task)
+    if handle._trained:
+        raise ValueError(f"handle: trains {handle._trained[0].id} of the base, which AdapterHub's file has no place for; patch with {_without_base(handle)}")
     first, *others = (_bottleneck(site.module, task) for site in handle._sites)
     if any(_config(other) != _config(first) for other in others):
         raise ValueError("handle: its adapters differ in more than their tensors, which AdapterHub's file has no place for")
@@ -309,8 +314,21 @@ def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: st
     saved = {"config": config, "hidden_size": width, "model_class": type(handle.model).__name__, "model_name": "", "model_type": kind, "name": name, "version": "adapters.1.3.0"}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, folder / _FILES[0])
-    (folder / _CONFIG).write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    torch.save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, data := io.BytesIO())
+    text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
+    with checkpoint._beside(folder / _FILES[0], data.getvalue()) as tensor_file, checkpoint._beside(folder / _CONFIG, text.encode()) as config_file:
+        os.replace(tensor_file, folder / _FILES[0])
+        os.replace(config_file, folder / _CONFIG)
+
+
+def _without_base(handle: Handle) -> str:
+    """The options that train tensors of the base in this patch, as they would have to be."""
+    visual = any("visual_embedding" in trained.id for trained in handle._trained)
+    off: dict[str, str] = {}
+    for config in handle.resolved.values():
+        on = [name for name in ("biases", "add_biases", "lm_head", "language_model") if getattr(config, name)] + ["visual_embedding"] * (visual and config.visual_embedding)
+        off |= dict.fromkeys(on, "False") | ({} if config.layer_norms == "none" else {"layer_norms": "'none'"}) | ({"trained_modules": "()"} if config.trained_modules else {})
+    return ", ".join(f"{name}={value}" for name, value in off.items())
 
 
 def _config(module: Bottleneck) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from fastadapt import checkpoint, patching
 from fastadapt.interop.adapterhub import from_adapterhub, to_adapterhub
 from fastadapt.interop.peft import from_peft, to_peft
-from fastadapt.interop.published import load_published, published_state_dict, read_state_dict
+from fastadapt.interop.published import PublishedFileError, load_published, published_state_dict, read_state_dict
 
 HOSTS = ("vlbart", "vlt5", "t5", "bart")
 LAYOUTS = ("vl", "compacter", "adapterhub", "peft")
+_LIBRARIES = {"adapterhub": "AdapterHub", "peft": "PEFT"}
 # Where directories of the libraries keep their tensors.
 _FILES = {"adapterhub": ("pytorch_adapter.bin", "adapter.safetensors"), "peft": ("adapter_model.safetensors",)}
 # Sizes of bart-base and t5-base with the published vocabularies and image features.
@@ -135,18 +137,24 @@ def convert(
         host: "vlbart", "vlt5", "t5" or "bart".
         method, options: as in `fastadapt.patch`; needed for a file only, a directory knows them.
         tasks: of a file, the tasks' names; of a directory with adapters per task that AdapterHub or PEFT shall read, the one task.
-        layout: keys of the "vl" repositories or of the "compacter" one, or the directories of "adapterhub" or "peft"; those are known when they are the source.
+        layout: keys of the "vl" repositories or of the "compacter" one, or the directories of "adapterhub" or "peft", to be written; those are known when they are the source.
 
     Returns:
         What was written, in a sentence.
 
     Raises:
         fastadapt.interop.PublishedFileError, fastadapt.patching.AdapterFileError: the source does not fit.
-        ValueError, TypeError: see `fastadapt.patch`, or the destination's name says nothing.
+        ValueError, TypeError: see `fastadapt.patch`, the destination's name says nothing, or an argument is given that is not for this kind of source.
+        OSError: the destination cannot be written.
     """
     target, folder = Path(destination), Path(source)
+    if not folder.exists():
+        raise PublishedFileError(f"source: {os.fspath(source)!r} does not exist; must be a .pth or .safetensors file or an adapter directory")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     library = _library(folder)
-    if library is not None or layout in ("adapterhub", "peft"):
+    _refuse_unused(folder, library, layout, method, tasks, options)
+    if library is not None or layout in _LIBRARIES:
         if target.suffix in (".pth", ".safetensors"):
             raise ValueError(f"destination: must be a directory, since AdapterHub's and PEFT's adapters are directories; it is {os.fspath(target)!r}")
         if library is not None:
@@ -157,18 +165,20 @@ def convert(
             return _said(target, handle)
         handle = patching.load(build_host(host, known=_sizes(checkpoint.read(folder)[1])), folder)
         (to_peft if layout == "peft" else to_adapterhub)(handle, target, task=tasks[0] if tasks else None)
-        return f"{target}: the adapters of {len(handle.sites)} sites as {'PEFT' if layout == 'peft' else 'AdapterHub'} reads them"
+        return f"{target}: the adapters of {len(handle.sites)} sites as {_LIBRARIES[layout]} reads them"
     if folder.is_dir():
         if target.suffix not in (".pth", ".safetensors"):
             raise ValueError(f"destination: must end in .pth or .safetensors, since the source is an adapter directory; it is {os.fspath(target)!r}")
         handle = patching.load(build_host(host, known=_sizes(checkpoint.read(folder)[1])), source)
         tensors = {key: tensor.detach().clone().contiguous() for key, tensor in published_state_dict(handle, base=False, layout=layout).items()}
         if target.suffix == ".pth":
-            torch.save(tensors, target)
+            torch.save(tensors, data := io.BytesIO())
         else:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            save_file(tensors, target, metadata={"format": "pt"})
+            data = io.BytesIO(save(tensors, metadata={"format": "pt"}))
+        with checkpoint._beside(target, data.getvalue()) as file:
+            os.replace(file, target)
         return f"{target}: {len(tensors)} tensors under the keys of the {layout} layout"
     if target.suffix in (".pth", ".safetensors"):
         raise ValueError(f"destination: must be a directory, since the source is a state dict; it is {os.fspath(target)!r}")
@@ -179,6 +189,25 @@ def convert(
     load_published(handle, tensors, layout=layout)
     handle.save(target)
     return _said(target, handle)
+
+
+def _refuse_unused(folder: Path, library: str | None, layout: str, method: str | None, tasks: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuses the arguments that `convert` has no use for with this kind of source: what they ask for would not be done."""
+    if not folder.is_dir():
+        if layout in _LIBRARIES:
+            raise ValueError(f"layout: the source is a state dict; must be vl or compacter, not {layout!r}")
+        if "model" in options:
+            raise ValueError("model: is no option of a method; the model is the host's")
+        return
+    what = f"the source is an adapter directory of {_LIBRARIES.get(library or '', 'fastadapt')}"
+    for name, given in (*([("method", method)] if method is not None else []), *options.items()):
+        raise ValueError(f"{name}: {what}, which knows its method and options; must not be given, not {given!r}")
+    if tasks and (library or layout not in _LIBRARIES):
+        raise ValueError(f"tasks: {what}, {'which has none' if library else 'which knows its tasks'}; must not be given, not {list(tasks)!r}")
+    if len(tasks) > 1:
+        raise ValueError(f"tasks: a directory of {_LIBRARIES[layout]} holds one task's adapters; must be one, not {list(tasks)!r}")
+    if library and layout not in ("vl", library):
+        raise ValueError(f"layout: {what}, which is written as fastadapt's; must not be given, not {layout!r}")
 
 
 def _said(target: Path, handle: patching.Handle) -> str:

@@ -124,8 +124,7 @@ def fuse(model: nn.Module) -> FuseReport:
         TypeError: ``model`` is no module.
         ValueError: no layer of a known library is in it; the message names what is known. The model stays as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: must be an nn.Module, not {type(model).__name__}")
+    check_model(model)
     fused: list[FusedSite] = []
     left: list[LeftSite] = []
     plan: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -157,8 +156,7 @@ def unfuse(model: nn.Module) -> None:
         ValueError: nothing in it is fused.
         RuntimeError: somebody gave a fused layer yet another class (FSDP2's ``fully_shard`` does); the model stays as it is.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: must be an nn.Module, not {type(model).__name__}")
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, Fused)]
     if not layers:
         raise ValueError(f"model: no layer of this {type(model).__name__} is fused")
@@ -205,6 +203,12 @@ def _recognise(module: nn.Module) -> Kind | Foreign | None:
 
 
 # What the codebases' files share.
+
+
+def check_model(model: object) -> None:
+    """Refuses what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be an nn.Module, not {type(model).__name__}")
 
 
 def quiet(module: nn.Module) -> bool:

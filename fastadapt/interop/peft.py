@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadapt import functional, patching
+from fastadapt import checkpoint, functional, patching
 from fastadapt.checkpoint import AdapterFileError
-from fastadapt.interop.fusing import Foreign, Fused, Kind, autocast_dtype, plain, quiet
+from fastadapt.interop.fusing import Foreign, Fused, Kind, autocast_dtype, check_model, plain, quiet
+from fastadapt.interop.published import check_handle
 from fastadapt.nn import LoRA, PerTask
 from fastadapt.nn.per_task import of_widths
 from fastadapt.patching import Handle, _some
@@ -207,6 +208,7 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str 
     """
     from safetensors.torch import load_file
 
+    check_model(model)
     folder = Path(directory)
     try:
         config, tensors = json.loads((folder / _CONFIG).read_text()), load_file(folder / _TENSORS)
@@ -245,10 +247,13 @@ def to_peft(handle: Handle, directory: str | os.PathLike[str], *, task: str | No
         task: whose adapters, where there is one per task.
 
     Raises:
+        TypeError: ``handle`` is no `fastadapt.Handle`.
         ValueError: the method has other adapters than LoRA, tensors of the base that are no biases have been trained, or ``task`` is missing or unknown.
+        OSError: the directory cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    check_handle(handle)
     places = _places(handle, task)
     first = next(_lora(site.module, task) for site in handle._sites)
     biases = len(places) > 2 * len(handle._sites)
@@ -260,8 +265,10 @@ def to_peft(handle: Handle, directory: str | os.PathLike[str], *, task: str | No
     }  # fmt: skip
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in places.items()}, folder / _TENSORS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    data = save({key: tensor.detach().cpu().clone().contiguous() for key, tensor in places.items()}, metadata={"format": "pt"})
+    with checkpoint._beside(folder / _TENSORS, data) as tensor_file, checkpoint._beside(folder / _CONFIG, json.dumps(config, indent=2).encode() + b"\n") as config_file:
+        os.replace(tensor_file, folder / _TENSORS)
+        os.replace(config_file, folder / _CONFIG)
 
 
 def _lora(module: nn.Module, task: str | None) -> LoRA:

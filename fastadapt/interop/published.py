@@ -67,6 +67,12 @@ class Piece(NamedTuple):
     stop: int | None = None
 
 
+def check_handle(handle: object) -> None:
+    """Refuses what is no handle."""
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle: must be the fastadapt.Handle that fastadapt.patch returns, not {type(handle).__name__}")
+
+
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` or ``.pth`` file; the latter is unpickled with ``weights_only=True``, so that it cannot run code. One level of nesting ("model",
     "state_dict") and the prefix "module." of DistributedDataParallel are taken off.
@@ -106,8 +112,10 @@ def published_state_dict(handle: Handle, *, base: bool = True, layout: str = "vl
         momentum: with UniAdapter, the keys of the momentum copies.
 
     Raises:
+        TypeError: ``handle`` is no `fastadapt.Handle`.
         ValueError: a method or an option that the repositories do not have, no tasks, an unknown layout, or ``base`` with UniAdapter.
     """
+    check_handle(handle)
     if base and _is_blip(handle):
         raise ValueError("base: must be False; the base of UniAdapter's checkpoints has other names and shapes than transformers' BLIP")
     state = handle.model.state_dict()
@@ -136,8 +144,12 @@ def load_published(handle: Handle, tensors: Mapping[str, Tensor], *, layout: str
     Raises:
         PublishedFileError: a tensor of the adapters or of the trained base is missing or has another shape, aliases differ, the patched model has no place for a key, or the rest
             of the base is there in part. Nothing is copied then.
+        TypeError: ``handle`` is no `fastadapt.Handle`, or ``tensors`` no mapping.
         ValueError: see `published_state_dict`.
     """
+    check_handle(handle)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors: must be a mapping of names to tensors, as read_state_dict gives, not {type(tensors).__name__}")
     if _is_blip(handle):
         names = {_with_momentum(key) if momentum else key: key for key in _uni_keys(handle, layout)}
         tensors = {names[key]: tensor for key, tensor in tensors.items() if key in names}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastadapt
-from fastadapt.interop import PublishedFileError, from_adapterhub, from_peft, to_adapterhub, to_peft
+from fastadapt.interop import PublishedFileError, from_adapterhub, from_peft, load_published, published_state_dict, to_adapterhub, to_peft
 from fastadapt.patching import AdapterFileError, Handle
 from tests.hosts import tiny
 from tests.interop.same import HUB_KINDS, assert_agree, hub_kind
@@ -255,8 +255,10 @@ def test_adapterhub_files_that_are_broken(tmp_path: Path) -> None:
     ("method", "options", "message"),
     [
         ("lora", {"biases": False}, "LoRA.* is no bottleneck of AdapterHub's"),
+        ("lora", {"biases": True}, "LoRA.* is no bottleneck of AdapterHub's"),
+        ("vl_adapter", {"biases": True}, r"trains .*bias of the base, which AdapterHub's file has no place for; patch with biases=False$"),
         ("vl_adapter", {"layer_norm_before": True}, "Bottleneck.* is no bottleneck of AdapterHub's"),
-        ("vl_adapter", {"layer_norms": "all"}, "of the base, which AdapterHub's file has no place for"),
+        ("vl_adapter", {"layer_norms": "all"}, "of the base, which AdapterHub's file has no place for; patch with layer_norms='none'$"),
         ("vl_adapter", {"activation": "identity"}, "AdapterHub has no activation 'identity'"),
         ("low_rank_adapter", {}, "Bottleneck.* is no bottleneck of AdapterHub's"),
         ("vlpet", {"granularity": "none", "adapter_scale": (0.5, 2.0), "decoder": ["multihead"], "heads": 1}, "its adapters differ in more than their tensors"),
@@ -266,4 +268,17 @@ def test_what_adapterhub_has_no_place_for(method: str, options: dict[str, Any], 
     handle = fastadapt.patch(tiny.tiny("bart"), method, **{**COMMON, **options})
     with pytest.raises(ValueError, match=message):
         to_adapterhub(handle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("read", [from_peft, from_adapterhub])
+def test_what_is_no_model(read: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"model: must be an nn.Module, not NoneType"):
+        read(None, tmp_path)
+
+
+@pytest.mark.parametrize("write", [to_peft, to_adapterhub, load_published, lambda handle, _: published_state_dict(handle)])
+def test_what_is_no_handle(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"handle: must be the fastadapt.Handle that fastadapt.patch returns, not BartForConditionalGeneration"):
+        write(tiny.tiny("bart"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -101,7 +101,15 @@ def test_depths_from_the_tensors(host: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent.pth", "out", "--host", "vlbart", "--method", "vlpet"], "absent.pth: cannot be read"),
+        (["absent.pth", "out", "--host", "vlbart", "--method", "vlpet"], "source: 'absent.pth' does not exist; must be a .pth or .safetensors file or an adapter directory"),
+        (["absent", "out", "--host", "bart"], "source: 'absent' does not exist"),
+        (["a.pth", "out", "--host", "vlbart", "--layout", "peft", "--method", "lora"], "layout: the source is a state dict; must be vl or compacter, not 'peft'"),
+        (["a.pth", "a.pth/out", "--host", "vlbart", "--method", "layer_norm"], "destination: 'a.pth/out' cannot be written ("),
+        (["a.pth", "out", "--host", "vlbart", "--method", "vlpet", "--option", "model=1"], "model: is no option of a method"),
+        (["folder", "out.pth", "--host", "bart", "--method", "vlpet"], "method: the source is an adapter directory of fastadapt, which knows its method"),
+        (["folder", "out.pth", "--host", "bart", "--option", "rank=4"], "rank: the source is an adapter directory of fastadapt, which knows its method and options"),
+        (["folder", "out.pth", "--host", "bart", "--tasks", "a"], "tasks: the source is an adapter directory of fastadapt, which knows its tasks; must not be given, not ['a']"),
+        (["folder", "out", "--host", "bart", "--layout", "peft", "--tasks", "a,b"], "tasks: a directory of PEFT holds one task's adapters; must be one, not ['a', 'b']"),
         (["a.pth", "out", "--host", "vlbart"], "method: must be given"),
         (["a.pth", "out.pth", "--host", "vlbart", "--method", "vlpet"], "destination: must be a directory"),
         (["folder", "out", "--host", "vlbart"], "destination: must end in .pth or .safetensors"),
@@ -148,6 +156,33 @@ def test_libraries_directories_and_back(
     other = tiny.tiny(family, layers=depths)
     patching.load(other, tmp_path / "back")
     assert_agree(tiny.logits(other), tiny.logits(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--method", "vlpet"], "method: the source is an adapter directory of PEFT, which knows its method and options; must not be given, not 'vlpet'"),
+        (["--option", "granularity=small"], "granularity: the source is an adapter directory of PEFT, which knows its method and options; must not be given, not 'small'"),
+        (["--tasks", "a,b"], "tasks: the source is an adapter directory of PEFT, which has none; must not be given, not ['a', 'b']"),
+        (["--layout", "adapterhub"], "layout: the source is an adapter directory of PEFT, which is written as fastadapt's; must not be given, not 'adapterhub'"),
+    ],
+)
+def test_arguments_that_a_librarys_directory_has_no_use_for(given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "out"), "--host", "bart", *given]) == 1
+    assert capsys.readouterr().err == f"fastadapt convert: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["file/out.pth", "file/out.safetensors", "file/out"])
+def test_destinations_that_cannot_be_written(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patching.patch(tiny.tiny("bart"), "lora", rank=4, biases=False, layer_norms="none", tasks=["a"]).save(tmp_path / "ours")
+    (tmp_path / "file").touch()
+    layout = [] if "." in target else ["--layout", "peft"]
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / target), "--host", "bart", *layout]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastadapt convert: destination: '{tmp_path / target}' cannot be written (") and said.count("\n") == 1
 
 
 def test_bad_option() -> None:
