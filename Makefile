@@ -51,7 +51,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About three hours; QUICK=--quick takes five minutes. The machine should have nothing else to do.
+# About 45 minutes; QUICK=--quick takes two. The machine should have nothing else to do.
 bench: .venv/.installed
 	$(BIN)/fastadapt bench $(QUICK) --json benchmarks/data/bench.json --history --plots benchmarks/data
 
