@@ -200,8 +200,9 @@ def _demanded_by_environment() -> int:
 _default = _demanded_by_environment()
 _demand: ContextVar[int] = ContextVar("fastadapt_backend", default=_default)
 # What torch.compile reads: it cannot trace a ContextVar, and it guards on a module global, so a compiled function is compiled again when the demand changes. A `use` in one
-# thread is therefore seen by a compilation that runs in another at the same time.
+# thread is therefore seen by a compilation that runs in another at the same time: it is that of the last block entered that is not left yet.
 _traced_demand = _default
+_inside: list[tuple[object, int]] = []
 
 
 @contextlib.contextmanager
@@ -219,13 +220,15 @@ def use(name: str) -> Iterator[None]:
     """
     global _traced_demand
     number = index(name)
-    before, token = _traced_demand, _demand.set(number)
+    token = _demand.set(number)
+    _inside.append((token, number))
     _traced_demand = number
     try:
         yield
     finally:
         _demand.reset(token)
-        _traced_demand = before
+        _inside.remove((token, number))
+        _traced_demand = _inside[-1][1] if _inside else _default
 
 
 def demand() -> int:

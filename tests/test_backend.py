@@ -158,6 +158,28 @@ def test_a_demand_holds_for_its_own_thread() -> None:
     assert demands == [backend.index(os.environ.get("FASTADAPT_BACKEND", "auto")), backend.index("reference")]
 
 
+def test_blocks_of_threads_that_overlap_leave_no_demand_behind() -> None:
+    """What a compilation sees is the last block entered, and, when all are left, in whatever order, no demand."""
+    before, entered, leave = backend._traced_demand, [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
+
+    def demanding(i: int, name: str) -> None:
+        with backend.use(name):
+            entered[i].set()
+            leave[i].wait(10)
+
+    threads = [threading.Thread(target=demanding, args=each) for each in enumerate(("reference", "cpu"))]
+    seen = []
+    for i, thread in enumerate(threads):
+        thread.start()
+        assert entered[i].wait(10)
+        seen.append(backend._traced_demand)
+    for i, thread in enumerate(threads):
+        leave[i].set()
+        thread.join()
+        seen.append(backend._traced_demand)
+    assert seen == [backend.index("reference"), backend.index("cpu"), backend.index("cpu"), before]
+
+
 def test_ran_counts_kernels_and_resets() -> None:
     x, w_down, w_up = arguments()
     w_down.requires_grad_()
