@@ -38,9 +38,19 @@ def write(directory: str | os.PathLike[str], config: Mapping[str, Any], tensors:
     text = json.dumps({"format": FORMAT, "format_version": VERSION, **config, "tensors_sha256": hashlib.sha256(data).hexdigest()}, indent=2)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with _beside(folder / TENSORS, data) as tensor_file, _beside(folder / CONFIG, text.encode() + b"\n") as config_file:
-        os.replace(tensor_file, folder / TENSORS)
-        os.replace(config_file, folder / CONFIG)
+    put({folder / TENSORS: data, folder / CONFIG: text.encode() + b"\n"})
+
+
+def put(files: Mapping[Path, bytes]) -> None:
+    """Writes files; each appears under its name only when all are complete, and what was there before stays until then.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        complete = [(stack.enter_context(_beside(path, data)), path) for path, data in files.items()]
+        for file, path in complete:
+            os.replace(file, path)
 
 
 @contextlib.contextmanager

@@ -181,7 +181,10 @@ def gated_bottleneck(
         raise ValueError(f"x: granularity {granularity!r} needs the residual stream, got None")
     other = x if granularity != "middleY" else None
     gates = (gate_weight, gate_bias, gate_up_weight, gate_up_bias)
-    saving = _saving(save_gate)
+    try:
+        saving = _SAVING[save_gate]
+    except (KeyError, TypeError):
+        raise TypeError(f"save_gate: must be True, False or None, not {repr(save_gate) if isinstance(save_gate, str) else type(save_gate).__name__}") from None
     if granularity != "large_full" and heads == 1 and type(input_scale) is type(adapter_scale) is type(scale) is float:
         tensors = h, other, w_down, b_down, w_up, b_up, *gates
         if enter := _cpu.entrance("gated_bottleneck", tuple(map(type, tensors))):
@@ -931,13 +934,6 @@ def _number(name: str, value: float) -> float:
 def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: must be True or False, not {type(value).__name__}") from None
-
-
-def _saving(save_gate: bool | None) -> int:
-    try:
-        return _SAVING[save_gate]
-    except (KeyError, TypeError):
-        raise TypeError(f"save_gate: must be True, False or None, not {repr(save_gate) if isinstance(save_gate, str) else type(save_gate).__name__}") from None
 
 
 def _tensor(name: str, t: object) -> Tensor:

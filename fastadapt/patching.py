@@ -406,9 +406,11 @@ class Handle:
         self._check_untouched()
         if restore_base:
             self._check_base_known()
-            if reshaped := [t for t in self._trained if t.base is not None and t.base.shape != t.parameter.shape]:
-                was = ", ".join(f"{t.id} {tuple(t.base.shape)} -> {tuple(t.parameter.shape)}" for t in reshaped[:3])  # type: ignore[union-attr]
-                raise RuntimeError(f"restore_base: {len(reshaped)} tensors have another shape than before the patch ({was}); give it back, or unpatch without restore_base")
+            shapes = ((t.id, tuple(t.base.shape), tuple(t.parameter.shape)) for t in self._trained if t.base is not None)
+            if reshaped := [f"{key} {before} -> {now}" for key, before, now in shapes if before != now]:
+                raise RuntimeError(
+                    f"restore_base: {len(reshaped)} tensors have another shape than before the patch ({_some(reshaped)}); give it back, or unpatch without restore_base"
+                )
             with torch.no_grad():
                 for trained in self._trained:
                     if trained.base is not None:

@@ -316,9 +316,7 @@ def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: st
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, data := io.BytesIO())
     text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
-    with checkpoint._beside(folder / _FILES[0], data.getvalue()) as tensor_file, checkpoint._beside(folder / _CONFIG, text.encode()) as config_file:
-        os.replace(tensor_file, folder / _FILES[0])
-        os.replace(config_file, folder / _CONFIG)
+    checkpoint.put({folder / _FILES[0]: data.getvalue(), folder / _CONFIG: text.encode()})
 
 
 def _without_base(handle: Handle) -> str:

@@ -177,8 +177,7 @@ def convert(
             from safetensors.torch import save
 
             data = io.BytesIO(save(tensors, metadata={"format": "pt"}))
-        with checkpoint._beside(target, data.getvalue()) as file:
-            os.replace(file, target)
+        checkpoint.put({target: data.getvalue()})
         return f"{target}: {len(tensors)} tensors under the keys of the {layout} layout"
     if target.suffix in (".pth", ".safetensors"):
         raise ValueError(f"destination: must be a directory, since the source is a state dict; it is {os.fspath(target)!r}")

@@ -266,9 +266,7 @@ def to_peft(handle: Handle, directory: str | os.PathLike[str], *, task: str | No
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     data = save({key: tensor.detach().cpu().clone().contiguous() for key, tensor in places.items()}, metadata={"format": "pt"})
-    with checkpoint._beside(folder / _TENSORS, data) as tensor_file, checkpoint._beside(folder / _CONFIG, json.dumps(config, indent=2).encode() + b"\n") as config_file:
-        os.replace(tensor_file, folder / _TENSORS)
-        os.replace(config_file, folder / _CONFIG)
+    checkpoint.put({folder / _TENSORS: data, folder / _CONFIG: json.dumps(config, indent=2).encode() + b"\n"})
 
 
 def _lora(module: nn.Module, task: str | None) -> LoRA:
