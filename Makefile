@@ -55,12 +55,13 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/fastadapt bench $(QUICK) --json benchmarks/data/bench.json --history --plots benchmarks/data
 
-# Ready to run on a machine with a GPU, where it builds the CUDA kernels; anywhere else it says why its GPU part is left out.
-gpu-check: .venv/.cuda
-	$(BIN)/python -m benchmarks.gpu_check
+# Ready to run on a machine with a GPU, where it builds the CUDA kernels; anywhere else it says why its GPU part is left out. Hours; QUICK=--quick takes a quarter of one.
+gpu-check: .venv/$(if $(findstring GPU 0,$(shell command -v nvidia-smi >/dev/null && nvidia-smi -L)),.cuda,.installed)
+	$(BIN)/python -m benchmarks.gpu_check $(QUICK)
 
 .venv/.cuda: .venv/.installed
-	! command -v nvidia-smi || FASTADAPT_CUDA=1 $(PIP) --no-build-isolation -e '.[demo,test]'
+	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || $(PIP) --no-build-isolation -e '.[cuda-build]'
+	FASTADAPT_CUDA=1 $(PIP) --no-build-isolation -e '.[demo,test]'
 	touch $@
 
 build: .venv/.installed

@@ -1,19 +1,22 @@
 """Everything that a machine with a GPU can say and this library's usual machines cannot, in one command: ``make gpu-check``.
 
 Runs the tests that need a device, the kernels under compute-sanitizer, the benchmarks against eager code and torch.compile, and every backend of every op against its modelled
-time. Writes report.md, report.json and the calibration that `fastadapt.backend` then chooses by. Without a CUDA device (or with --dry-run) it says so and checks itself as far as
-that goes: imports, collection, command lines, and the report of a recorded input.
+time. Writes report.md, report.json and the calibration that `fastadapt.backend` then chooses by. That takes hours, most of them in Triton's compiler; --quick takes a quarter of
+one. Every step is a process with a time limit, so that one that hangs or breaks the device loses no other's result. Without a CUDA device (or with --dry-run) it says so and checks
+itself as far as that goes: imports, collection, command lines, and the report of a recorded input.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +39,8 @@ from fastadapt.ops import _cost
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "data" / "gpu_check.json"
-ROWS = (1024, 4096, 16384)
+ROWS, ROUNDS = (1024, 4096, 16384), 15
+QUICK_ROWS, QUICK_ROUNDS = (4096,), 5
 OPS = tuple(op for op in sorted(fastadapt.backend._plans) if find_spec(f"fastadapt.ops.{op}.cuda"))
 """The ops that have kernels for GPUs."""
 # Options of the calls that are compared: the papers'.
@@ -46,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": False, "out_width": 768},
     "dropout_add_norm": {"dropout": False, "norm": "layer", "wide": False},
 }
+RANKS = {"dropout_add_norm": 0}  # of the others 96
 # Triton's interpreter needs a process of its own, and no GPU.
 TESTS = ("tests", "--ignore=tests/triton/interpret")
 # Every kernel of cuda and triton over ragged rows and ranks, at sizes that a tool 50 times slower than the device can take.
@@ -58,10 +63,13 @@ SANITIZED = (
     "-k",
     "(test_within_rule and cuda) or (test_shapes and triton)",
 )
+# Of --quick: what only a device shows, with a few calls of every op and backend; three of those calls under the sanitizer, one of them Triton's, which takes long to compile.
+QUICK_TESTS = ("tests/cuda/test_gpu.py",)
+QUICK_SANITIZED = tuple(f"tests/cuda/test_gpu.py::test_within_rule[{call}]" for call in ("gated_bottleneck-cuda", "phm_bottleneck-cuda", "lora-triton"))
 # What the report counts apart: patterns in the names of tests.
 SUBJECTS = {"streams": "stream", "second device": "second_device|other_device|devices", "CUDA graphs": "captur|cuda_?graph", "bitwise determinism": "deterministic"}
 BACKENDS = ("cuda", "triton", "reference")
-# What emulators, interpreters and the cost model cannot answer, and the step that does; "compared" is in this process, behind all steps.
+# What emulators, interpreters and the cost model cannot answer, and the step that does.
 QUESTIONS = {
     "Are all results right in the device's own arithmetic (rounding inside matrix units, ex2.approx, rcp.approx)?": "tests",
     "Are they bitwise the same from run to run, on another stream, on a second device, in a CUDA graph?": "tests",
@@ -88,6 +96,10 @@ class Step:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     missing: str | None = None
+    limit: int = 600
+    """Seconds, after which it is stopped."""
+    writes: Path | None = None
+    """Its result, of which none from an earlier run is left."""
 
     def __str__(self) -> str:
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
@@ -105,51 +117,49 @@ def sanitizer() -> str | None:
 
 
 def steps(options: argparse.Namespace) -> list[Step]:
-    """The commands, in order. The comparison with modelled times is not among them: it is `compared`, in this process."""
-    python, out = sys.executable, options.out
+    """The commands, in order. The limits of --quick add up to a quarter of an hour; the others are several times what a step should take."""
+    python, out, quick = sys.executable, options.out, options.quick
+    rows, rounds = options.rows or (QUICK_ROWS if quick else ROWS), options.rounds or (QUICK_ROUNDS if quick else ROUNDS)
+    sizes = ["--rounds", str(rounds), "--rows", *map(str, rows)]
     marks = "gpu" if options.full else "gpu and not full"
-    tests = [Step("tests", [python, "-m", "pytest", "-m", marks, *TESTS, f"--junitxml={out}/tests.xml"])]
+    # A test that takes minutes shows where it is.
+    pytest = [python, "-m", "pytest", "-m", marks, "-o", "faulthandler_timeout=120"]
+    found = [Step("tests", [*pytest, *(QUICK_TESTS if quick else TESTS), f"--junitxml={out}/tests.xml"], limit=420 if quick else 6 * 3600, writes=out / "tests.xml")]
     tool = sanitizer()
-    for check in ("memcheck", "racecheck"):
-        command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9", "--target-processes", "all", python, "-m", "pytest", "-m", marks, *SANITIZED]
+    for check in ("memcheck",) if quick else ("memcheck", "racecheck"):
+        command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9", "--target-processes", "all", *pytest, *(QUICK_SANITIZED if quick else SANITIZED)]
         missing = None if tool else "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin; it comes with the CUDA toolkit"
-        tests.append(Step(check, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing))  # else a read past a tensor stays inside the allocator's block
-    here = torch.cuda.is_available()
-    benchmarks = [
-        Step(
-            f"benchmark {op} {backend}",
-            [python, "-m", f"benchmarks.ops.{op}", "--device", "cuda", "--backend", backend, "--dtype", "bf16", "--param-dtype", "fp32",
-             "--rounds", str(options.rounds), "--rows", *map(str, options.rows), "--json", f"{out}/{op}-{backend}.json"],
-            missing="; ".join(explained(op, options.rows[0]).reasons[backend]) or None if here else None,
-        )
-        for op in OPS
-        for backend in BACKENDS[:2]
-    ]  # fmt: skip
-    profiler = tool_of("ncu")
-    counters = [
-        Step(
-            f"counters {op} {backend}",
-            [profiler or "ncu", "--csv", "--log-file", f"{out}/counters-{op}-{backend}.csv", "--metrics", COUNTERS,
-             python, "-m", "benchmarks.gpu_check", "--one-step", op, backend],
-            missing=None if profiler else "ncu is neither on PATH nor in CUDA_HOME/bin; it is Nsight Compute, which comes with the CUDA toolkit",
-        )
-        for op in OPS
-        for backend in BACKENDS[:2]
-    ]  # fmt: skip
-    return tests + benchmarks + counters
+        # Without the environment a read past a tensor stays inside the allocator's block.
+        found.append(Step(check, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing, limit=90 if quick else 3 * 3600))
+    compare = [python, "-m", "benchmarks.gpu_check", "--compare", "--out", str(out), *sizes]
+    found.append(Step("compared", compare, limit=90 if quick else 3600, writes=out / "compared.json"))
+    here, profiler = torch.cuda.is_available(), tool_of("ncu")
+    for op in OPS:
+        for backend in BACKENDS[:1] if quick else BACKENDS[:2]:
+            command = [python, "-m", f"benchmarks.ops.{op}", "--device", "cuda", "--backend", backend, "--dtype", "bf16", "--param-dtype", "fp32", *sizes]
+            result = out / f"{op}-{backend}.json"
+            missing = "; ".join(explained(op, rows[0]).reasons[backend]) or None if here else None
+            found.append(Step(f"benchmark {op} {backend}", [*command, "--json", str(result)], missing=missing, limit=50 if quick else 1200, writes=result))
+    for op in () if quick else OPS:
+        for backend in BACKENDS[:2]:
+            result = out / f"counters-{op}-{backend}.csv"
+            command = [profiler or "ncu", "--csv", "--log-file", str(result), "--metrics", COUNTERS, python, "-m", "benchmarks.gpu_check", "--one-step", op, backend]
+            missing = None if profiler else "ncu is neither on PATH nor in CUDA_HOME/bin; it is Nsight Compute, which comes with the CUDA toolkit"
+            found.append(Step(f"counters {op} {backend}", command, missing=missing, writes=result))
+    return found
 
 
 def questions() -> list[tuple[str, str]]:
     """The questions, each with the first command that answers it; its like for other ops and backends are in ``--dry-run``."""
     commands = {step.name: str(step) for step in steps(parser().parse_args([]))}
-    commands["compared"] = "python -m benchmarks.gpu_check  (the section of report.md on modelled and measured times)"
-    commands["compared at few rows"] = "python -m benchmarks.gpu_check --rows 16 64 256 --no-calibration  (the same section)"
-    return [(question, next(command for name, command in commands.items() if name.startswith(step))) for question, step in QUESTIONS.items()]
+    commands["compared at few rows"] = "python -m benchmarks.gpu_check --rows 16 64 256 --no-calibration  (the section of report.md on modelled and measured times)"
+    return [(question, next(command for name, command in commands.items() if name == step or name.startswith(f"{step} "))) for question, step in QUESTIONS.items()]
 
 
-def explained(op: str, rows: int) -> fastadapt.backend.Explanation:
+def explained(op: str, rows: int, device: str = "cuda") -> fastadapt.backend.Explanation:
     """What the library says of the call that is compared here: the papers' sizes, and the dtypes that people train with."""
-    return fastadapt.backend.explain(op, rows=rows, width=768, rank=96, dtype=torch.bfloat16, param_dtype=torch.float32, device="cuda", **OPTIONS.get(op, {}))
+    shape = {"rows": rows, "width": 768, "rank": RANKS.get(op, 96)}
+    return fastadapt.backend.explain(op, **shape, dtype=torch.bfloat16, param_dtype=torch.float32, device=device, **OPTIONS.get(op, {}))
 
 
 def text_of(*command: str) -> str:
@@ -195,14 +205,29 @@ def counts_of(path: Path) -> dict[str, dict[str, int]]:
     return {name: {outcome: count[outcome] for outcome in ("passed", "failed", "skipped")} for name, count in counts.items()}
 
 
-def run(step: Step) -> dict[str, Any]:
-    """Runs a step, its output going where this process's goes."""
+def run(step: Step, grace: float = 20) -> dict[str, Any]:
+    """Runs a step, its output going where this process's goes. At its limit it is interrupted, so that pytest writes its report, and after ``grace`` seconds killed."""
+    about = {"name": step.name, "command": str(step)}
+    if step.writes:
+        step.writes.unlink(missing_ok=True)
     if step.missing:
-        return {"name": step.name, "command": str(step), "status": "missing", "why": step.missing}
-    print(f"== {step.name}: {step}", flush=True)
-    start = time.monotonic()
-    code = subprocess.run(step.command, cwd=ROOT, env={**os.environ, **step.environment}).returncode
-    return {"name": step.name, "command": str(step), "status": "passed" if code == 0 else "failed", "exit": code, "seconds": round(time.monotonic() - start, 1)}
+        return {**about, "status": "missing", "why": step.missing}
+    print(f"== {step.name}, at most {step.limit} s: {step}", flush=True)
+    start, status = time.monotonic(), ""
+    with subprocess.Popen(step.command, cwd=ROOT, env={**os.environ, **step.environment}, start_new_session=True) as process:
+        try:
+            process.wait(step.limit)
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what its children hold of the device must be free for the next step
+                os.killpg(process.pid, signal.SIGKILL)
+    status = status or ("passed" if process.returncode == 0 else "failed")
+    why = {"why": f"stopped at its limit of {step.limit} s"} if status == "timed out" else {}
+    return {**about, "status": status, "exit": process.returncode, "seconds": round(time.monotonic() - start, 1), **why}
 
 
 def call_of(op: str, rows: int, device: str, width: int = 768, rank: int = 96) -> tuple[Callable[..., Any], list[torch.Tensor], torch.Tensor]:
@@ -248,25 +273,23 @@ def measured(op: str, backends: Sequence[str], rows: int, device: str, rounds: i
     return out
 
 
-def compared(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Modelled and measured time of each backend, op, direction and number of rows; the model without any calibration."""
+def compare(options: argparse.Namespace) -> None:
+    """Modelled and measured time of each backend, op, direction and number of rows, into compared.json after every op; the model without any calibration."""
     os.environ["FASTADAPT_CALIBRATION"] = ""
-    _cost.calibration.cache_clear()
-    fastadapt.backend._choice.cache_clear()
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for op in OPS:
-        for t in options.rows:
+        for t in options.rows or ROWS:
             told = explained(op, t)
             able = [name for name in BACKENDS if told.reasons.get(name) == []]
-            for name, directions in measured(op, able, t, "cuda", options.rounds).items():
+            for name, directions in measured(op, able, t, "cuda", options.rounds or ROUNDS).items():
                 for direction, (median, low, high) in directions.items():
                     estimate = told.estimates.get(name)
                     modelled = getattr(estimate, direction).microseconds if estimate else None
-                    rows.append({
-                        "op": op, "backend": name, "rows": t, "width": 768, "rank": 96, "dtype": "bf16", "param_dtype": "fp32", "direction": direction,
+                    found.append({
+                        "op": op, "backend": name, "rows": t, "width": 768, "rank": told.call.rank, "dtype": "bf16", "param_dtype": "fp32", "direction": direction,
                         "modelled_us": modelled, "measured_us": median, "low_us": low, "high_us": high, "chosen": told.chosen == name,
                     })  # fmt: skip
-    return rows
+        (options.out / "compared.json").write_text(json.dumps(found))
 
 
 def calibration_of(record: dict[str, Any]) -> _cost.Calibration:
@@ -330,7 +353,7 @@ def dry(options: argparse.Namespace) -> int:
     """What can be checked without a device; raises or returns 1 where something is wrong."""
     for op in OPS:
         import_module(f"benchmarks.ops.{op}")
-    collect = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", *TESTS]
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", *(QUICK_TESTS if options.quick else TESTS)]
     print(f"collects: {shlex.join(collect)}")
     done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True)
     summary = re.search(r"^(\d+)(?:/\d+)? tests? collected", done.stdout, re.M)
@@ -357,32 +380,37 @@ def dry(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """The real thing."""
     options.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"environment": environment(), "steps": [run(step) for step in steps(options)], "tests": {}, "benchmarks": []}
-    if (junit := options.out / "tests.xml").exists():
-        record["tests"] = counts_of(junit)
-    for op in OPS:
-        for backend in BACKENDS[:2]:
-            if (path := options.out / f"{op}-{backend}.json").exists():
-                record["benchmarks"] += json.loads(path.read_text())
-    record["compared"] = compared(options)
+    todo = [step for step in steps(options) if step.name.split()[0] in (options.only or step.name.split())]
+    record: dict[str, Any] = {"environment": environment(), "steps": [run(step) for step in todo], "tests": {}, "benchmarks": [], "compared": []}
+    for step in todo:
+        if step.writes is None or not step.writes.exists():
+            continue
+        if step.name == "tests":
+            record["tests"] = counts_of(step.writes)
+        elif step.writes.suffix == ".json":
+            record["compared" if step.name == "compared" else "benchmarks"] += json.loads(step.writes.read_text())
     paths = write(record, options.out)
-    if options.calibrate:
+    if options.calibrate and record["compared"]:
         target = Path.home() / ".cache" / "fastadapt" / paths[2].name
         _cost.write_calibration(target, calibration_of(record))
         paths.append(target)
     print(*(f"wrote {path}" for path in paths), sep="\n")
-    failed = [step["name"] for step in record["steps"] if step["status"] == "failed"]
-    print(f"gpu-check: {'failed: ' + ', '.join(failed) if failed else 'passed'}")
-    return 1 if failed else 0
+    wrong = [step["name"] + (" (timed out)" if step["status"] == "timed out" else "") for step in record["steps"] if step["status"] in ("failed", "timed out")]
+    print(f"gpu-check: {'failed: ' + ', '.join(wrong) if wrong else 'passed'}")
+    return 1 if wrong else 0
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="gpu-check", description=(__doc__ or "").split("\n")[0])
     top.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder of the reports")
     top.add_argument("--dry-run", action="store_true", help="run nothing on the device, and say what would be run")
-    top.add_argument("--full", action="store_true", help="also the tests of `make test-full`")
-    top.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    top.add_argument("--rounds", type=int, default=15)
+    extent = top.add_mutually_exclusive_group()
+    extent.add_argument("--full", action="store_true", help="also the tests of `make test-full`")
+    extent.add_argument("--quick", action="store_true", help="at most a quarter of an hour: a few calls of every op and backend, one number of rows, no calibration of `auto`")
+    top.add_argument("--rows", type=int, nargs="+", help=f"by default {' '.join(map(str, ROWS))}, of --quick {' '.join(map(str, QUICK_ROWS))}")
+    top.add_argument("--rounds", type=int, help=f"by default {ROUNDS}, of --quick {QUICK_ROUNDS}")
+    top.add_argument("--only", nargs="+", metavar="STEP", choices=("tests", "memcheck", "racecheck", "compared", "benchmark", "counters"), help="these steps alone")
+    top.add_argument("--compare", action="store_true", help="only measure every backend of every op beside its modelled time, into compared.json")
     top.add_argument("--one-step", nargs=2, metavar=("OP", "BACKEND"), help="only run this op once, forward and backward, for a profiler")
     top.add_argument("--no-calibration", dest="calibrate", action="store_false", help="leave ~/.cache/fastadapt, by which `auto` chooses, as it is")
     return top
@@ -390,12 +418,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    options.out = options.out.resolve()
+    options.out, options.calibrate = options.out.resolve(), options.calibrate and not options.quick
     if not torch.cuda.is_available():
         print("gpu-check: there is no CUDA device here, so nothing is measured; the dry part follows")
         return dry(options)
     if options.one_step:
         one_step(*options.one_step)
+        return 0
+    if options.compare:
+        compare(options)
         return 0
     return dry(options) if options.dry_run else check(options)
 

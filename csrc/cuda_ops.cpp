@@ -105,6 +105,8 @@ Tensor empty(std::initializer_list<int64_t> shape, const Kind& kind) { return em
 
 // An output that is asked for, or the empty placeholder.
 Tensor output(bool need, std::initializer_list<int64_t> shape, const Kind& kind) { return need ? empty(shape, kind) : empty({0}, kind); }
+// A gradient, whose placeholder has the type of the activations, like the fake implementations'.
+Tensor output(bool need, std::initializer_list<int64_t> shape, const Kind& kind, const Kind& wide) { return output(need, shape, need ? kind : wide); }
 
 // Pointers to arguments as the kernels take them, and the copies of those that lie otherwise in memory.
 class Arguments {
@@ -206,9 +208,9 @@ SevenTensors bottleneck_backward(const Tensor& dy, const Tensor& x, const Tensor
   const DeviceGuard guard(wide.device);
   const int64_t rows = x.size(0), width = x.size(1), rank = w_down.size(0);
   const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
-  Tensor dx = output(need(0), {rows, width}, wide), dwd = output(need(1), {rank, width}, parameters), dbd = output(need(2), {rank}, parameters),
-         dwu = output(need(3), {width, rank}, parameters), dbu = output(need(4), {width}, parameters), dg = output(need(5), {width}, parameters),
-         ds = need(6) ? empty(scale_tensor->sizes(), parameters) : empty({0}, parameters);
+  Tensor dx = output(need(0), {rows, width}, wide), dwd = output(need(1), {rank, width}, parameters, wide), dbd = output(need(2), {rank}, parameters, wide),
+         dwu = output(need(3), {width, rank}, parameters, wide), dbu = output(need(4), {width}, parameters, wide), dg = output(need(5), {width}, parameters, wide),
+         ds = need(6) ? empty(scale_tensor->sizes(), parameters) : empty({0}, wide);
   if (rows == 0) {
     for (const Tensor* t : {&dwd, &dbd, &dwu, &dbu, &dg, &ds}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
     return {dx, dwd, dbd, dwu, dbu, dg, ds};
@@ -258,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
   const Kind wide(x), parameters(w_down);
   const DeviceGuard guard(wide.device);
   const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
-  const auto gradient = [&](int i, const optional<Tensor>& t) { return need(i) ? empty(t->sizes(), parameters) : empty({0}, parameters); };
+  const auto gradient = [&](int i, const optional<Tensor>& t) { return need(i) ? empty(t->sizes(), parameters) : empty({0}, wide); };
   Tensor dx = need(0) ? empty(x.sizes(), wide) : empty({0}, wide), dwd = gradient(1, w_down), dbd = gradient(2, b_down), dwu = gradient(3, w_up), dbu = gradient(4, b_up);
   if (x.size(0) == 0) {
     for (const Tensor* t : {&dwd, &dbd, &dwu, &dbu}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
@@ -268,6 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_bottleneck_backward(co
   cuda::RoutedCall p = routed_call(in, x, ids, w_down, b_down, w_up, b_up, scale, activation, add_input);
   p.dy = in.rows(dy, p.dy_stride), p.z = in.saved(z);
   p.dx = pointer(need(0), dx), p.dw_down = pointer(need(1), dwd), p.db_down = pointer(need(2), dbd), p.dw_up = pointer(need(3), dwu), p.db_up = pointer(need(4), dbu);
+  const char* why = cuda::routed_why_not(p.rows, p.width, p.tasks);
+  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (rows ", p.rows, ", width ", p.width, ", tasks ", p.tasks, ")");
   launch(p, cuda::routed_backward_workspace(p), cuda::routed_backward, wide, 0);
   return {dx, dwd, dbd, dwu, dbu};
 }
@@ -368,8 +372,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& dy, const
   const DeviceGuard guard(wide.device);
   const int64_t rows = x.size(0), rank = w_down.size(0), out = w_up.size(0);
   const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
-  Tensor dx = output(need(0), {rows, x.size(1)}, wide), dwd = output(need(1), {rank, x.size(1)}, parameters), dwu = output(need(2), {out, rank}, parameters),
-         dbu = output(need(3), {out}, parameters);
+  Tensor dx = output(need(0), {rows, x.size(1)}, wide), dwd = output(need(1), {rank, x.size(1)}, parameters, wide),
+         dwu = output(need(2), {out, rank}, parameters, wide), dbu = output(need(3), {out}, parameters, wide);
   if (rows == 0) {
     for (const Tensor* t : {&dwd, &dwu, &dbu}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
     return {dx, dwd, dwu, dbu};
@@ -426,9 +430,9 @@ NineTensors phm_bottleneck_backward(const Tensor& dy, const Tensor& x, const Ten
   const int64_t rows = x.size(0), width = x.size(1), rank = right_down.size(0) * right_down.size(2);
   const std::array<const Tensor*, 6> factors{&rule_down, &left_down, &right_down, &rule_up, &left_up, &right_up};
   const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
-  const auto gradient = [&](int i, int factor) { return need(i) ? empty(factors[factor]->sizes(), parameters) : empty({0}, parameters); };
-  std::array<Tensor, 9> grads{output(need(0), {rows, width}, wide), gradient(1, 0), gradient(2, 1), gradient(3, 2), output(need(4), {rank}, parameters),
-                              gradient(5, 3), gradient(6, 4), gradient(7, 5), output(need(8), {width}, parameters)};
+  const auto gradient = [&](int i, int factor) { return need(i) ? empty(factors[factor]->sizes(), parameters) : empty({0}, wide); };
+  std::array<Tensor, 9> grads{output(need(0), {rows, width}, wide), gradient(1, 0), gradient(2, 1), gradient(3, 2), output(need(4), {rank}, parameters, wide),
+                              gradient(5, 3), gradient(6, 4), gradient(7, 5), output(need(8), {width}, parameters, wide)};
   if (rows == 0) {
     for (const Tensor& t : grads) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));
   } else {
@@ -446,8 +450,8 @@ cuda::NormCall norm_call(Arguments& in, const Tensor& like, const Kind& x, const
   cuda::NormCall call{};
   cuda::NormParams& p = call.params;
   call.x_type = x.type(), call.sum_type = Kind(like).type(), call.parameter_type = weight ? Kind(*weight).type() : call.sum_type;
-  const char* why = cuda::norm_why_not(call.x_type, call.sum_type, call.parameter_type, like.size(1));
-  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (width ", like.size(1), ")");
+  const char* why = cuda::norm_why_not(call.x_type, call.sum_type, call.parameter_type, like.size(0), like.size(1));
+  STD_TORCH_CHECK(!why, "fastadapt: ", why, " (rows ", like.size(0), ", width ", like.size(1), ")");
   p.rows = like.size(0), p.width = static_cast<int>(like.size(1)), p.norm = static_cast<cuda::Norm>(norm), p.weight = in.whole(weight);
   p.dropout = {static_cast<const int64_t*>(in.whole(seed)), dropout_threshold(dropout), static_cast<float>(1 / (1 - dropout))};
   return call;
@@ -487,8 +491,8 @@ FourTensors dropout_add_norm_backward(const optional<Tensor>& dy, const optional
   const DeviceGuard guard(wide.device);
   const int64_t rows = like.size(0), width = like.size(1);
   const auto need = [needs](int i) { return (needs >> i & 1) != 0; };
-  Tensor dx = output(need(0), {rows, width}, thin), dresidual = output(need(1), {rows, width}, wide), dweight = output(need(2), {width}, parameters),
-         dbias = output(need(3), {width}, parameters);
+  Tensor dx = output(need(0), {rows, width}, thin, wide), dresidual = output(need(1), {rows, width}, wide), dweight = output(need(2), {width}, parameters, wide),
+         dbias = output(need(3), {width}, parameters, wide);
   if (rows == 0) {
     for (const Tensor* t : {&dweight, &dbias}) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
     return {dx, dresidual, dweight, dbias};
@@ -517,8 +521,13 @@ std::string phm_why_not(int64_t type, int64_t parameter_type, int64_t width, int
   return why ? why : "";
 }
 
-std::string norm_why_not(int64_t type, int64_t sum_type, int64_t parameter_type, int64_t width) {
-  const char* why = cuda::norm_why_not(static_cast<Type>(type), static_cast<Type>(sum_type), static_cast<Type>(parameter_type), width);
+std::string routed_why_not(int64_t rows, int64_t width, int64_t tasks) {
+  const char* why = cuda::routed_why_not(rows, width, tasks);
+  return why ? why : "";
+}
+
+std::string norm_why_not(int64_t type, int64_t sum_type, int64_t parameter_type, int64_t width, int64_t rows) {
+  const char* why = cuda::norm_why_not(static_cast<Type>(type), static_cast<Type>(sum_type), static_cast<Type>(parameter_type), rows, width);
   return why ? why : "";
 }
 
@@ -564,7 +573,8 @@ FASTADAPT_LIBRARY(FASTADAPT_NAMESPACE, m) {
   m.def("runtime_version() -> int");
   m.def("why_not(int type, int parameter_type, int width, int rank, int gate_rank) -> str");
   m.def("phm_why_not(int type, int parameter_type, int width, int rank, int division, int factor_rank) -> str");
-  m.def("norm_why_not(int type, int sum_type, int parameter_type, int width) -> str");
+  m.def("routed_why_not(int rows, int width, int tasks) -> str");
+  m.def("norm_why_not(int type, int sum_type, int parameter_type, int width, int rows=1) -> str");
 }
 
 FASTADAPT_IMPL(FASTADAPT_NAMESPACE, FASTADAPT_KEY, m) {
@@ -588,5 +598,6 @@ FASTADAPT_IMPL(FASTADAPT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("runtime_version", TORCH_BOX(&runtime_version));
   m.impl("why_not", TORCH_BOX(&why_not));
   m.impl("phm_why_not", TORCH_BOX(&phm_why_not));
+  m.impl("routed_why_not", TORCH_BOX(&routed_why_not));
   m.impl("norm_why_not", TORCH_BOX(&norm_why_not));
 }

@@ -195,23 +195,24 @@ def test_a_norm_s_reference_is_modelled_as_it_runs(kind: str, dtypes: tuple[torc
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the Triton kernels that the launchers ask for; none runs."""
+    """Names of the Triton kernels that the launchers ask for, none of which runs, and "pack" for torch's that rounds fp32 weights."""
     names: list[str] = []
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: names.append("pack"))
     monkeypatch.setattr(_triton, "launch", lambda kernel, *args, **constants: names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__))
     return names
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("width", [64, 96])
 @pytest.mark.parametrize(("op", "kind"), [("bottleneck", ""), ("routed_bottleneck", ""), *(("gated_bottleneck", kind) for kind in KINDS)])
-def test_triton_is_modelled_with_the_launches_it_makes(launches: list[str], op: str, kind: str, param_dtype: torch.dtype) -> None:
-    """And one more, of torch's own, to round fp32 weights."""
-    of = call(op, kind=kind, param_dtype=param_dtype, rows=300, width=64, rank=24)
+def test_triton_is_modelled_with_the_launches_it_makes(launches: list[str], op: str, kind: str, width: int, param_dtype: torch.dtype) -> None:
+    """And one more, of torch's own, to round fp32 weights at a width where kernels do not."""
+    of = call(op, kind=kind, param_dtype=param_dtype, rows=300, width=width, rank=24)
     module, model = PLANS[op].module("triton"), PLANS[op].models["triton"](of)
     t, d, r = of.rows, of.width, of.rank
     x, dy, z, empty = torch.zeros(t, d, dtype=of.dtype), torch.zeros(t, d, dtype=of.dtype), torch.zeros(t, r, dtype=of.dtype), torch.empty(0)
     wd, bd, wu, bu = (torch.zeros(s, dtype=param_dtype) for s in ((r, d), (r,), (d, r), (d,)))
-    casts = int(param_dtype != of.dtype)
     if op == "bottleneck":
         module.forward(x, wd, bd, wu, bu, None, None, None, 1.0, 3, True, True)
         forward = len(launches)
@@ -228,8 +229,25 @@ def test_triton_is_modelled_with_the_launches_it_makes(launches: list[str], op: 
         module.forward(x, x, wd, bd, wu, bu, *gates, *options, 0, True)
         forward = len(launches)
         module.backward(dy, x, x, z, z, torch.zeros(t), empty, empty, wd, bd, wu, bu, *gates, *options, [True] * 6 + [g is not None for g in gates])
-    assert sum(kernel.launches for kernel in model.forward) == forward + casts
-    assert sum(kernel.launches for kernel in model.backward) == len(launches) - forward + casts
+    assert launches.count("pack") == 2 * (param_dtype != of.dtype and width == 96)
+    assert sum(kernel.launches for kernel in model.forward) == forward
+    assert sum(kernel.launches for kernel in model.backward) == len(launches) - forward
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+def test_fp32_weights_are_rounded_on_load_until_that_reads_too_much(launches: list[str]) -> None:
+    """The bound in bytes is met from both sides, per row tile and per rank; banks of tasks count as one task's weights, since a tile reads no other."""
+    most = _triton.ROUND_ON_LOAD_BYTES // (2 * 2 * 768 * 96) * 64
+    for rows, rank, tasks, packs in ((most, 96, 1, 0), (most + 1, 96, 1, 1), (most, 96, 4, 0), (64, 96, 1, 0), (64, 97, 1, 1)):
+        x, shape = torch.empty(rows, 768, dtype=torch.bfloat16, device="meta"), ((rank, 768), (768, rank))
+        weights = [torch.empty(*[tasks] * (tasks > 1), *s, device="meta") for s in shape]
+        found = _triton.rounded(x, 768, rank, weights[0], None, weights[1])
+        assert len(launches) == packs and found[1] is None
+        assert all(w.dtype == (torch.bfloat16 if packs else torch.float32) for w in (found[0], found[2]))
+        op = "bottleneck" if tasks == 1 else "routed_bottleneck"
+        names = [kernel.name for kernel in PLANS[op].models["triton"](call(op, rows=rows, rank=rank, tasks=tasks)).forward]
+        assert names.count("pack") == packs, (rows, rank, tasks)
+        launches.clear()
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
@@ -268,17 +286,17 @@ def test_triton_runs_compacter_in_one_launch_and_two(launches: list[str], param_
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
-@pytest.mark.parametrize(("param_dtype", "casts"), [(torch.bfloat16, 0), (torch.float32, 1)])
+@pytest.mark.parametrize(("param_dtype", "out", "packs"), [(torch.bfloat16, 96, []), (torch.float32, 128, []), (torch.float32, 96, ["pack"])])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_triton_runs_lora_in_one_launch_and_three(launches: list[str], dropout: float, param_dtype: torch.dtype, casts: int) -> None:
-    of = call("lora", param_dtype=param_dtype, rows=300, width=64, rank=24)._replace(options=(("dropout", dropout > 0), ("out_width", 96)))
+def test_triton_runs_lora_in_one_launch_and_three(launches: list[str], dropout: float, param_dtype: torch.dtype, out: int, packs: list[str]) -> None:
+    of = call("lora", param_dtype=param_dtype, rows=300, width=64, rank=24)._replace(options=(("dropout", dropout > 0), ("out_width", out)))
     module, model = LORA.module("triton"), LORA.models["triton"](of)
-    x, y, z = (torch.zeros(300, wide, dtype=of.dtype) for wide in (64, 96, 24))
-    wd, wu, seed = torch.zeros(24, 64, dtype=param_dtype), torch.zeros(96, 24, dtype=param_dtype), torch.zeros(1, dtype=torch.int64) if dropout else None
+    x, y, z = (torch.zeros(300, wide, dtype=of.dtype) for wide in (64, out, 24))
+    wd, wu, seed = torch.zeros(24, 64, dtype=param_dtype), torch.zeros(out, 24, dtype=param_dtype), torch.zeros(1, dtype=torch.int64) if dropout else None
     module.forward(x, y, wd, wu, None, seed, 1.0, dropout, True)
     module.backward(y, x, z, wd, wu, seed, 1.0, dropout, [True, True, True, False])
-    assert launches == ["forward_kernel", "rows_kernel", "weights_kernel", "reduce_kernel"]
-    assert [sum(kernel.launches for kernel in kernels) for kernels in (model.forward, model.backward)] == [1 + casts, 3 + casts]
+    assert launches == [*packs, "forward_kernel", *packs, "rows_kernel", "weights_kernel", "reduce_kernel"]
+    assert [sum(kernel.launches for kernel in kernels) for kernels in (model.forward, model.backward)] == [1 + len(packs), 3 + len(packs)]
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")

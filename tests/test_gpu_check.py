@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch
 from benchmarks import gpu_check
 from fastadapt import backend
 from fastadapt.ops import _cost
+from fastadapt.ops.bottleneck.plan import Plan
+from tests.cuda.test_gpu import FEW
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +51,7 @@ def test_without_a_gpu_it_says_so_and_checks_itself(capsys: pytest.CaptureFixtur
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "gpu-check: there is no CUDA device here, so nothing is measured; the dry part follows"
     assert any(int(found[1]) > 10 for line in rest if (found := re.search(r"(\d+) tests need a GPU", line)))
-    assert sum(line.startswith("would run: ") for line in rest) == 27
+    assert sum(line.startswith("would run: ") for line in rest) == 28
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
 
 
@@ -70,6 +74,7 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "tests",
         "memcheck",
         "racecheck",
+        "compared",
         *(f"benchmark {op} {name}" for op in gpu_check.OPS for name in ("cuda", "triton")),
         *(f"counters {op} {name}" for op in gpu_check.OPS for name in ("cuda", "triton")),
     ]
@@ -80,7 +85,51 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert steps["memcheck"].command[1:5] == ["--tool", "memcheck", "--error-exitcode", "9"] and steps["memcheck"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     benchmark = steps["benchmark gated_bottleneck cuda"].command
     assert benchmark[1:3] == ["-m", "benchmarks.ops.gated_bottleneck"] and benchmark[benchmark.index("--rows") + 1 : benchmark.index("--json")] == ["64", "128"]
+    assert steps["compared"].command[-7:] == ["--out", f"{tmp_path}/a folder", "--rounds", "3", "--rows", "64", "128"]
     assert "gpu" == gpu_check.steps(options("--full"))[0].command[4]
+
+
+def test_quick_is_a_quarter_of_an_hour() -> None:
+    """Whatever hangs; no step of it is missing among the others, where it has more time."""
+    quick, others = gpu_check.steps(options("--quick")), {step.name: step for step in gpu_check.steps(options())}
+    assert [step.name for step in quick] == ["tests", "memcheck", "compared", *(f"benchmark {op} cuda" for op in gpu_check.OPS)]
+    assert sum(step.limit for step in quick) <= 15 * 60 and all(0 < step.limit < others[step.name].limit for step in quick)
+    for step in quick[2:]:
+        at = step.command.index("--rounds")
+        assert step.command[at : at + 4] == ["--rounds", "5", "--rows", "4096"]
+    assert set(gpu_check.QUICK_TESTS) < set(quick[0].command) and set(gpu_check.QUICK_SANITIZED) < set(quick[1].command)
+
+
+def collected(*tests: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-m", "gpu and not full", *tests]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_quick_has_calls_of_every_op_on_both_backends() -> None:
+    found = re.findall(r"::test_within_rule\[(\w+)-(cuda|triton)\]", "\n".join(collected(*gpu_check.QUICK_TESTS)))
+    assert {(FEW[name].op, backend) for name, backend in found} == set(product(gpu_check.OPS, ("cuda", "triton")))
+    assert collected(*gpu_check.QUICK_SANITIZED) == [*gpu_check.QUICK_SANITIZED]
+
+
+@pytest.mark.parametrize("op", gpu_check.OPS)
+def test_what_is_explained_is_a_call_of_the_op(op: str) -> None:
+    for arch in ("sm_80", "sm_90"):
+        told = gpu_check.explained(op, 4096, arch)
+        assert told.reasons["cuda"] == told.reasons["triton"] == [] and told.call.width == 768 and told.call.rank == (0 if op == "dropout_add_norm" else 96)
+
+
+def test_the_steps_of_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a device before anything runs; kernels that are not built have no benchmark, and say so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backend, "_capability", lambda index: 90)
+    monkeypatch.setattr(Plan, "reasons", lambda self, name, call: ["not built"] if (name, call.op) == ("cuda", "lora") else [])
+    for extent in ((), ("--full",), ("--quick",)):
+        steps = {step.name: step for step in gpu_check.steps(options(*extent))}
+        assert len(steps) == (9 if extent == ("--quick",) else 28)
+        assert {op: steps[f"benchmark {op} cuda"].missing for op in gpu_check.OPS} == {op: "not built" if op == "lora" else None for op in gpu_check.OPS}
 
 
 def test_the_sanitizer_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,6 +164,47 @@ def test_a_step_that_fails_is_reported() -> None:
     assert (done["status"], done["exit"]) == ("failed", 3) and done["command"].startswith("CODE=3 ")
 
 
+def test_a_step_that_hangs_is_stopped_and_reported(tmp_path: Path) -> None:
+    """Interrupted first, so that what can still report does, and then killed with its children; what an earlier run wrote is gone."""
+    result, child = tmp_path / "result", tmp_path / "child"
+    result.write_text("of an earlier run")
+    # A background job of a shell without job control is started with the signal ignored.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    sleeps = f"import subprocess, sys; {heeds}child = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(child.pid)); "
+    waits = "\ntry:\n    child.wait()\nexcept KeyboardInterrupt:\n    print('interrupted', file=open(sys.argv[1], 'w'))"
+    done = gpu_check.run(gpu_check.Step("hangs", [sys.executable, "-c", sleeps + waits, str(result)], limit=3, writes=result))
+    assert (done["status"], done["why"]) == ("timed out", "stopped at its limit of 3 s") and 3 <= done["seconds"] < 20 and result.read_text() == "interrupted\n"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    done = gpu_check.run(gpu_check.Step("hangs", [sys.executable, "-c", deaf], limit=1, writes=result), grace=0.5)
+    assert done["status"] == "timed out" and done["exit"] == -9 and done["seconds"] < 20 and not result.exists()
+    for _ in range(50):  # a killed child lives until it is reaped
+        if not Path(f"/proc/{child.read_text()}").exists() or "(zombie)" in Path(f"/proc/{child.read_text()}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child runs on")
+
+
+def test_the_run_goes_on_behind_a_step_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: dict[str, Any]) -> None:
+    """What the others wrote is in the report, and the exit status is not 0."""
+    python, out = [sys.executable, "-c"], tmp_path / "out"
+    row = json.dumps(record["compared"][:1])
+    steps = [
+        gpu_check.Step("tests", [*python, "import time; time.sleep(60)"], limit=1, writes=out / "tests.xml"),
+        gpu_check.Step("compared", [*python, f"open({str(out / 'compared.json')!r}, 'w').write({row!r})"], writes=out / "compared.json"),
+        gpu_check.Step("benchmark lora cuda", [*python, "raise SystemExit(2)"], writes=out / "lora-cuda.json"),
+    ]
+    monkeypatch.setattr(gpu_check, "steps", lambda options: steps)
+    monkeypatch.setattr(gpu_check, "environment", lambda: record["environment"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert gpu_check.check(options("--out", str(out), "--no-calibration")) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "gpu-check: failed: tests (timed out), benchmark lora cuda"
+    written = json.loads((out / "report.json").read_text())
+    assert [step["status"] for step in written["steps"]] == ["timed out", "passed", "failed"] and written["compared"] == record["compared"][:1] and not written["tests"]
+    assert gpu_check.check(options("--out", str(out), "--only", "compared")) == 0
+    assert [step["name"] for step in json.loads((out / "report.json").read_text())["steps"]] == ["compared"] and list((tmp_path / ".cache" / "fastadapt").iterdir())
+
+
 def test_subjects_are_counted(tmp_path: Path) -> None:
     (tmp_path / "t.xml").write_text(
         '<testsuites><testsuite><testcase name="test_streams[a]"/><testcase name="test_graph_is_captured"><failure/></testcase>'
@@ -133,6 +223,7 @@ def test_the_report(record: dict[str, Any], tmp_path: Path) -> None:
     for line in (
         "* driver: 580.00", "* commit: 0000000", "| tests | passed | 61.5 s |", "| second device | 0 | 0 | 2 |",
         "| memcheck | missing | compute-sanitizer is neither on PATH nor in CUDA_HOME/bin; it comes with the CUDA toolkit |", "| benchmark bottleneck cuda | failed | 3.0 s |",
+        "| benchmark lora cuda | timed out | stopped at its limit of 1200 s |",
         "| bottleneck | cuda | 1024 | forward | 0.106 | eager | 1.50 [1.35, 1.65] |",
         "| bottleneck | cuda | 1024 | forward+backward | 0.300 | compile | outside the tolerance: not shown |",
         "| bottleneck | **cuda** | 1024 | backward | 182 | 546 [519, 601] | 3.00 |", "| bottleneck | triton | 1024 | forward | 140 | 70 [66, 77] | 0.50 |",
@@ -163,6 +254,21 @@ def test_measuring(op: str) -> None:
     assert all(0 <= low <= median <= high for median, low, high in found["reference"].values())
 
 
+def test_what_is_measured_stands_beside_its_modelled_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every op on every backend, with what `auto` chooses; a calibration file is not asked."""
+    told = gpu_check.explained
+    monkeypatch.setattr(gpu_check, "explained", lambda op, rows: told(op, rows, "sm_90"))
+    monkeypatch.setattr(
+        gpu_check, "measured", lambda op, backends, rows, device, rounds: {name: dict.fromkeys(("forward", "backward"), (2.0, 1.0, float(rounds))) for name in backends}
+    )
+    monkeypatch.setenv("FASTADAPT_CALIBRATION", "a file")
+    gpu_check.compare(options("--out", str(tmp_path), "--rows", "64", "16384", "--rounds", "3"))
+    rows = json.loads((tmp_path / "compared.json").read_text())
+    assert {(r["op"], r["backend"], r["direction"], r["rows"]) for r in rows} == set(product(gpu_check.OPS, gpu_check.BACKENDS, ("forward", "backward"), (64, 16384)))
+    assert all(r["modelled_us"] > 0 and (r["measured_us"], r["low_us"], r["high_us"]) == (2.0, 1.0, 3.0) for r in rows)
+    assert all(sum(r["chosen"] for r in rows if r["op"] == op) == 4 for op in gpu_check.OPS) and {r["rank"] for r in rows} == {0, 96}
+
+
 @pytest.mark.parametrize("op", gpu_check.OPS)
 def test_what_the_profiler_looks_at(op: str) -> None:
     backend.ran(reset=True)
@@ -173,11 +279,39 @@ def test_what_the_profiler_looks_at(op: str) -> None:
 def test_every_question_has_a_command() -> None:
     questions = dict(gpu_check.questions())
     assert set(questions) == set(gpu_check.QUESTIONS) and all(questions.values())
-    assert {name.split()[0] for name in gpu_check.QUESTIONS.values()} == {step.name.split()[0] for step in gpu_check.steps(options())} | {"compared"}
+    assert {name.split()[0] for name in gpu_check.QUESTIONS.values()} == {step.name.split()[0] for step in gpu_check.steps(options())}
     step = next(step for step in gpu_check.steps(options()) if step.name == "counters lora triton")
     assert step.command[-3:] == ["--one-step", "lora", "triton"] and (step.missing or step.command[0].endswith("/ncu"))
 
 
 def test_the_makefile_runs_it() -> None:
     text = (gpu_check.ROOT / "Makefile").read_text()
-    assert re.search(r"^gpu-check: .*\n\t\$\(BIN\)/python -m benchmarks\.gpu_check$", text, re.M) and "gpu-check" in text.split(".PHONY:")[1].split("\n")[0]
+    assert re.search(r"^gpu-check: .*\n\t\$\(BIN\)/python -m benchmarks\.gpu_check \$\(QUICK\)$", text, re.M) and "gpu-check" in text.split(".PHONY:")[1].split("\n")[0]
+
+
+@pytest.mark.parametrize("nvcc", ["on PATH", "in CUDA_HOME", "nowhere"])
+def test_make_builds_the_kernels_where_there_is_a_gpu(nvcc: str, tmp_path: Path) -> None:
+    """With nvcc from pip where there is none; without a GPU nothing is built, and nothing noted that would keep them from being built later."""
+
+    def commands(gpus: str) -> list[str]:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho '{gpus}'\n")
+        tool.chmod(0o755)
+        target = tmp_path / "nvcc" if nvcc == "on PATH" else tmp_path / "home" / "bin" / "nvcc"
+        if nvcc != "nowhere":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text("#!/bin/sh\n")
+            target.chmod(0o755)
+        installed = ["-W", ".venv/.installed"]  # as if it were new
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "home")}
+        done = subprocess.run(["make", "--no-print-directory", "-n", *installed, "gpu-check", "QUICK=--quick"], cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    (without,) = commands("NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.")
+    assert without.endswith("-m benchmarks.gpu_check --quick")
+    choose, build, stamp, check = commands("GPU 0: NVIDIA H200 (UUID: GPU-0)")
+    assert build.startswith("FASTADAPT_CUDA=1 ") and stamp == "touch .venv/.cuda" and check == without
+    script = re.sub(r"\S+/python .*", "echo fetched", choose)
+    fetched = subprocess.run(["/bin/sh", "-c", script], env={"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "home")}, capture_output=True, text=True)
+    assert ("fetched" in fetched.stdout) == (nvcc == "nowhere")

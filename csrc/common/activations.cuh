@@ -7,20 +7,21 @@ namespace fastadapt::cuda {
 
 FASTADAPT_DEVICE float exponential(float v) { return ptx::exp2_approx(1.4426950408889634f * v); }
 
-// sigma(v), and 1 - sigma(v), which the subtraction would round away near sigma = 1. Below -80 sigma is 0 in every 2-byte type, and e would overflow.
+// sigma(v), and 1 - sigma(v), which the subtraction would round away near sigma = 1. Below -80 sigma is 0 in every 2-byte type, and e would overflow. (No fmaxf, which
+// takes -80 for a v that is no number.)
 struct Logistic {
   float value, rest;
 };
 FASTADAPT_DEVICE Logistic logistic(float v) {
-  const float e = exponential(-fmaxf(v, -80.f)), s = ptx::rcp_approx(1.f + e);
+  const float e = exponential(v < -80.f ? 80.f : -v), s = ptx::rcp_approx(1.f + e);
   return {s, e * s};
 }
 
 // Three forms cover all activations, so a kernel holds three copies of its activation loops and not five:
-// z or `below` z (relu, identity); z sigma(linear z + cubic z^3) (silu, and gelu_new, since 0.5 (1 + tanh u) = sigma(2 u)); the gelu with erf. The slope of relu at 0 is 0.
+// z from `least` on (relu, identity); z sigma(linear z + cubic z^3) (silu, and gelu_new, since 0.5 (1 + tanh u) = sigma(2 u)); the gelu with erf. The slope of relu at 0 is 0.
 struct Piecewise {
-  float below;
-  FASTADAPT_DEVICE float operator()(float z) const { return z > 0.f ? z : below * z; }
+  float least, below;  // the slope below zero
+  FASTADAPT_DEVICE float operator()(float z) const { return z < least ? least : z; }
   FASTADAPT_DEVICE float slope(float z) const { return z > 0.f ? 1.f : below; }
 };
 struct Gated {
@@ -41,7 +42,7 @@ template <class F>
 FASTADAPT_DEVICE void with_activation(Activation activation, F f) {
   if (activation == kGelu) return f(Gelu{});
   if (activation == kGeluNew || activation == kSilu) return f(activation == kSilu ? Gated{1.f, 0.f} : Gated{1.5957691216057308f, 0.07135481627260025f});
-  return f(Piecewise{activation == kRelu ? 0.f : 1.f});
+  return f(activation == kRelu ? Piecewise{0.f, 0.f} : Piecewise{__uint_as_float(0xff800000u), 1.f});
 }
 
 }  // namespace fastadapt::cuda

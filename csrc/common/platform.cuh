@@ -82,8 +82,9 @@ using half = ::__half;
 template <class... P>
 launch_status prepare(void (*kernel)(P...), size_t shared_bytes) {
   if (shared_bytes <= kDefaultShared) return 0;
-  return static_cast<int>(
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status != cudaSuccess) cudaGetLastError();  // or the thread's next good launch would be reported as failed
+  return static_cast<int>(status);
 }
 
 // The most that the current device gives one block; 0 without a device.

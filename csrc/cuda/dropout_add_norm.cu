@@ -5,10 +5,11 @@
 
 namespace fastadapt::cuda {
 
-const char* norm_why_not(Type x_type, Type sum_type, Type parameter_type, int64_t width) {
+const char* norm_why_not(Type x_type, Type sum_type, Type parameter_type, int64_t rows, int64_t width) {
   if (x_type != kFloat && x_type != kBFloat16 && x_type != kHalf) return "the cuda kernels take bfloat16, float16 and float32";
   if (sum_type != x_type && sum_type != kFloat) return "the residual must have x's type or float32";
   if (parameter_type != sum_type && parameter_type != kFloat) return "weight and bias must have the sum's type or float32";
+  if (rows > plan::kMostBlocks) return "the cuda kernels take norms of fewer than 2^31 rows";  // each its own block
   return width < 1 || width > plan::kNormMaxWidth ? "the cuda kernels take norms of a width from 1 to 8192" : nullptr;
 }
 

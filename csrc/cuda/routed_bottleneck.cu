@@ -2,6 +2,11 @@
 #include "sequence.h"
 
 namespace fastadapt::cuda {
+
+const char* routed_why_not(int64_t rows, int64_t width, int64_t tasks) {
+  return plan::routed_splits(rows, width, tasks) > plan::kMostSplits ? "the rows of so many tasks make more splits than a grid has blocks (65535)" : nullptr;
+}
+
 namespace {
 
 Routing routing(Workspace& workspace, const RoutedCall& p) {

@@ -153,10 +153,10 @@ FASTADAPT_KERNEL(Tr::kThreads, 1) routed_forward_kernel(const __grid_constant__ 
 //
 // routed_rows_kernel's resources:
 //   rank        threads   shared   registers             blocks
-//   32              128    28672   109 / 110 / 109 / 112 4 / 4 / 4 / 3
-//   96              128    45056   156 / 162 / 160 / 154 3 / 3 / 3 / 2
-//   192             256    46080   199 / 200 / 200 / 206 1 / 1 / 1 / 1
-//   256             256    54272   236 / 237 / 238 / 240 1 / 1 / 1 / 1
+//   32              128    28672   109 / 110 / 110 / 112 4 / 4 / 4 / 3
+//   96              128    45056   156 / 162 / 160 / 156 3 / 3 / 3 / 2
+//   192             256    46080   207 / 211 / 211 / 216 1 / 1 / 1 / 1
+//   256             256    54272   241 / 245 / 242 / 242 1 / 1 / 1 / 1
 template <class Tr>
 FASTADAPT_KERNEL(Tr::kThreads, 1) routed_rows_kernel(const __grid_constant__ RoutedBackwardParams p) {
   rows<Tr>(p);

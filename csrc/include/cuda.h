@@ -51,6 +51,9 @@ int gated_forward(const GatedCall& p);  // y, and of z, zg, logits, total, gate 
 size_t gated_backward_workspace(const GatedCall& p);
 int gated_backward(const GatedCall& p);
 
+// Why the backward of so many rows and tasks cannot be launched, or null.
+const char* routed_why_not(int64_t rows, int64_t width, int64_t tasks);
+
 size_t routed_forward_workspace(const RoutedCall& p);
 int routed_forward(const RoutedCall& p);
 size_t routed_backward_workspace(const RoutedCall& p);

@@ -28,6 +28,7 @@ constexpr int gated_bucket(int64_t rank) {
 constexpr int pitch(int columns) { return columns + 8; }
 constexpr int tile_bytes(int rows, int columns) { return 2 * rows * pitch(columns); }
 
+constexpr int64_t kMostBlocks = 0x7fffffff, kMostSplits = 65535;  // of a grid along x, and along y
 constexpr int kLargestShared = 99 * 1024;  // sm_86, sm_89 and sm_120; sm_80 has 163 KB, sm_90 and sm_100 227 KB
 
 // Kernels over tiles of rows (forward, gates, rows): each warp owns 16 rows and all of the rank. Every tile streams the weights from L2, 4 D R bytes: 64 rows keep that below the

@@ -73,7 +73,7 @@ struct NormCall {
 };
 
 // Why the kernels cannot run a call, or null.
-const char* norm_why_not(Type x_type, Type sum_type, Type parameter_type, int64_t width);
+const char* norm_why_not(Type x_type, Type sum_type, Type parameter_type, int64_t rows, int64_t width);
 int norm_forward(const NormCall& call);
 size_t norm_backward_workspace(const NormCall& call);
 int norm_backward(const NormCall& call);

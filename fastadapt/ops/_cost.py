@@ -480,10 +480,10 @@ def triton_efficiency(s: Sizes) -> float:
     return UNALIGNED if s.d % 64 else 1.0
 
 
-def triton_tile(kernel: str, rank: int, call: Call) -> Any:
+def triton_tile(kernel: str, rank: int, call: Call, weights: torch.dtype | None = None) -> Any:
     from fastadapt.ops import _triton
 
-    return _triton.tile(kernel, rank, call.width, call.dtype)
+    return _triton.tile(kernel, rank, call.width, call.dtype, weights)
 
 
 def triton_rank(rank: int) -> int:
@@ -491,6 +491,15 @@ def triton_rank(rank: int) -> int:
     from fastadapt.ops import _triton
 
     return sum(size for _, size in _triton.chunks(rank))
+
+
+def triton_weights(s: Sizes, call: Call, ranks: Sequence[int]) -> tuple[list[Kernel], torch.dtype]:
+    """The launch that rounds fp32 weights, where there is one, and the dtype in which the other kernels read them."""
+    from fastadapt.ops import _triton
+
+    if s.p == s.a or _triton.rounds_on_load(s.t, s.d, max(ranks), 2 * s.d * sum(ranks)):
+        return [], call.param_dtype
+    return [pack(s, ranks)], call.dtype
 
 
 def triton_bottleneck_backward(
@@ -502,14 +511,15 @@ def triton_bottleneck_backward(
     from fastadapt.ops import _triton
 
     unit, efficiency, kernels, sums, steps, partials = triton_unit(s), triton_efficiency(s), [], [beside], 0.0, 0.0
+    _, weights = triton_weights(s, call, ranks)
     for rank in dict.fromkeys(ranks):
         n, padded, thin = ranks.count(rank), triton_rank(rank), s.thin(rank)
         unread = int(fresh and rank == ranks[-1])
-        tile = triton_tile("rows", rank, call)
+        tile = triton_tile("rows", rank, call, weights)
         tiles = cdiv(s.t, tile.block_t)
         kernels.append(Kernel(
             "rows", n * 2 * s.flops(padded), n * ((1 if again else 2) * s.wide + 3 * thin), n * s.wide if again else 0.0,
-            n * (s.wide + tiles * (2.0 * s.d * padded * s.a + 4.0 * rank)), n * tiles, 2 * cdiv(s.d, tile.block_d), unit=unit, efficiency=efficiency,
+            n * (s.wide + tiles * (2.0 * s.d * padded * weights.itemsize + 4.0 * rank)), n * tiles, 2 * cdiv(s.d, tile.block_d), unit=unit, efficiency=efficiency,
         ))  # fmt: skip
         tile = triton_tile("weights", rank, call)
         slabs, parts = cdiv(s.d, tile.block_d), cdiv(rank, tile.block_r)

@@ -108,6 +108,8 @@ def _unsupported(call: Call, namespace: str | None) -> list[str]:
     else:
         widths = (call.width, call.option("out_width", call.width))
         why = next(filter(None, (ops.why_not(*types, width, call.rank, call.option("gate_rank", 0)) for width in widths)), "")
+        if tasks := call.option("tasks", 0):
+            why = why or ops.routed_why_not(call.rows, call.width, tasks)
     return [why] if why else []
 
 
@@ -118,7 +120,7 @@ def _unsupported_norm(call: Call, namespace: str | None) -> list[str]:
         return []
     sum_dtype = torch.float32 if call.option("wide", False) else call.dtype
     param_dtype = sum_dtype if call.param_dtype == call.dtype else call.param_dtype  # x's: there may be no parameters
-    why = getattr(torch.ops, namespace).norm_why_not(_TYPES[call.dtype], _TYPES[sum_dtype], _TYPES.get(param_dtype, -1), call.width)
+    why = getattr(torch.ops, namespace).norm_why_not(_TYPES[call.dtype], _TYPES[sum_dtype], _TYPES.get(param_dtype, -1), call.width, call.rows)
     return [why] if why else []
 
 

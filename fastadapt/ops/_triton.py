@@ -1,7 +1,8 @@
 """What the Triton kernels of all ops share: tile loads, projections, activations, the backward of a bottleneck, reductions in a fixed order, tile tables and launches.
 
-Conventions. X, Y, Z, ... are pointers and None stands for an absent tensor or an output that nobody asked for: the branch is then not compiled. Rows are 64-bit numbers from the
-program id on, so no row offset can overflow. A rank is cut into power-of-two chunks, ((start, size), ...), the last one padded with zeros: 96 is 64 + 32. A tensor that is
+Conventions. X, Y, Z, ... are pointers and None stands for an absent tensor or an output that nobody asked for: the branch is then not compiled. COUNT is how many
+PROBLEMS there are, THERE what they have: Triton 3.6 takes neither a tuple's length nor an element that is None for a constant. Rows are 64-bit numbers from the program id on, so
+no row offset can overflow. A rank is cut into power-of-two chunks, ((start, size), ...), the last one padded with zeros: 96 is 64 + 32. A tensor that is
 rank wide is a tuple with one tile a chunk. Sums over rows are cut by shape alone, each piece has its own fp32 partial, partials are added in order: no atomics.
 
 Rows of several tasks (ORDER is not None): ORDER (T,) lists the rows sorted by task, STARTS (TASKS + 1,) says where each task's begin, those of no task last. Tiles and splits are
@@ -14,7 +15,10 @@ Beside a projection (LoRA; D_OUT is not None) y has D_OUT columns and x has D. W
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +44,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == 0:
         return z
     elif ACTIVATION == 1:
-        return tl.maximum(z, 0.0)
+        return tl.where(z < 0.0, 0.0, z)  # NaN stays: the hardware's maximum drops it
     elif ACTIVATION == 2:
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == 3:  # 0.5 (1 + tanh u) = sigmoid(2u), 2u = sqrt(8 / pi) (z + 0.044715 z^3): one ex2.approx and one division, no tanh
@@ -156,7 +160,7 @@ def load_vector(V, columns, D, dtype: tl.constexpr):
 
 @jit
 def load_weight(W, i, stride_i, end_i, j, stride_j, end_j, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr):
-    """The tile of a weight with i down and j across, zero outside."""
+    """The tile of a weight with i down and j across, zero outside, in the weight's own dtype."""
     at = W + i[:, None] * stride_i + j[None, :] * stride_j
     if EVEN_I and EVEN_J:
         return tl.load(at)
@@ -169,6 +173,12 @@ def load_weight(W, i, stride_i, end_i, j, stride_j, end_j, EVEN_I: tl.constexpr,
 
 
 @jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """An fp32 tile. (Triton before 3.8 takes no element of a tuple in a shape.)"""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@jit
 def project(
     X, stride, rows, valid, D, G, W, step_r, step_d, R: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     seed=None, threshold=None,
@@ -176,7 +186,7 @@ def project(
     """(M (.) X (.) G) W' for a weight (R, D) that lies in memory with steps step_r and step_d: one fp32 tile (rows, chunk) a rank chunk. G, a vector (D,), and M may be None."""
     z = ()
     for i in tl.static_range(len(CHUNKS)):
-        z = z + (tl.zeros((rows.shape[0], CHUNKS[i][1]), tl.float32),)
+        z = z + (zeros(rows.shape[0], CHUNKS[i][1]),)
     for start in tl.range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         x = load_tile(X, stride, rows, valid, columns, D, EVEN)
@@ -188,7 +198,7 @@ def project(
         for i in tl.static_range(len(CHUNKS)):
             r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
             w = load_weight(W, columns, step_d, D, r, step_r, R, EVEN, CHUNKS[i][0] + CHUNKS[i][1] <= R)
-            following = following + (tl.dot(x, w, z[i], input_precision=PRECISION),)
+            following = following + (tl.dot(x, w.to(x.dtype), z[i], input_precision=PRECISION),)
         z = following
     return z
 
@@ -200,7 +210,7 @@ def expand(a, W, columns, step_d, step_r, D, R: tl.constexpr, CHUNKS: tl.constex
     for i in tl.static_range(len(CHUNKS)):
         r = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
         w = load_weight(W, r, step_r, R, columns, step_d, D, CHUNKS[i][0] + CHUNKS[i][1] <= R, EVEN)
-        u = tl.dot(a[i], w, u, input_precision=PRECISION)
+        u = tl.dot(a[i], w.to(a[i].dtype), u, input_precision=PRECISION)
     return u
 
 
@@ -304,7 +314,7 @@ def row_gradients(
 
 @jit
 def rows_kernel(
-    PROBLEMS, T, D,
+    PROBLEMS, COUNT: tl.constexpr, T, D,
     R: tl.constexpr, CHUNKS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ORDER=None, STARTS=None, TASKS: tl.constexpr = 0, D_OUT=None, SEED=None, threshold=None,
 ):  # fmt: skip
@@ -316,7 +326,7 @@ def rows_kernel(
         task, rows, valid = tile_of_task(ORDER, STARTS, T, BLOCK_T, TASKS)
         if task > TASKS:
             return
-    if len(PROBLEMS) == 1 or tl.program_id(1) == 0:
+    if COUNT == 1 or tl.program_id(1) == 0:
         row_gradients(*PROBLEMS[0], rows, valid, task, D, D_OUT, SEED, threshold, R, CHUNKS, ACTIVATION, BLOCK_D, EVEN, PRECISION, TASKS)
     else:
         row_gradients(*PROBLEMS[1], rows, valid, task, D, D_OUT, SEED, threshold, R, CHUNKS, ACTIVATION, BLOCK_D, EVEN, PRECISION, TASKS)
@@ -365,7 +375,7 @@ def slab_sums(
 
 @jit
 def weights_kernel(
-    PROBLEMS, T, D, rows_per_split,
+    PROBLEMS, COUNT: tl.constexpr, T, D, rows_per_split,
     R: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ORDER=None, STARTS=None, TASKS: tl.constexpr = 0, D_OUT=None, SEED=None, threshold=None,
 ):  # fmt: skip
@@ -396,7 +406,7 @@ def weights_kernel(
                 DY, A, X, DZ, None, Q, None, stride_dy, stride_x, slab - slabs, part, split, first, last, D, ORDER, SEED, threshold,
                 R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION,
             )  # fmt: skip
-    elif len(PROBLEMS) == 1 or part < PARTS:
+    elif COUNT == 1 or part < PARTS:
         slab_sums(*PROBLEMS[0], slab, part, split, first, last, D, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
     else:
         slab_sums(*PROBLEMS[1], slab, part - PARTS, split, first, last, D, ORDER, SEED, threshold, R, BLOCK_R, BLOCK_T, BLOCK_D, EVEN, PRECISION)
@@ -452,7 +462,7 @@ def add_splits(
             if DWU is not None:
                 tl.store(DWU + at, (full * g[:, None] * p).to(DWU.dtype.element_ty), mask=mask_up)
             if DG is not None or DSCALE is not None:
-                b += tl.sum(tl.load(WU + at, mask=mask, other=0.0).to(tl.float32) * p, 1)
+                b += tl.sum(tl.load(WU + at, mask=mask, other=0.0).to(DTYPE).to(tl.float32) * p, 1)
         if Q is not None:
             q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
             part = Q + first * D * R + at
@@ -489,13 +499,13 @@ def add_tiles(
 
 @jit
 def add_partials(
-    SPLITS, TILES, task, slabs, D, C, STARTS, T, rows_per_split, rows_per_tile,
+    SPLITS, TILES, task, slabs, D, C, STARTS, T, rows_per_split, rows_per_tile, HAS_SPLITS: tl.constexpr, HAS_TILES: tl.constexpr,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr, SHARED: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
     """Of one problem: the programs below ``slabs`` add what there is a split of the rows, the others what there is a tile. Either may be None."""
     block = tl.program_id(0)
-    if TILES is None or block < slabs:
-        if SPLITS is not None:
+    if not HAS_TILES or block < slabs:
+        if HAS_SPLITS:
             add_splits(*SPLITS, block, task, D, C, STARTS, T, rows_per_split, R, BLOCK_R, BLOCK_D, DTYPE, SHARED, TASKS)
     else:
         add_tiles(*TILES, block - slabs, task, STARTS, T, rows_per_tile, BLOCK_N, BLOCK_C, SHARED, TASKS)
@@ -503,21 +513,23 @@ def add_partials(
 
 @jit
 def reduce_kernel(
-    PROBLEMS, slabs, D, RANKS: tl.constexpr, BANKS: tl.constexpr,
+    PROBLEMS, COUNT: tl.constexpr, THERE: tl.constexpr, slabs, D, RANKS: tl.constexpr, BANKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr,
     STARTS=None, T=None, rows_per_split=None, rows_per_tile=None, TASKS: tl.constexpr = 0, D_OUT=None,
 ):  # fmt: skip
     """`add_partials` of one problem, or of two: bottlenecks, parameters of each task and those that all share, or a bottleneck and other sums over row tiles. Grid: slabs of the
-    wider of D and D_OUT and behind them blocks of column sums; the tasks of the one problem and behind them those of the other, BANKS of each."""
+    wider of D and D_OUT and behind them blocks of column sums; the tasks of the one problem and behind them those of the other, BANKS of each. THERE: which parts a problem has."""
     task = tl.program_id(1).to(tl.int64)
     C = D if D_OUT is None else D_OUT
-    if len(PROBLEMS) == 1 or task < BANKS[0]:
+    if COUNT == 1 or task < BANKS[0]:
         add_partials(
-            *PROBLEMS[0], task, slabs, D, C, STARTS, T, rows_per_split, rows_per_tile, RANKS[0], BLOCK_R, BLOCK_D, BLOCK_N, BLOCK_C, DTYPE, BANKS[0] == 1, TASKS
+            *PROBLEMS[0], task, slabs, D, C, STARTS, T, rows_per_split, rows_per_tile, THERE[0][0], THERE[0][1],
+            RANKS[0], BLOCK_R, BLOCK_D, BLOCK_N, BLOCK_C, DTYPE, BANKS[0] == 1, TASKS,
         )  # fmt: skip
     else:
         add_partials(
-            *PROBLEMS[1], task - BANKS[0], slabs, D, C, STARTS, T, rows_per_split, rows_per_tile, RANKS[1], BLOCK_R, BLOCK_D, BLOCK_N, BLOCK_C, DTYPE, BANKS[1] == 1, TASKS
+            *PROBLEMS[1], task - BANKS[0], slabs, D, C, STARTS, T, rows_per_split, rows_per_tile, THERE[1][0], THERE[1][1],
+            RANKS[1], BLOCK_R, BLOCK_D, BLOCK_N, BLOCK_C, DTYPE, BANKS[1] == 1, TASKS,
         )  # fmt: skip
 
 
@@ -553,7 +565,7 @@ _ROW_TILES = {
     "fp32": ((192, Tile(32, 32, 8, 2, 0, 255)), (256, Tile(16, 32, 8, 2, 0, 255)), (1024, Tile(16, 16, 8, 2, 0, 255))),
 }  # fmt: skip
 _SLOPE_TILES = {
-    "half": ((64, Tile(64, 64, 4, 3)), (128, Tile(64, 64, 8, 3)), (256, Tile(32, 64, 8, 2)), (1024, Tile(16, 32, 8, 2))),
+    "half": ((64, Tile(64, 64, 4, 3)), (96, Tile(64, 64, 8, 3)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 64, 8, 2)), (1024, Tile(16, 32, 8, 2))),
     "fp32": _ROW_TILES["fp32"],
 }
 """Of `rows_kernel`, which holds the slopes of the activation beside two rank-wide tiles."""
@@ -563,7 +575,7 @@ _ROUTED_ROW_TILES = {
 }
 _ROUTED_SLOPE_TILES = {
     "half": _SLOPE_TILES["half"],
-    "fp32": ((192, Tile(32, 32, 8, 1, 0, 255)), (256, Tile(16, 16, 8, 2, 0, 255)), (1024, Tile(16, 16, 16, 2))),
+    "fp32": ((96, Tile(32, 32, 8, 1, 0, 255)), (192, Tile(16, 32, 8, 2, 0, 255)), (256, Tile(16, 16, 8, 2, 0, 255)), (1024, Tile(16, 16, 16, 2))),
 }
 """Of the same kernels over the rows of several tasks, whose loaded numbers take more registers than counted ones."""
 _DROPOUT_TILES = {"half": tuple((bound, shape._replace(registers=255)) for bound, shape in _ROW_TILES["half"]), "fp32": _ROW_TILES["fp32"]}
@@ -603,8 +615,9 @@ MAX_RANK_GATED_FP32 = 256
 """Above it the gated kernels with fp32 products spill whatever the tile."""
 
 
-def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel, a function of shape and dtype alone: nothing is timed at run time, so equal calls run equal code."""
+def tile(kernel: str, rank: int, width: int, dtype: torch.dtype, weights: torch.dtype | None = None) -> Tile:
+    """The tile of a kernel, a function of shape and dtypes alone: nothing is timed at run time, so equal calls run equal code. ``weights``: the dtype of those that it reads, where
+    it may be another one. Of fp32 ones tiles are narrow: no other shape that was tried is without spills on every architecture."""
     tables = {
         "rows": _SLOPE_TILES, "weights": _WEIGHT_TILES, "gated_forward": _GATE_TILES, "gates": _GATE_TILES, "dropout_forward": _DROPOUT_TILES, "projection_rows": _SLOPE_TILES,
         "projection_weights": _PROJECTION_WEIGHT_TILES,
@@ -617,7 +630,16 @@ def tile(kernel: str, rank: int, width: int, dtype: torch.dtype) -> Tile:
             table = _MASKED_TILES.get(kernel, table)
         if "weights" not in kernel:
             padded = max(128, 2 * padded)
-    return next(shape for bound, shape in table if padded <= bound)
+    shape = next(shape for bound, shape in table if padded <= bound)
+    if weights in (None, dtype):
+        return shape
+    return shape._replace(block_d=32, stages=2, registers=255 if padded == 96 or "rows" not in kernel else shape.registers)
+
+
+@functools.cache
+def c_compiler() -> bool:
+    """Whether there is one where triton looks for it."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def reasons(call: Call) -> list[str]:
@@ -632,8 +654,10 @@ def reasons(call: Call) -> list[str]:
         out.append(f"needs a CUDA device, not {call.device}")
     elif not torch.cuda.is_available():
         out.append("torch sees no CUDA device")
-    elif (capability := torch.cuda.get_device_capability()) < (8, 0):
-        out.append(f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}")
+    elif call.arch < 80:
+        out.append(f"needs compute capability 8.0, the device has {call.arch // 10}.{call.arch % 10}")
+    elif not c_compiler():
+        out.append("triton needs a C compiler to launch kernels: gcc or clang on the path, or the one that CC names")
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         out.append(f"{call.dtype} is not supported, only float32, float16 and bfloat16")
     if call.rank > MAX_RANK:
@@ -684,15 +708,27 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, tile: Til
         kernel[grid](*args, **constants)
 
 
-def rounded(dtype: torch.dtype, *weights: Tensor | None) -> list[Any]:
-    """The matrices of a call in the activations' dtype. Rounding fp32 ones takes one launch for all, 6 bytes an element; every program of a kernel streams all of them from L2, so
-    rounding there would read twice the bytes once per row tile."""
-    given = [w for w in weights if w is not None and w.dtype != dtype]
-    out = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in given]
-    if given:
-        torch._foreach_copy_(out, given)
+ROUND_ON_LOAD_BYTES = 40_000_000
+"""What kernels may read more, from L2, for a launch less: 7 us of an H100's bandwidth, where a launch takes 2 on the device and 20 on the host (`_cost`)."""
+ROUND_ON_LOAD_RANK = 96
+"""The widest that spills on no architecture; up to it the tiles of all kernels that read weights have 64 rows."""
+
+
+def rounds_on_load(rows: int, width: int, rank: int, elements: int) -> bool:
+    """Whether kernels read fp32 weights of ``elements`` in all as they are under half-precision activations: every tile of 64 rows reads 2 bytes more of each element."""
+    return width % 64 == 0 and rank <= ROUND_ON_LOAD_RANK and cdiv(rows, 64) * elements * 2 <= ROUND_ON_LOAD_BYTES
+
+
+def rounded(x: Tensor, width: int, rank: int, *weights: Tensor | None) -> list[Any]:
+    """The matrices of a call over the rows of x, as its kernels take them: fp32 ones under half-precision activations as they are, where kernels round them on load, else rounded
+    by one launch for all, 6 bytes an element. ``rank`` is the widest; of a bank a tile reads one task's."""
+    given = [w for w in weights if w is not None and w.dtype != x.dtype]
+    if rounds_on_load(len(x), width, rank, sum(w.shape[-2] * w.shape[-1] for w in given)) or not given:
+        return list(weights)
+    out = [torch.empty(w.shape, dtype=x.dtype, device=w.device) for w in given]
+    torch._foreach_copy_(out, given)
     fresh = iter(out)
-    return [w if w is None or w.dtype == dtype else next(fresh) for w in weights]
+    return [w if w is None or w.dtype == x.dtype else next(fresh) for w in weights]
 
 
 def contiguous(*vectors: Tensor | None) -> list[Any]:
@@ -753,8 +789,8 @@ def token_splits(rows: int, programs: int) -> tuple[int, int]:
 
 
 class Bottleneck(NamedTuple):
-    """One y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x whose gradients are asked for: those of x, Wd, bd, Wu, bu, g and s that it ``needs``. w_down and w_up are rounded already,
-    vectors contiguous. Without needs dy may be None."""
+    """One y = s g (.) (phi(x Wd' + bd) Wu' + bu) + add x whose gradients are asked for: those of x, Wd, bd, Wu, bu, g and s that it ``needs``. w_down and w_up are as `rounded`
+    gives them, vectors contiguous. Without needs dy may be None."""
 
     dy: Any
     x: Tensor
@@ -848,7 +884,7 @@ def bottleneck_backward(
         kind = "routed_" if routing is not None else "projection_" if projection is not None else ""
         partials: list[Any] = []
         for r in dict.fromkeys(p.z.shape[1] for p in problems):
-            row_tile, slab_tile = (tile(kind + kernel, r, even, dtype) for kernel in ("rows", "weights"))
+            row_tile, slab_tile = tile(kind + "rows", r, even, dtype, problems[0].w_up.dtype), tile(kind + "weights", r, even, dtype)
             tiles = cdiv(t, row_tile.block_t) if routing is None else routing.pieces(t, row_tile.block_t)
             slabs, parts = cdiv(d, slab_tile.block_d) + (0 if projection is None else cdiv(d_out, slab_tile.block_d)), cdiv(r, slab_tile.block_r)
             splits, size = token_splits(t, slabs * parts)
@@ -880,13 +916,13 @@ def bottleneck_backward(
             if by_row:
                 constants = {"R": r, "CHUNKS": chunks(r), "ACTIVATION": activation, "BLOCK_T": row_tile.block_t, "BLOCK_D": row_tile.block_d, "EVEN": even % row_tile.block_d == 0}
                 constants |= options(masks=any(problem.DX is not None for problem in by_row))
-                launch(rows_kernel, (tiles, len(by_row)), x, tuple(by_row), t, d, tile=row_tile, **constants)
+                launch(rows_kernel, (tiles, len(by_row)), x, tuple(by_row), len(by_row), t, d, tile=row_tile, **constants)
             if by_slab:
                 constants = {"R": r, "PARTS": of_parts[0], "BLOCK_R": slab_tile.block_r, "BLOCK_T": slab_tile.block_t, "BLOCK_D": slab_tile.block_d}
                 constants |= {"EVEN": even % slab_tile.block_d == 0, **options(masks=any(problem.Q is not None for problem in by_slab))}
                 if routing is not None:  # loads at addresses that are loaded too: Triton shares the stages out among the two, and would leave half of them for the tiles
                     slab_tile = slab_tile._replace(stages=2 * slab_tile.stages - 1)
-                launch(weights_kernel, (slabs, splits, sum(of_parts)), x, tuple(by_slab), t, d, size, tile=slab_tile, **constants)
+                launch(weights_kernel, (slabs, splits, sum(of_parts)), x, tuple(by_slab), len(by_slab), t, d, size, tile=slab_tile, **constants)
         partials += [] if sums is None else [(1, 1, (None, sums))]
         if partials:
             ranks, banks, of_partials = zip(*partials, strict=True)
@@ -896,7 +932,8 @@ def bottleneck_backward(
             constants = {"RANKS": ranks, "BANKS": banks, "BLOCK_R": min(shape.block_r, max(16, power_of_two(max(ranks)))), "BLOCK_D": shape.block_d, "DTYPE": language_dtype(dtype)}
             constants |= {"BLOCK_N": shape.block_t, "BLOCK_C": _REDUCE_COLUMNS, **({} if projection is None else projection.options(masks=False))}
             constants |= {} if routing is None else routing.by_task(rows_per_split=size, rows_per_tile=row_tile.block_t)
-            launch(reduce_kernel, (slabs + blocks, sum(banks)), x, of_partials, slabs, d, tile=shape, **constants)
+            there = tuple((of_splits is not None, of_tiles is not None) for of_splits, of_tiles in of_partials)
+            launch(reduce_kernel, (slabs + blocks, sum(banks)), x, of_partials, len(of_partials), there, slabs, d, tile=shape, **constants)
     for p, of_one in zip(problems, gradients, strict=True):
         if of_one[6] is not None and p.scale_tensor is not None:
             of_one[6] = of_one[6].sum().to(param_dtype).reshape(p.scale_tensor.shape)

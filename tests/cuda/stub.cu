@@ -31,10 +31,11 @@ const char* phm_why_not(Type, Type, int64_t, int64_t, int64_t division, int64_t)
 int phm_forward(const PhmCall& call) { return launch(call.params.y, call.stream); }
 size_t phm_backward_workspace(const PhmCall&) { return 1; }
 int phm_backward(const PhmCall& call) { return launch(call.workspace, call.stream); }
-const char* norm_why_not(Type, Type, Type, int64_t width) { return width > 8192 ? "the stub takes widths from 1 to 8192" : nullptr; }
+const char* norm_why_not(Type, Type, Type, int64_t, int64_t width) { return width > 8192 ? "the stub takes widths from 1 to 8192" : nullptr; }
 int norm_forward(const NormCall& call) { return launch(call.params.norm ? call.params.y : call.params.v, call.stream); }
 size_t norm_backward_workspace(const NormCall&) { return 1; }
 int norm_backward(const NormCall& call) { return launch(call.workspace, call.stream); }
+const char* routed_why_not(int64_t, int64_t, int64_t) { return nullptr; }
 size_t routed_forward_workspace(const RoutedCall&) { return 1; }
 int routed_forward(const RoutedCall& p) { return launch(p.y, p.stream); }
 size_t routed_backward_workspace(const RoutedCall&) { return 1; }

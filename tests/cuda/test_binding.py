@@ -168,7 +168,7 @@ class Ops:
 
     def __init__(self, driver: int = 13000, devices: int = 1) -> None:
         self.runtime_version, self.driver_version, self.device_count = lambda: 13000, lambda: driver, lambda: devices
-        self.why_not = lambda *shape: ""
+        self.why_not = self.routed_why_not = lambda *shape: ""
 
 
 @pytest.fixture
@@ -210,6 +210,8 @@ class TestReasons:
         call = CALL._replace(op="routed_bottleneck", options=(("tasks", 4),))
         assert _cuda.reasons(call._replace(rows=2**31 - 1)) == []
         assert _cuda.reasons(call._replace(rows=2**31)) == ["the cuda kernels route fewer than 2^31 rows, not 2147483648"]
+        torch.ops.fastadapt_cuda.routed_why_not = lambda *shape: f"not {shape}"
+        assert _cuda.reasons(call) == ["not (64, 64, 4)"]
 
     def test_limits_of_the_compiled_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
@@ -226,7 +228,7 @@ class TestReasons:
         monkeypatch.setattr(torch.ops.fastadapt_cuda, "norm_why_not", lambda *shape: asked.append(shape) or "no such norm", raising=False)
         for dtype, param_dtype, wide in ((torch.float32, torch.float32, False), (torch.half, torch.half, True), (torch.half, torch.float32, False)):
             assert _cuda.reasons(CALL._replace(op="dropout_add_norm", dtype=dtype, param_dtype=param_dtype, options=(("wide", wide),))) == ["no such norm"]
-        assert asked == [(0, 0, 0, 64), (2, 0, 0, 64), (2, 2, 0, 64)]
+        assert asked == [(0, 0, 0, 64, 64), (2, 0, 0, 64, 64), (2, 2, 0, 64, 64)]
 
     @pytest.mark.parametrize(("arch", "runs"), [(80, True), (86, True), (89, True), (90, True), (100, True), (75, False)])
     def test_architectures(self, arch: int, runs: bool) -> None:

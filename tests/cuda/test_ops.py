@@ -274,6 +274,18 @@ def test_no_rows(spec: Spec, name: str, device: str, request: pytest.FixtureRequ
 
 
 @on_kernels
+@specs([spec for spec in CALLS if spec.dtype != spec.param_dtype])
+def test_placeholders_are_those_of_the_fake_implementation(spec: Spec, name: str, device: str) -> None:
+    """Of a gradient that nobody asked for, in a call of two dtypes: torch's tracer takes the fake's word for it."""
+    with checks.spied() as calls:
+        checks.fused(spec, name, spec.draw(0, device), spec.cotangent(0, device))
+    *args, needs = calls[-1][1]
+    op = getattr(torch.ops.fastadapt, f"{spec.op}_backward").default
+    for asked in ([False] * len(needs), [need and i % 2 == 0 for i, need in enumerate(needs)], [need and i % 2 == 1 for i, need in enumerate(needs)]):
+        assert torch.library.opcheck(op, (*args, asked, backend.index(name)), test_utils="test_faketensor") == {"test_faketensor": "SUCCESS"}
+
+
+@on_kernels
 @specs(CALLS)
 class TestCall:
     """What holds for each call, whatever its numbers: all with the same bits."""
@@ -495,6 +507,43 @@ def test_relu_has_no_gradient_at_zero(name: str, device: str) -> None:
 
 
 @on_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gates_saturate_and_keep_what_is_no_number(dtype: torch.dtype, name: str, device: str) -> None:
+    test_gated_bottleneck.test_gates_saturate_and_keep_what_is_no_number(dtype, name, device)
+
+
+@on_kernels
+@specs(
+    [
+        *(over(d, kind, lead=(3, 5), width=64, rank=16, activation=a) for d, kind in ((FP16, Bottleneck), (BF16, PHM)) for a in ACTIVATIONS),
+        over(MIXED, Routed, lead=(3, 5), width=64, rank=16, tasks=1),  # whose reference lets what is undefined into the gradients of other tasks
+        *(over(d, Gated, lead=(3, 5), width=64, granularity=g, save_gate=s) for d, s in ((MIXED, False), (FP16, True)) for g in GRANULARITIES),
+        *(over(BF16, Gated, lead=(3, 5), width=64, granularity=g, combine="add") for g in GRANULARITIES),
+        over(MIXED, Lora, lead=(3, 5), width=64, out=72, rank=16),
+        *(over(d, Norm, lead=(3, 5), width=w, residual=r, norm=n) for d, w, r, n in ((MIXED, 64, "wide", "layer"), (FP16, 33, "same", "rms"))),
+        over(BF16, Norm, lead=(3, 5), width=40, norm=None, biases="none"),
+    ]
+)
+def test_what_is_no_number_is_where_the_reference_has_it(spec: Spec, name: str, device: str) -> None:
+    """In the output and in every gradient: nothing that follows from an undefined input looks defined, and nothing else is undefined."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    tensors["h" if "h" in tensors else "x"][1, 2, 3] = torch.nan
+    got, expected = checks.fused(spec, name, tensors, dy), checks.fused(spec, "reference", tensors, dy)
+    wrong = {key: (int(t.isnan().sum()), int(expected[key].isnan().sum())) for key, t in got.items() if not torch.equal(t.isnan(), expected[key].isnan())}
+    assert expected["y"].isnan().any() and not wrong
+
+
+@on_kernels
+@specs([over(FP16, kind, lead=(9,), width=64, rank=16, activation="relu") for kind in (Bottleneck, PHM, Routed)])
+def test_relu_of_a_pre_activation_that_overflows_downwards(spec: Spec, name: str, device: str) -> None:
+    """It is minus infinity in fp16, and relu makes 0 of it like of any other."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    tensors["b_down"].fill_(-torch.inf)
+    got, expected = checks.fused(spec, name, tensors, dy), checks.fused(spec, "reference", tensors, dy)
+    assert all(t.isfinite().all() and expected[key].isfinite().all() for key, t in got.items()) and not got["d w_down" if "d w_down" in got else "d left_down"].any()
+
+
+@on_kernels
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_save_gate_says_what_is_kept(granularity: str, name: str, device: str) -> None:
     """`save_gate` keeps H' and, for large, the gate in the activations' dtype; z, zg and the fp32 logits of a row gate are kept in any case."""
@@ -602,10 +651,26 @@ def test_a_norm_it_cannot_take(spec: Norm, reason: str, name: str, device: str) 
 
 def test_the_raw_norm_op_refuses_it_too(machine: emulator.Machine) -> None:
     x, ops = torch.zeros(2, 8193, dtype=torch.half), torch.ops.fastadapt_cuda_emulated
-    with pytest.raises(RuntimeError, match=r"a width from 1 to 8192 \(width 8193\)"):
+    with pytest.raises(RuntimeError, match=r"a width from 1 to 8192 \(rows 2, width 8193\)"):
         ops.dropout_add_norm(x, None, None, None, None, 1, 1e-5, 0.0, True)
     with pytest.raises(RuntimeError, match="weight and bias must have the sum's type or float32"):
         ops.dropout_add_norm(x[:, :8], x[:, :8].float(), x[0, :8], None, None, 1, 1e-5, 0.0, True)
+
+
+def test_more_rows_than_a_grid_has_blocks(machine: emulator.Machine) -> None:
+    """A norm has a block a row, and the backward of a mixed batch a row of blocks a split. (Rows that are one and the same take no memory.)"""
+    ops = torch.ops.fastadapt_cuda_emulated
+    assert ops.norm_why_not(2, 2, 2, 1, 2**31 - 1) == "" and "fewer than 2^31 rows" in ops.norm_why_not(2, 2, 2, 1, 2**31)
+    dy = torch.zeros(1, 1, dtype=torch.half).expand(2**31, 1)
+    with pytest.raises(RuntimeError, match=r"norms of fewer than 2\^31 rows \(rows 2147483648, width 1\)"):
+        ops.dropout_add_norm_backward(dy, None, None, None, None, None, None, 2, 0.0, torch.half, 0)
+    # A row a task, 256 rows a split, and one more of each for no task.
+    assert ops.routed_why_not(65535, 64, 65279) == "" and "more splits than a grid has blocks" in ops.routed_why_not(65535, 64, 65280)
+    assert ops.routed_why_not(2**31 - 1, 64, 340) == "" and ops.routed_why_not(2**31 - 1, 64, 341) != ""
+    x, w = torch.zeros(65535, 8, dtype=torch.half), torch.zeros(65280, 1, 8, dtype=torch.half)
+    ids, z = torch.arange(65535), torch.zeros(65535, 1, dtype=torch.half)
+    with pytest.raises(RuntimeError, match=r"a grid has blocks \(65535\) \(rows 65535, width 8, tasks 65280\)"):
+        ops.routed_bottleneck_backward(x, x, ids, z, w, None, w.transpose(1, 2), None, 1.0, 0, True, 0)
 
 
 def test_the_raw_phm_op_refuses_it_too(machine: emulator.Machine) -> None:

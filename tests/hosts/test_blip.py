@@ -25,7 +25,6 @@ from tests.ops import checks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad", "ignore:`gradient_checkpointing_enable`:FutureWarning")
 kinds = pytest.mark.parametrize("kind", MODELS)
-BACKENDS = ["reference", "cpu", *(["triton"] if torch.cuda.is_available() else [])]
 CASES = [name for name in golden.case_ids("uni_") if not name.startswith("uni_adapter_")]
 SMALL = {"rank": 8, "key_value_rank": 4}
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -142,7 +141,7 @@ def test_recorded_fp64(case_id: str) -> None:
     assert {backend for _, _, backend in fastadapt.backend.ran()} == {"reference"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", checks.every_name)
 @pytest.mark.usefixtures("masked_cross_attention")
 @pytest.mark.parametrize("case_id", CASES)
 def test_recorded_fp32(case_id: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

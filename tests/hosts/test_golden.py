@@ -32,7 +32,6 @@ BLOCKS = [
 ]
 PROMPTS = ["vla_vlbart_encoder_prompt_single_adapter", "vla_vlt5_encoder_prompt_single_adapter", "vla_vlbart_decoder_prompt"]
 MODELS = ["vla_vlbart_single_adapter", "vla_vlt5_single_adapter", "vlpet_vlbart_large", "vlpet_vlt5_large", *PROMPTS]
-BACKENDS = ["reference", "cpu", *(["triton"] if torch.cuda.is_available() else [])]
 
 
 class Ran:
@@ -118,7 +117,7 @@ def test_fp64(case_id: str) -> None:
     assert {backend for _, _, backend in fastadapt.backend.ran()} == ({"reference"} if calls else set())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", checks.every_name)
 @pytest.mark.parametrize("case_id", BLOCKS + MODELS)
 def test_fp32(case_id: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, run, device = golden.load_case(case_id), run_model if case_id in MODELS else run_block, "cuda" if backend == "triton" else "cpu"

@@ -49,8 +49,10 @@ BEYOND_LAST = "of fragments beyond the last, which the other condition leaves ou
 EARLIER = "written before it is read"
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
-    ("bound", "z > 0.f -> z >= 0.f in FASTADAPT_DEVICE float operator()(float z) const { return z > 0.f"): "at 0 both branches give 0",
-    ("constant", "-80.f -> -88.0f"): "any bound up to 88 keeps e finite; a sigma of exp(-80) or less is nothing beside a tensor's other numbers",
+    ("bound", "z < least -> z <= least"): "at the least value both branches give it",
+    ("bound", "v < -80.f -> v <= -80.f"): "at the bound both branches give it",
+    ("constant", "80.f -> 88.0f"): "any bound up to 88 keeps e finite; a sigma of exp(-80) or less is nothing beside a tensor's other numbers",
+    ("constant", "-80.f -> -88.0f"): "as the bound on the other side of the condition",
     ("condition", "kAll % kThreads != 0 && i >= kAll -> static_cast<bool>(i >= kAll)"): "i does not get to kAll where kThreads divides it",
     ("loop", "j < kTiles -> j <= kTiles in for (int j = 0; j < kTiles; j += 4)"): BEYOND_LAST,
     ("bound", "k < 4 -> k <= 4 in for (int k = 0; k < 4 && j + k < kTiles; ++k)"): "no call has more than 4 fragments, so the other bound ends the loop",
@@ -267,6 +269,8 @@ SHAPES = [
     *(((1, 0, 8, 8, rank), taken) for rank, taken in ((-1, False), (0, True), (256, True), (257, False))),
     *(((*types, 8, 8, 0), taken) for types, taken in (((0, 0), False), ((1, 2), False), ((2, 1), False), ((2, 2), True))),
 ]
+# Rows, width, tasks: a row a task, and splits of 256 rows.
+ROUTED_SHAPES = [((rows, 64, tasks), taken) for rows, tasks, taken in ((65535, 65279, True), (65535, 65280, False), (2**31 - 1, 340, True), (2**31 - 1, 341, False))]
 # The same of Compacter's: parts of a multiple of 8 columns or not, pairs that 4 and 8 divide or not, tiles of 32 tokens and of fewer, several turns over a row and tiles a split.
 PHM_SPECS: list[Spec] = [
     over(MIXED, PHM, lead=(37,), width=64, rank=20, residual="other", scale=0.7, factor_rank=2),
@@ -354,8 +358,9 @@ NORM_TRAFFIC += [
     (over(MIXED, Norm, lead=(20,), width=64, residual="wide", biases="none", returns="sum"), EVERYTHING),
     (over(FP32, Norm, lead=(20,), width=64, residual="same", biases="none", norm="rms"), NOTHING),
 ]
-# Types of x, of the sum and of the parameters, width.
+# Types of x, of the sum and of the parameters, width, rows.
 NORM_SHAPES = [
+    *(((1, 1, 0, 8, rows), taken) for rows, taken in ((2**31 - 1, True), (2**31, False))),
     *(((1, 1, 0, width), taken) for width, taken in ((0, False), (1, True), (8192, True), (8193, False))),
     *(((*types, 8), True) for types in ((0, 0, 0), (1, 1, 1), (2, 2, 2), (1, 0, 0), (2, 0, 0), (2, 2, 0))),
     *(((*types, 8), False) for types in ((0, 1, 1), (1, 2, 2), (2, 1, 0), (1, 0, 1), (0, 0, 2), (1, 1, 2), (3, 3, 3), (3, 0, 0), (1, 1, -1))),
@@ -519,7 +524,7 @@ TRIAL = Trial(
     CALLS,
     TRAFFIC,
     (("", partial(calls.relu_at_zero, "emulated-cuda", torch.bfloat16)), ("routed_bottleneck", ids_far_outside), ("routed_bottleneck", mixed_batch)),
-    partial(refusals, "why_not", SHAPES),
+    lambda: refusals("why_not", SHAPES) or refusals("routed_why_not", ROUTED_SHAPES),
 )
 PHM_TRIAL = Trial(PHM_SPECS, lambda own: own[:3], PHM_CALLS, PHM_TRAFFIC, (("", phm_relu_at_zero),), partial(refusals, "phm_why_not", PHM_SHAPES))
 NORM_MORE = (

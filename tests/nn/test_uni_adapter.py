@@ -17,7 +17,6 @@ from tests import eager, golden
 from tests.hosts.published_blip import check_fp32, check_fp64
 from tests.ops import checks
 
-BACKENDS = ["reference", "cpu", *(["triton"] if torch.cuda.is_available() else [])]
 MODES = ("text", "visual", "multimodal")
 
 
@@ -59,7 +58,7 @@ def test_recorded_fp64(case_id: str) -> None:
     assert {backend for _, _, backend in fastadapt.backend.ran()} == {"reference"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", checks.every_name)
 @pytest.mark.parametrize("case_id", golden.case_ids("uni_adapter_"))
 def test_recorded_fp32(case_id: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, device = golden.load_case(case_id), "cuda" if backend == "triton" else "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -42,9 +42,15 @@ every_pair = pytest.mark.parametrize(
         pytest.param("triton", "reference", "cuda", id="triton-reference", marks=_gpu),
     ],
 )
-kernel_names = [name for name, there in (("cpu", not _NO_CPU), ("triton", torch.cuda.is_available())) if there]
+# A call that the cuda kernels take too: of half precision, widths that 8 divides.
+one_backend_or_cuda = pytest.mark.parametrize(("name", "device"), [REFERENCE if _NO_CPU else CPU, TRITON, CUDA])
+on_gpus = pytest.mark.parametrize(("name", "device"), [TRITON, CUDA])
+kernel_names: list[Any] = [*([] if _NO_CPU else ["cpu"]), pytest.param("triton", marks=_gpu)]
+every_name: list[Any] = ["reference", "cpu", pytest.param("triton", marks=_gpu)]
 
 Results = dict[str, Tensor]
+Change = Callable[[dict[str, Tensor], Tensor], tuple[dict[str, Tensor], Tensor]]
+"""Of a call's arguments and dy."""
 
 
 def ran(op: str = "") -> dict[tuple[str, str, str], int]:
@@ -112,12 +118,12 @@ def compared(got: Results, exact64: Results, same_dtype: Results) -> dict[str, C
     return {name: Compared(got[name], exact64[name], same_dtype[name], name.startswith("d ")) for name in got}
 
 
-def assert_within_rule(spec: Spec, name: str, device: str, *, backward: str | None = None) -> None:
-    """Output and every gradient of ``spec`` under backend ``name`` (and ``backward``), within the rule of `tests.tolerance`."""
+def assert_within_rule(spec: Spec, name: str, device: str, *, backward: str | None = None, needs: tuple[str, ...] | None = None, change: Change = lambda t, dy: (t, dy)) -> None:
+    """Output and every gradient (that ``needs`` names) of ``spec`` (after a ``change``) under backend ``name`` (and ``backward``), within the rule of `tests.tolerance`."""
 
     def run(seed: int) -> dict[str, Compared]:
-        tensors, dy = spec.draw(seed, device), spec.cotangent(seed, device)
-        got = fused(spec, name, tensors, dy, backward=backward)
+        tensors, dy = change(spec.draw(seed, device), spec.cotangent(seed, device))
+        got = fused(spec, name, tensors, dy, needs, backward)
         assert got["y"].dtype == spec.out_dtype and got["y"].shape == dy.shape
         return compared(got, exact(spec, tensors, dy), in_eager(spec, tensors, dy))
 
@@ -140,13 +146,16 @@ def assert_gradcheck(spec: Spec) -> None:
         assert torch.autograd.gradcheck(lambda *args: spec.call(functional, dict(zip(tensors, args, strict=True))), tuple(tensors.values()))
 
 
-def assert_single_gradients(spec: Spec, name: str, device: str) -> None:
-    """Every gradient asked alone has the bits that it has among all; what is not asked for is neither computed nor returned."""
+def assert_single_gradients(spec: Spec, name: str, device: str, *, rounded: Collection[str] = ()) -> None:
+    """Every gradient asked alone has the bits that it has among all, or, if ``rounded``, is within the rule; what is not asked for is neither computed nor returned."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
     together = fused(spec, name, tensors, dy)
     for trained in tensors:
         with spied() as calls:
             alone = fused(spec, name, tensors, dy, needs=(trained,))
+        if trained in rounded:
+            assert_within_rule(spec, name, device, needs=(trained,))
+            del alone[f"d {trained}"]
         assert_same_bits(alone, {key: together[key] for key in alone})
         for direction, _, out in calls:
             if direction == "backward":
@@ -212,25 +221,31 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def assert_any_layout(spec: Spec, name: str, device: str) -> None:
-    """Strides change no bit, of activations, parameters and dy alike; on reference they may change the rounding of the library's matrix products."""
+def assert_any_layout(spec: Spec, name: str, device: str, *, rounded: bool = False) -> None:
+    """Strides change no bit, of activations, parameters and dy alike; on reference they may change the rounding of the library's matrix products, and, if ``rounded``, what the
+    rule allows."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
 
-    def assert_same(a: Results, b: Results) -> None:
+    def assert_same(change: Change, expected: Results) -> None:
+        if rounded:
+            return assert_within_rule(spec, name, device, change=change)
+        got = fused(spec, name, *change(tensors, dy))
         if name != "reference":
-            return assert_same_bits(a, b)
-        for key in a:
-            assert relative_error(a[key], b[key]) <= 5 * FLOOR[spec.dtype], key
+            return assert_same_bits(got, expected)
+        for key in got:
+            assert relative_error(got[key], expected[key]) <= 5 * FLOOR[spec.dtype], key
+
+    def in_layout(layout: str, *names: str) -> Change:
+        return lambda t, dy: ({n: layouts(v).get(layout, v) if n in names else v for n, v in t.items()}, layouts(dy)[layout] if "dy" in names else dy)
 
     expected = fused(spec, name, tensors, dy)
     for layout in ("row-padded", "offset", "strided", "transposed", "batch-last"):
-        changed = {n: layouts(t).get(layout, t) for n, t in tensors.items()}
-        assert_same(fused(spec, name, changed, layouts(dy)[layout]), expected)
+        assert_same(in_layout(layout, *tensors, "dy"), expected)
         for one in spec.activations:
-            assert_same(fused(spec, name, {**tensors, one: changed[one]}, dy), expected)
-    row = dy.reshape(-1, spec.out_width)[0]
-    for expanded in (row[0].expand(dy.shape), row.expand(dy.shape)):
-        assert_same(fused(spec, name, tensors, expanded), fused(spec, name, tensors, expanded.contiguous()))
+            assert_same(in_layout(layout, one), expected)
+    for columns in (1, spec.out_width):
+        expand: Change = lambda t, dy, columns=columns: (t, dy.reshape(-1, spec.out_width)[0, :columns].expand(dy.shape))
+        assert_same(expand, fused(spec, name, tensors, expand(tensors, dy)[1].contiguous()))
 
 
 def assert_deterministic(spec: Spec, name: str, device: str) -> None:
@@ -301,16 +316,13 @@ def assert_recorded(build: Build, case: Case, op: str, name: str, device: str, d
     assert_rule(run, dtype)
 
 
-def recorded_table(build: Build, cases: list[Case]) -> dict[tuple[str, str], str]:
-    """For every recorded case and demanded backend: which kernels ran, by `fastadapt.backend.ran`, or why it could not."""
+def recorded_table(build: Build, cases: list[Case], name: str, device: str) -> dict[str, str]:
+    """For every recorded case: which kernels ran, by `fastadapt.backend.ran`, when backend ``name`` was demanded."""
     table = {}
     for case in cases:
-        for name in ("reference", *kernel_names):
-            before = ran()
-            with backend.use(name):
-                _recorded_run(build, functional, case, case.inputs, case.cotangents, torch.float32, "cuda" if name == "triton" else "cpu")
-            after = ran()
-            table[case.id, name] = ", ".join(
-                f"{direction} {where} x{n - before.get(key, 0)}" for key, n in sorted(after.items()) if n != before.get(key, 0) for _, direction, where in [key]
-            )
+        before = ran()
+        with backend.use(name):
+            _recorded_run(build, functional, case, case.inputs, case.cotangents, torch.float32, device)
+        after = ran()
+        table[case.id] = ", ".join(f"{direction} {where} x{n - before.get(key, 0)}" for key, n in sorted(after.items()) if n != before.get(key, 0) for _, direction, where in [key])
     return table

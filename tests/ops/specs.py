@@ -346,7 +346,7 @@ class Lora(Spec):
         return {"scale": self.scale, "dropout": self.dropout}
 
     def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
-        seed = torch.tensor([self.seed], device=tensors["x"].device) if self.dropout else None
+        seed = seed_of(self, tensors["x"].device)
         return getattr(ops, self.op)(**tensors, **self.options(), seed=seed)
 
     @staticmethod
@@ -465,7 +465,7 @@ class Norm(Spec):
         return {"norm": self.norm, "eps": self.eps, "dropout": self.dropout, "return_sum": self.returns != "y"}
 
     def call(self, ops: ModuleType, tensors: Mapping[str, Tensor]) -> Tensor:
-        seed = torch.tensor([self.seed], device=tensors["x"].device) if self.dropout else None
+        seed = seed_of(self, tensors["x"].device)
         out = ops.dropout_add_norm(**tensors, **self.options(), seed=seed)
         return out if self.returns == "y" else out[1] if self.returns == "sum" else torch.cat(out, -1)
 
@@ -488,6 +488,11 @@ class Norm(Spec):
             returns=rng.choice(("y", "both")),
             seed=rng.randint(-(2**63), 2**63 - 1),
         )
+
+
+def seed_of(spec: Lora | Norm, device: torch.device) -> Tensor | None:
+    """Written by the device: a copy from the host may not be in a CUDA graph, and waits for the stream, behind which a kernel on a wrong stream would find everything in place."""
+    return torch.full((1,), spec.seed, dtype=torch.int64, device=device) if spec.dropout else None
 
 
 def _random_lead(rng: random.Random) -> tuple[int, ...]:

@@ -286,12 +286,13 @@ def test_recorded_in_fp32(case_id: str, name: str, device: str) -> None:
     checks.assert_recorded(build, load_case(case_id), "bottleneck", name, device)
 
 
-def test_recorded_cases_by_backend() -> None:
+@every_backend
+def test_recorded_cases_by_backend(name: str, device: str) -> None:
     """Which recorded cases ran on which backend (``pytest -s`` shows the table); a demanded backend ran all of them, forward and backward."""
-    table = checks.recorded_table(build, [load_case(c) for c in RECORDED])
-    print("\n".join(f"{case:55} {name:10} {what}" for (case, name), what in table.items()))
+    table = checks.recorded_table(build, [load_case(c) for c in RECORDED], name, device)
+    print("\n".join(f"{case:55} {name:10} {what}" for case, what in table.items()))
     assert len(RECORDED) == 15
-    assert all(what == f"backward {name} x1, forward {name} x1" for (_, name), what in table.items())
+    assert all(what == f"backward {name} x1, forward {name} x1" for what in table.values())
 
 
 @every_kernel

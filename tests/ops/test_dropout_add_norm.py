@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from fastadapt import backend, functional
 from fastadapt.ops.philox import keep
 from tests.ops import checks
-from tests.ops.checks import every_backend, every_kernel, every_pair, one_backend
+from tests.ops.checks import every_backend, every_kernel, every_pair, one_backend_or_cuda
 from tests.ops.specs import BF16, DTYPES, FP32, MIXED, Norm, random_specs, specs
+from tests.tolerance import Compared, assert_rule
 
 RANDOM = random_specs(Norm, 300)
 
@@ -110,13 +111,19 @@ def test_no_rows(spec: Norm, name: str, device: str) -> None:
 CALLS = [EVERYTHING, replace(EVERYTHING, dtype=MIXED[0], param_dtype=MIXED[1], norm="rms"), *(Norm(lead=(70,), width=33, residual=r) for r in ("same", None)), WIDE[1]]
 
 
+def rounded(spec: Norm, name: str) -> bool:
+    """Triton's compiler spreads a row over threads as the widest loads and stores want it, and adds it up in that order. Where x and v differ in size, alignment, strides and the
+    gradients asked for decide whose width that is: other arguments may round otherwise there, equal ones do not."""
+    return name == "triton" and spec.out_dtype != spec.dtype
+
+
 @every_backend
 @specs(CALLS)
 class TestCall:
     """What holds for each call, whatever its numbers."""
 
     def test_gradients_asked_alone(self, spec: Norm, name: str, device: str) -> None:
-        checks.assert_single_gradients(spec, name, device)
+        checks.assert_single_gradients(spec, name, device, rounded=spec.shapes() if rounded(spec, name) else ())
 
     def test_without_gradients(self, spec: Norm, name: str, device: str) -> None:
         checks.assert_no_grad_path(replace(spec, returns="y"), name, device)
@@ -125,7 +132,7 @@ class TestCall:
         checks.assert_untouched(spec, name, device)
 
     def test_any_layout(self, spec: Norm, name: str, device: str) -> None:
-        checks.assert_any_layout(spec, name, device)
+        checks.assert_any_layout(spec, name, device, rounded=rounded(spec, name))
 
 
 @every_kernel
@@ -265,19 +272,22 @@ def test_constant_rows_are_finite(name: str, device: str) -> None:
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_a_mean_far_from_zero_and_numbers_far_from_one(scale: float, name: str, device: str) -> None:
     """The variance is that of what the mean leaves over: sums of squares alone would have no digit left. Numbers whose squares fp32 can hold change nothing but the scale."""
-    g = torch.Generator().manual_seed(0)
-    x = (1000 + torch.randn(70, 48, generator=g)).to(device)
-    with checks.runs_on("dropout_add_norm", name, counts=(2, 0)):
-        y, far = functional.dropout_add_norm(x), functional.dropout_add_norm(scale * (x - 1000), eps=0.0)
-    exact, expected = F.layer_norm(x.double(), (48,)), F.layer_norm((scale * (x - 1000)).double(), (48,), eps=0.0)
-    assert checks.relative_error(y, exact) <= 2 * checks.relative_error(F.layer_norm(x, (48,)), exact)
-    assert checks.relative_error(far, expected) <= 5 * checks.FLOOR[torch.float32]
+
+    def run(seed: int) -> dict[str, Compared]:
+        x = (1000 + torch.randn(70, 48, generator=torch.Generator().manual_seed(seed))).to(device)
+        small = scale * (x - 1000)
+        with checks.runs_on("dropout_add_norm", name, counts=(2, 0)):
+            y, far = functional.dropout_add_norm(x), functional.dropout_add_norm(small, eps=0.0)
+        torchs = lambda x, eps=1e-5: F.layer_norm(x, (48,), eps=eps)
+        return {"y": Compared(y, torchs(x.double()), torchs(x), False), "far": Compared(far, torchs(small.double(), 0.0), torchs(small, 0.0), False)}
+
+    assert_rule(run, torch.float32)
 
 
 # What enters and leaves.
 
 
-@one_backend
+@one_backend_or_cuda
 def test_torchs_generator_gives_the_seed(name: str, device: str) -> None:
     """`torch.manual_seed` reproduces a call, the next call draws another mask, and neither without dropout nor with a seed given is a number drawn."""
     x, state = torch.ones(64, 48, device=device), torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
@@ -291,7 +301,7 @@ def test_torchs_generator_gives_the_seed(name: str, device: str) -> None:
         assert torch.equal(state(), before)
 
 
-@one_backend
+@one_backend_or_cuda
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_a_checkpointed_call_draws_its_mask_again(name: str, device: str, reentrant: bool) -> None:
     x = torch.ones(64, 48, device=device, requires_grad=True)
@@ -303,7 +313,7 @@ def test_a_checkpointed_call_draws_its_mask_again(name: str, device: str, reentr
     assert torch.equal(x.grad, y) and 0 < (y == 0).sum() < y.numel()  # type: ignore[arg-type]
 
 
-@one_backend
+@one_backend_or_cuda
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_with_both_outputs(name: str, device: str, compiler: str) -> None:
     """Without a graph break: y and v, the gradients of both, and masks from torch's generator, another each time."""
@@ -326,7 +336,7 @@ def test_compiled_with_both_outputs(name: str, device: str, compiler: str) -> No
     torch.testing.assert_close(dx, torch.where(dx != 0, dresidual / 0.7, 0.0))
 
 
-@one_backend
+@one_backend_or_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast_leaves_dtypes(name: str, device: str, compiled: bool) -> None:
     """As torch's own sum and norm do, beside which a half-precision residual becomes float32."""
@@ -348,7 +358,7 @@ def test_autocast_leaves_dtypes(name: str, device: str, compiled: bool) -> None:
         call(half)
 
 
-@one_backend
+@one_backend_or_cuda
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_bias_without_a_weight(norm: str, name: str, device: str) -> None:
     spec = Norm(lead=(70,), norm=norm)

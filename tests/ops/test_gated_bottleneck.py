@@ -163,7 +163,8 @@ class TestCall:
         checks.assert_untouched(spec, name, device)
 
     def test_any_layout(self, spec: Gated, name: str, device: str) -> None:
-        checks.assert_any_layout(spec, name, device)
+        # In fp32 Triton's compiler spreads a tile over threads as its loads are widest, which strides decide, and with them the order of a row's dot product with a small gate.
+        checks.assert_any_layout(spec, name, device, rounded=name == "triton" and spec.granularity == "small" and spec.dtype == torch.float32)
 
 
 @every_kernel
@@ -290,12 +291,13 @@ def test_recorded_in_fp32(case_id: str, name: str, device: str) -> None:
     checks.assert_recorded(build, load_case(case_id), "gated_bottleneck", name, device)
 
 
-def test_recorded_cases_by_backend() -> None:
+@every_backend
+def test_recorded_cases_by_backend(name: str, device: str) -> None:
     """Which recorded cases ran on which backend (``pytest -s`` shows the table); a demanded backend ran all of them, forward and backward."""
-    table = checks.recorded_table(build, [load_case(c) for c in RECORDED])
-    print("\n".join(f"{case:55} {name:10} {what}" for (case, name), what in table.items()))
+    table = checks.recorded_table(build, [load_case(c) for c in RECORDED], name, device)
+    print("\n".join(f"{case:55} {name:10} {what}" for case, what in table.items()))
     assert len(RECORDED) == 21
-    assert all(what == f"backward {name} x1, forward {name} x1" for (_, name), what in table.items())
+    assert all(what == f"backward {name} x1, forward {name} x1" for what in table.values())
 
 
 @every_kernel
@@ -311,6 +313,7 @@ def test_gates_saturate_and_keep_what_is_no_number(dtype: torch.dtype, name: str
     with runs_on("gated_bottleneck", name):
         y = functional.gated_bottleneck(h, x, down, up, **gate)  # type: ignore[arg-type]
         y[:3].sum().backward()
-    total = functional.bottleneck(h, down, up)
+    with runs_on("bottleneck", name, counts=(1, 0)):  # backends differ in the last bit
+        total = functional.bottleneck(h, down, up)
     assert torch.equal(y[:3, : width // 2], total[:3, : width // 2]) and y[:3, width // 2 :].abs().max() < 1e-6 and y[3].isnan().all()
     assert bias.grad is not None and bias.grad.nan_to_num().abs().max() < 1e-6

@@ -15,7 +15,7 @@ from fastadapt import functional
 from fastadapt.ops.philox import keep, philox
 from tests import eager
 from tests.ops import checks
-from tests.ops.checks import every_backend, every_kernel, every_pair, one_backend
+from tests.ops.checks import every_backend, every_kernel, every_pair, one_backend_or_cuda
 from tests.ops.specs import DTYPES, FP32, MIXED, Lora, random_specs, specs
 from tests.tolerance import assert_close_to_f64
 
@@ -207,6 +207,11 @@ def test_the_mask_is_that_of_another_implementation(seed: int) -> None:
         assert torch.equal(torch.compile(keep, fullgraph=True, backend="aot_eager")(key, rows, width, p), expected)
 
 
+def ones(rows: int, width: int, name: str, device: str) -> Tensor:
+    """In float32 where the backend takes it."""
+    return torch.ones(rows, width, dtype=torch.bfloat16 if name == "cuda" else torch.float32, device=device)
+
+
 def dropped(x: Tensor, dropout: float, seed: Tensor | None = None) -> Tensor:
     """D(x), through identity projections of x's own width."""
     eye = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
@@ -267,10 +272,10 @@ def test_almost_all_and_almost_nothing(name: str, device: str) -> None:
         assert torch.equal(dropped(x, 1e-12, seed), x)
 
 
-@one_backend
+@one_backend_or_cuda
 def test_how_much_is_dropped(name: str, device: str) -> None:
     """The fraction kept, of all elements and of each column, and the agreement of two masks, within 5 standard deviations of what independent draws give."""
-    x = torch.ones(4096, 256, device=device)
+    x = ones(4096, 256, name, device)
 
     def assert_binomial(hits: Tensor, count: int, probability: float) -> None:
         assert ((hits.double() / count - probability).abs() <= 5 * math.sqrt(probability * (1 - probability) / count)).all()
@@ -285,10 +290,10 @@ def test_how_much_is_dropped(name: str, device: str) -> None:
             assert_binomial((a == b).sum(), a.numel(), p * p + (1 - p) ** 2)
 
 
-@one_backend
+@one_backend_or_cuda
 def test_torchs_generator_gives_the_seed(name: str, device: str) -> None:
     """`torch.manual_seed` reproduces a call, the next call draws another mask, and neither without dropout nor with a seed given is a number drawn."""
-    x = torch.ones(64, 48, device=device)
+    x = ones(64, 48, name, device)
     with checks.runs_on("lora", name, counts=(5, 0)), torch.no_grad():
         torch.manual_seed(5)
         first, second = dropped(x, 0.3), dropped(x, 0.3)
@@ -299,11 +304,11 @@ def test_torchs_generator_gives_the_seed(name: str, device: str) -> None:
         assert torch.equal(torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(), state)
 
 
-@one_backend
+@one_backend_or_cuda
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_a_checkpointed_call_draws_its_mask_again(name: str, device: str, reentrant: bool) -> None:
     """The recomputed forward has the seed of the first one: what is dropped of x's gradient is what was dropped of x."""
-    x = torch.ones(64, 48, device=device, requires_grad=True)
+    x = ones(64, 48, name, device).requires_grad_()
     torch.manual_seed(1)
     with checks.runs_on("lora", name, counts=(2, 1)):
         y = checkpoint(lambda x: dropped(x, 0.3), x, use_reentrant=reentrant)
@@ -312,13 +317,13 @@ def test_a_checkpointed_call_draws_its_mask_again(name: str, device: str, reentr
     assert torch.equal(x.grad, y) and 0 < (y == 0).sum() < y.numel()  # type: ignore[arg-type]
 
 
-@one_backend
+@one_backend_or_cuda
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_calls_draw_their_masks(name: str, device: str, compiler: str) -> None:
     """Without a graph break, another mask each time, the same in backward."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: dropped(x, 0.3), fullgraph=True, backend=compiler)
-    x, seen = torch.ones(64, 48, device=device, requires_grad=True), []
+    x, seen = ones(64, 48, name, device).requires_grad_(), []
     with checks.runs_on("lora", name, counts=(3, 3)):
         for seed in (1, None, 1):
             if seed is not None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastadapt import backend, functional
 from tests.ops import checks
-from tests.ops.checks import every_backend, every_kernel, one_backend
+from tests.ops.checks import every_backend, every_kernel, one_backend_or_cuda
 from tests.ops.specs import FP32, MIXED, Multimodal, random_specs, specs
 
 RANDOM = random_specs(Multimodal, 120)
@@ -72,10 +72,12 @@ class TestCall:
         checks.assert_deterministic(spec, name, device)
 
 
-@one_backend
+@one_backend_or_cuda
 @specs([EVERYTHING, replace(EVERYTHING, dtype=MIXED[0], param_dtype=MIXED[1])])
 def test_compiled_and_checkpointed(spec: Multimodal, name: str, device: str) -> None:
     """One graph, and recomputed in backward: the numbers of a plain call."""
+    if name == "cuda" and spec.dtype == torch.float32:
+        pytest.skip("the cuda kernels take half precision")
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
     plain = checks.fused(spec, name, tensors, dy)
 
@@ -88,7 +90,7 @@ def test_compiled_and_checkpointed(spec: Multimodal, name: str, device: str) -> 
     checks.assert_same_bits(plain, compiled)
 
 
-@one_backend
+@one_backend_or_cuda
 def test_autocast(name: str, device: str) -> None:
     """fp32 arguments under autocast give what half-precision activations with fp32 parameters give."""
     spec = replace(EVERYTHING, lead=(70,))

@@ -114,7 +114,10 @@ class TestCall:
     """What holds for each call, whatever its numbers."""
 
     def test_gradients_asked_alone(self, spec: PHM, name: str, device: str) -> None:
-        checks.assert_single_gradients(spec, name, device)
+        # Triton's compiler spreads the tiles' shares, which one kernel adds up, over threads as their width allows, which is that of all gradients asked for together. In half
+        # precision it adds up dz itself, for d b_down, as the products of the other gradients have it. Alone the order may be another; equal calls have equal bits.
+        parameters = spec.shapes().keys() - {"x", "residual"}
+        checks.assert_single_gradients(spec, name, device, rounded=parameters if name == "triton" else ())
 
     def test_without_gradients(self, spec: PHM, name: str, device: str) -> None:
         checks.assert_no_grad_path(spec, name, device)
@@ -229,9 +232,10 @@ def test_recorded_in_fp32(case_id: str, name: str, device: str) -> None:
     checks.assert_recorded(build, load_case(case_id), "phm_bottleneck", name, device)
 
 
-def test_recorded_cases_by_backend() -> None:
+@every_backend
+def test_recorded_cases_by_backend(name: str, device: str) -> None:
     """Which recorded cases ran on which backend (``pytest -s`` shows the table); a demanded backend ran all of them, forward and backward."""
-    table = checks.recorded_table(build, [load_case(c) for c in RECORDED])
-    print("\n".join(f"{case:55} {name:10} {what}" for (case, name), what in table.items()))
+    table = checks.recorded_table(build, [load_case(c) for c in RECORDED], name, device)
+    print("\n".join(f"{case:55} {name:10} {what}" for case, what in table.items()))
     assert len(RECORDED) == 5
-    assert all(what == f"backward {name} x1, forward {name} x1" for (_, name), what in table.items())
+    assert all(what == f"backward {name} x1, forward {name} x1" for what in table.values())

@@ -142,6 +142,7 @@ def main(mode: str, out: Path) -> None:
         if writes:
             handle.save(own / "again")
         torch.save(losses, own / f"losses{rank}.pt")
+    dist.barrier()  # or the first to end takes its connections from the other
     dist.destroy_process_group()
 
 

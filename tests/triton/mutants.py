@@ -47,6 +47,9 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("mask", "ids < TASKS -> (ids <= TASKS) in "): "TASKS stands for no task as well",
     ("rounding", ".to(tl.float32) ->"): "what it is added to or multiplied with is fp32, and so is the result either way",
     ("rounding", "x.to(tl.float32)"): "the product with an fp32 vector is fp32 either way",
+    ("mask", "z < 0.0 -> (z <= 0.0)"): "at 0 both give 0",
+    ("rounding", "exact.to(dtype) -> exact in "): "the product with the weights would be one of fp32, slower and nearer to the exact one; what is saved is rounded by the store",
+    ("rounding", "tl.load(WU + at, mask=mask, other=0.0).to(DTYPE) -> "): "the rounding of fp32 weights in these sums is less than the rule allows",
     ("constant", "-80.0"): "any bound below 88 keeps exp in range, and above 17 its result exact",
     ("mask", "tl.sum(d_logit[:, None]"): "the place behind the width gets the sum of dl, or the next sums, right afterwards",
 }

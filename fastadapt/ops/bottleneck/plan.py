@@ -92,10 +92,10 @@ def reference(call: Call) -> Model:
 
 def triton(call: Call, *, biases: bool = True) -> Model:
     s = _cost.sizes(call)
-    pack = [_cost.pack(s, [s.r])] if s.p != s.a else []
-    tile = _cost.triton_tile("forward", s.r, call)
+    pack, dtype = _cost.triton_weights(s, call, [s.r])
+    tile = _cost.triton_tile("forward", s.r, call, dtype)
     padded, tiles = _cost.triton_rank(s.r), cdiv(s.t, tile.block_t)
-    weights = 2.0 * tiles * s.d * padded * s.a
+    weights = 2.0 * tiles * s.d * padded * dtype.itemsize
     forward = Kernel(
         "forward", 2 * s.flops(padded), 2 * s.wide + s.thin(s.r), l2=s.wide + weights, blocks=tiles, steps=2 * cdiv(s.d, tile.block_d),
         unit=_cost.triton_unit(s), efficiency=_cost.triton_efficiency(s),

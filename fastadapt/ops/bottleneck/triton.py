@@ -103,15 +103,15 @@ def forward(
     x: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, b_up: Tensor | None, gate: Tensor | None, scale_tensor: Tensor | None, residual: Tensor | None,
     scale: float, activation: int, add_input: bool, save: bool, routing: Routing | None = None, projection: Projection | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, and z for backward, as ``reference.forward``: one launch, and one to round fp32 weights under half-precision activations. With ``routing`` parameters are banks."""
+    """y, and z for backward, as ``reference.forward``: one launch, and one to round fp32 weights where `rounded` does. With ``routing`` parameters are banks."""
     (t, d), r, d_out = x.shape, w_down.shape[-2], w_up.shape[-2]
     y = torch.empty((t, d_out), dtype=x.dtype, device=x.device)
     z = torch.empty((t, r), dtype=x.dtype, device=x.device) if save else None
     if t:
         even = math.gcd(d, d_out)
         kernel = "routed_forward" if routing is not None else "forward" if projection is None or projection.seed is None else "dropout_forward"
-        tile = _triton.tile(kernel, r, even, x.dtype)
-        w_down, w_up = rounded(x.dtype, w_down, w_up)
+        w_down, w_up = rounded(x, even, r, w_down, w_up)
+        tile = _triton.tile(kernel, r, even, x.dtype, w_up.dtype)
         b_down, b_up, gate = contiguous(b_down, b_up, gate)
         args = (x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, y, z, scale, t, d, x.stride(0), 0 if residual is None else residual.stride(0))
         constants: dict[str, Any] = {"ACTIVATION": activation, "ADD_INPUT": add_input, "BLOCK_T": tile.block_t, "BLOCK_D": tile.block_d, "EVEN": even % tile.block_d == 0}
@@ -130,7 +130,7 @@ def backward(
     scale: float, activation: int, add_input: bool, needs: Sequence[bool], routing: Routing | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients that ``needs`` asks for, as ``reference.backward``: a launch over row tiles, one over slabs of D and splits of the rows, one to add partials."""
-    rounded_down, rounded_up = rounded(x.dtype, w_down, w_up)
+    rounded_down, rounded_up = rounded(x, x.shape[1], z.shape[1], w_down, w_up)
     b_up, gate = contiguous(b_up, gate)
     problem = Bottleneck(dy, x, z, rounded_down, rounded_up, b_up, gate, scale_tensor, scale, 1.0 if add_input else None, needs)
     return _triton.bottleneck_backward([problem], activation, w_down.dtype, routing)[0]

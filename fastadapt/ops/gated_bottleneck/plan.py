@@ -42,9 +42,10 @@ def reference(call: Call) -> Model:
     return Model(forward, backward, 4 * s.wide, 6 * s.wide)
 
 
-def _gates(kind: str, s: _cost.Sizes, name: str, blocks: int, steps: int, rank: int, gate_rank: int, unit: str, efficiency: float = 1.0) -> list[Kernel]:
-    """The kernels that turn dy into dH' and the gradient of what the gate is made of. H' and the gate of large are computed again, for middleX and small twice."""
-    weights = blocks * float(s.d) * (rank + gate_rank) * s.a
+def _gates(kind: str, s: _cost.Sizes, name: str, blocks: int, steps: int, rank: int, gate_rank: int, unit: str, size: int, efficiency: float = 1.0) -> list[Kernel]:
+    """The kernels that turn dy into dH' and the gradient of what the gate is made of. H' and the gate of large are computed again, for middleX and small twice. ``size``: bytes of
+    an element of the weights."""
+    weights = blocks * float(s.d) * (rank + gate_rank) * size
     thin = s.thin(s.r) + s.thin(s.rg)
 
     def kernel(flops: float, fresh: float, again: float, l2: float) -> Kernel:
@@ -68,10 +69,10 @@ def triton(call: Call) -> Model:
     large = kind == "large"
     rank, gate_rank = _cost.triton_rank(s.r), _cost.triton_rank(s.rg) if large else 0
     unit, efficiency = _cost.triton_unit(s), _cost.triton_efficiency(s)
-    pack = [_cost.pack(s, [s.r, s.rg])] if s.p != s.a else []
-    tile = _cost.triton_tile("gated_forward", max(s.r, s.rg), call)
+    pack, dtype = _cost.triton_weights(s, call, [s.r, s.rg])
+    tile = _cost.triton_tile("gated_forward", max(s.r, s.rg), call, dtype)
     tiles, loop = cdiv(s.t, tile.block_t), cdiv(s.d, tile.block_d)
-    weights = tiles * float(s.d) * (rank + gate_rank) * s.a  # one direction's
+    weights = tiles * float(s.d) * (rank + gate_rank) * dtype.itemsize  # one direction's
     thin = s.thin(s.r) + s.thin(s.rg)
     flops = s.flops(rank) + s.flops(gate_rank)
 
@@ -84,9 +85,9 @@ def triton(call: Call) -> Model:
         first = [forward(3 * flops, 3, 0, 2 * s.wide + 3 * weights, 3)]
     else:
         first = [forward(2 * flops, 2 if kind == "middleY" else 3, 0, s.wide + 2 * weights, 3 if large else 2)]
-    tile = _cost.triton_tile("gates", max(s.r, s.rg), call)
+    tile = _cost.triton_tile("gates", max(s.r, s.rg), call, dtype)
     tiles = cdiv(s.t, tile.block_t)
-    backward = [*pack, *_gates(kind, s, "gates", tiles, cdiv(s.d, tile.block_d), rank, gate_rank, unit, efficiency)]
+    backward = [*pack, *_gates(kind, s, "gates", tiles, cdiv(s.d, tile.block_d), rank, gate_rank, unit, dtype.itemsize, efficiency)]
     of_gate = (tiles, s.d * (2 if kind == "small" else 1)) if kind in ("middleX", "middleY", "small") else (0, 0)
     backward += _cost.triton_bottleneck_backward(s, call, [s.r, s.rg] if large else [s.r], again=True, fresh=large, beside=of_gate)
     return Model([*pack, *first], backward, 3 * s.wide, (5 if large else 3) * s.wide)
@@ -116,7 +117,7 @@ def cuda(call: Call) -> Model:
         again = s.wide + (passes - 1) * len(ranks) * s.wide
         first = [forward(2 * flops, 2 if kind == "middleY" else 3, 0, again + 2 * weights, downs + ups)]
     fold = [Kernel("pack", l2=float(s.d) * s.r * s.p)] if rowwise and not pack else []  # of Wu with the gate's weight: its own launch where there is nothing to pack
-    gates = _gates(kind, s, "gates", blocks, ups, r, r if large else 0, "mma.sync")
+    gates = _gates(kind, s, "gates", blocks, ups, r, r if large else 0, "mma.sync", s.a)
     backward = [*pack, *gates, _cost.cuda_rows(s, ranks, again=True), _cost.cuda_slabs(s, ranks, len(ranks) - 1), _cost.cuda_reduce(s, ranks)]
     return Model([*pack, *fold, *first, *_cost.cuda_unpad(s, ranks)], backward, 3 * s.wide, (5 if large else 3) * s.wide)
 

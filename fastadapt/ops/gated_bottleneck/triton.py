@@ -269,9 +269,9 @@ def forward(
     y, z, zg, logits = new(True, t, d), new(save or small, t, r), new(save and large, t, rg), new((save and rowwise) or small, t, dtype=torch.float32)
     total, gate = new(keep, t, d), new(keep and large, t, d)
     if t:
-        tile = _triton.tile("gated_forward", max(r, rg), d, h.dtype)
         vectors = contiguous(b_down, b_up, g_bias, g_up_bias, None if large else g)
-        w_down, w_up, w_gate, g_up = rounded(h.dtype, w_down, w_up, g if large else None, g_up)
+        w_down, w_up, w_gate, g_up = rounded(h, d, max(r, rg), w_down, w_up, g if large else None, g_up)
+        tile = _triton.tile("gated_forward", max(r, rg), d, h.dtype, w_up.dtype)
         b_down, b_up, g_bias, g_up_bias, g = *vectors[:4], w_gate if large else vectors[4]
         constants = {
             "R": r, "CHUNKS": chunks(r), "RG": rg, "GATE_CHUNKS": chunks(rg) if rg else (), "ACTIVATION": activation, "KIND": name, "ADD": add,
@@ -298,7 +298,7 @@ def backward(
     large, rowwise, small = name == "large", name in ("middleX", "small"), name == "small"
     rg = g.shape[0] if large and g is not None else 0
     vectors = contiguous(b_down, b_up, g_bias, g_up_bias, None if large else g)
-    w_down, w_up, w_gate, g_up = rounded(h.dtype, w_down, w_up, g if large else None, g_up)
+    w_down, w_up, w_gate, g_up = rounded(h, d, max(r, rg), w_down, w_up, g if large else None, g_up)
     b_down, b_up, g_bias, g_up_bias, g = *vectors[:4], w_gate if large else vectors[4]
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = h.dtype) -> Any:
@@ -309,7 +309,7 @@ def backward(
     dx, of_gate = new(rowwise and need_x, t, d), None
     dg, dgb = new(not large and need_g, *(() if g is None else g.shape), dtype=p_dtype), new(rowwise and need_gb, 1, dtype=p_dtype)
     if t:
-        tile = _triton.tile("gates", max(r, rg), d, h.dtype)
+        tile = _triton.tile("gates", max(r, rg), d, h.dtype, w_up.dtype)
         tiles = cdiv(t, tile.block_t)
         sums = new(dg is not None or dgb is not None, tiles, (2 * d if small else d) + rowwise, dtype=torch.float32)
         constants = {

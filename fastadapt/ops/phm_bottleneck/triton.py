@@ -276,7 +276,7 @@ MAX_COLUMNS = 256
 # not, need masks and narrow loads, and with them the registers of four times the columns.
 _TILES = {
     "forward": (
-        (16, Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),
+        (16, Tile(64, 64, 4, 2, 0, 255), Tile(32, 32, 4, 2)),
         (64, Tile(32, 32, 4, 2, 0, 255), Tile(16, 32, 4, 2, 0, 255)),
         (256, Tile(16, 32, 4, 2, 0, 255), Tile(16, 32, 8, 2, 0, 255)),
         (1024, Tile(16, 16, 8, 2, 0, 255), Tile(16, 16, 8, 2, 0, 255)),

@@ -61,7 +61,7 @@ def forward(
     x: Tensor, task_ids: Tensor, w_down: Tensor, b_down: Tensor | None, w_up: Tensor, b_up: Tensor | None, residual: Tensor | None,
     scale: float, activation: int, add_input: bool, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, and z for backward, as ``reference.forward``: two launches, and one to round fp32 weights under half-precision activations."""
+    """y, and z for backward, as ``reference.forward``: two launches, and one to round fp32 weights where `rounded` does."""
     by_task = routing(x, task_ids, w_down, b_down, w_up, b_up)
     return bottleneck.forward(x, w_down, b_down, w_up, b_up, None, None, residual, scale, activation, add_input, save, by_task)
 

@@ -65,14 +65,28 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
+def leaves(name: str, kind: Any, value: Any) -> Iterator[str]:
+    """Names of what a kernel gets of an argument at run time: PROBLEMS.0.stride_dy, say."""
+    if isinstance(kind, tuple):
+        for key, each, of in zip(getattr(value, "_fields", range(len(kind))), kind, value, strict=True):
+            yield from leaves(f"{name}.{key}", each, of)
+    elif kind != "constexpr":
+        yield name
+
+
 def intermediate_code(launch: Launch, arch: int = 80) -> str:
-    """The optimised TTIR of a launch, the first stage of its compilation, in a fraction of the time."""
+    """The optimised TTIR of a launch, the first stage of its compilation, in a fraction of the time; arguments by their names, also those that Triton before 3.9 numbers."""
     source, target, backend, options = prepared(launch, arch)
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
-    return str(backend.make_ttir(module, {}, options, arch))
+    code = str(backend.make_ttir(module, {}, options, arch))
+    given = {**dict(zip(launch.kernel.arg_names, launch.arguments)), **launch.constants}
+    names = [leaf for name, kind in source.signature.items() for leaf in leaves(name, kind, given.get(name))]
+    printed = re.findall(r"%([\w.]+): (?=[!if])", code[code.index("tt.func") : code.index(" attributes ")])
+    new = dict(zip(printed, names, strict=True))
+    return re.sub(r"%([\w.]+)", lambda found: f"%{new.get(found[1], found[1])}", code)
 
 
 _inspected: dict[str, Code] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +24,15 @@ from tests.triton.compiled.aot import recorded
 
 
 def call(**changes: Any) -> backend.Call:
-    return backend.Call(**{"op": "bottleneck", "device": "cuda", "dtype": torch.bfloat16, "param_dtype": torch.float32, "rows": 64, "width": 768, "rank": 96, **changes})
+    common = {"op": "bottleneck", "device": "cuda", "dtype": torch.bfloat16, "param_dtype": torch.float32, "rows": 64, "width": 768, "rank": 96, "arch": 90}
+    return backend.Call(**{**common, **changes})
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine with a device of compute capability 9.0."""
+    """A machine with a device and a C compiler."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(_triton, "c_compiler", lambda: True)
     return monkeypatch
 
 
@@ -106,10 +108,20 @@ def test_compacter_cannot(device: pytest.MonkeyPatch, of: backend.Call, text: st
 
 
 def test_old_and_absent_devices(device: pytest.MonkeyPatch) -> None:
-    device.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert bottleneck.reasons(call()) == ["needs compute capability 8.0, the device has 7.5"]
+    """What counts is the device of the call, not the current one."""
+    assert bottleneck.reasons(call(arch=75)) == ["needs compute capability 8.0, the device has 7.5"]
     device.setattr(torch.cuda, "is_available", lambda: False)
     assert bottleneck.reasons(call()) == ["torch sees no CUDA device"]
+
+
+def test_without_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton, "c_compiler", _triton.c_compiler.__wrapped__)  # which remembers its answer
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert bottleneck.reasons(call()) == ["triton needs a C compiler to launch kernels: gcc or clang on the path, or the one that CC names"]
+    monkeypatch.setenv("CC", "cc")
+    assert bottleneck.reasons(call()) == []
 
 
 def test_demand_names_the_reason() -> None:

@@ -45,6 +45,8 @@ def install() -> None:
     if getattr(InterpreterBuilder, "exact_bf16", False):
         return
     InterpreterBuilder.exact_bf16 = True
+    if not hasattr(InterpreterBuilder, "get_bf16"):  # Triton before 3.8
+        InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(from_float(np.array([value])), tl.bfloat16)
     cast, fp_to_fp, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
 
     def exact_cast(self: Any, source: Any, target: Any) -> Any:
