@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.nn import Init, PerTask, Prompt, share
-from fastadapt.nn.init import is_number, positive
+from fastadapt.nn.init import as_bool, is_number, positive
 
 INITS = ("repo", "identity")
 LAYER_NORMS = ("all", "encoder", "none")
@@ -230,17 +230,6 @@ def checked(name: str, kind: str, value: Any, or_none: str = "", from_zero: bool
     elif type(value) is not int:
         raise ValueError(f"{name}: must be an integer, 0 or more, not {value!r}")
     return value
-
-
-def as_bool(name: str, value: Any, or_none: str = "") -> bool:
-    """A bool of Python's or numpy's as Python's.
-
-    Raises:
-        ValueError: it is something else, such as "False", which would count as true.
-    """
-    if not isinstance(value, bool) and (type(value).__module__, type(value).__name__) not in (("numpy", "bool"), ("numpy", "bool_")):
-        raise ValueError(f"{name}: must be True or False{or_none}, not {value!r}")
-    return bool(value)
 
 
 class BaseTensor(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn.init import TORCH, Init, is_number, linear, positive, weights
+from fastadapt.nn.init import TORCH, Init, booleans, is_number, linear, positive, weights
 from fastadapt.nn.projections import Projection, low_rank_phm
 
 
@@ -63,6 +63,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         up_rank = check_projections(width, rank, heads, pair, activation)
         check_scales(scale=scale, input_scale=input_scale)
+        booleans(residual=residual, norm_before=norm_before, norm_after=norm_after, bias=bias, scalar_gate=scalar_gate)
         if pair and projection is not None:
             raise ValueError("projection: only Linears can be block diagonal (pair=True)")
         if input_scale != 1.0 and not residual:
@@ -234,6 +235,7 @@ class ValueParallelAdapter(Bottleneck):
 def check_projections(width: int, rank: int, heads: int, pair: bool, activation: str) -> int:
     """Checks the sizes of a bottleneck and returns the width of the up-projection's rows."""
     positive(width=width, rank=rank, heads=heads)
+    booleans(pair=pair)
     functional.activation_index(activation)
     if rank % heads or (pair and width % heads):
         raise ValueError(f"heads: {heads} must divide rank {rank}" + (f" and width {width}" if pair else ""))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_scales
 from fastadapt.nn.gated_bottleneck import GRANULARITIES, register_gate
-from fastadapt.nn.init import TORCH, Init, linear, positive, weights
+from fastadapt.nn.init import TORCH, Init, booleans, linear, positive, weights
 
 GATES = (*GRANULARITIES, "layernorm", "l2norm")
 
@@ -67,6 +67,7 @@ class Gate(nn.Module):
             raise ValueError(f"gate_rank: granularity {granularity!r} {'needs one' if gate_rank is None else 'has no gate rank'}")
         if combine == "add" and granularity in GATES[5:]:
             raise ValueError(f"combine: granularity {granularity!r} has no gate to add")
+        booleans(bias=bias)
         positive(width=width, gate_rank=1 if gate_rank is None else gate_rank)
         functional.activation_index(activation)
         check_scales(scale=scale)
@@ -157,6 +158,7 @@ class GatingOnly(nn.Module):
     ) -> None:
         super().__init__()
         positive(width=width, rank=rank)
+        booleans(add_first=add_first)
         functional.activation_index(activation)
         check_scales(scale=scale)
         self.add_first, self.activation, self.scale, self.init = add_first, activation, float(scale), init
@@ -250,6 +252,7 @@ class IA3(nn.Module):
     def __init__(self, width: int, *, add: bool = False, init: Init = TORCH, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         positive(width=width)
+        booleans(add=add)
         self.add, self.init = add, init
         self.ia3 = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         self.reset_parameters()
@@ -283,6 +286,7 @@ class InTurn(nn.Module):
         super().__init__()
         if not modules:
             raise ValueError("modules: must not be empty")
+        booleans(beside=beside)
         self.beside = beside
         for name, module in modules.items():
             self.add_module(name, module)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn.init import TORCH, Init, positive
+from fastadapt.nn.init import TORCH, Init, booleans, positive
 from fastadapt.nn.per_task import check_ids, routed
 
 BLOCKS = ("feed_forward", "self_attention", "cross_attention")
@@ -155,6 +155,7 @@ class HyperNetwork(nn.Module):
     ) -> None:
         super().__init__()
         positive(width=width, rank=rank, layers=layers, task_dim=task_dim, hidden=hidden, projected=projected)
+        booleans(layer_norm=layer_norm, norm_before=norm_before, norm_after=norm_after, one=one)
         if not blocks or set(blocks) - set(BLOCKS):
             raise ValueError(f"blocks: must be some of {', '.join(BLOCKS)}, not {blocks!r}")
         if one and (norm_before or norm_after):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,23 @@ def positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: must be a positive integer, not {value!r}")
+
+
+def booleans(**values: object) -> None:
+    """Refuses what is no bool of Python's or numpy's, such as "False", which would count as true."""
+    for name, value in values.items():
+        as_bool(name, value)
+
+
+def as_bool(name: str, value: Any, or_none: str = "") -> bool:
+    """A bool of Python's or numpy's as Python's.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, bool) and (type(value).__module__, type(value).__name__) not in (("numpy", "bool"), ("numpy", "bool_")):
+        raise ValueError(f"{name}: must be True or False{or_none}, not {value!r}")
+    return bool(value)
 
 
 def is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastadapt.nn.init import positive
+from fastadapt.nn.init import booleans, positive
 
 PROJECTIONS = ("fastfood", "dense")
 
@@ -72,6 +72,7 @@ class Fastfood(_Projection):
     def __init__(self, size: int, *, published_gradient: bool = False, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(size, seed)
         positive(size=size)
+        booleans(published_gradient=published_gradient)
         self.published_gradient, n = published_gradient, 1 << (size - 1).bit_length()
         where: dict[str, Any] = {"device": device}
         self._hold(B=torch.empty(n, dtype=torch.int8, **where), Pi=torch.empty(n, dtype=torch.int32, **where), G=torch.empty(n, dtype=dtype, **where))
@@ -175,6 +176,7 @@ class IntrinsicDimension(nn.Module):
     ) -> None:
         super().__init__()
         positive(dimension=dimension)
+        booleans(said=said, published_gradient=published_gradient)
         if projection not in PROJECTIONS:
             raise ValueError(f"projection: must be one of {', '.join(PROJECTIONS)}, not {projection!r}")
         if published_gradient and projection != "fastfood":

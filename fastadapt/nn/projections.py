@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastadapt.nn.init import positive
+from fastadapt.nn.init import booleans, positive
 
 Projection = Callable[..., nn.Module]
 """Makes a projection from (in_features, out_features, device=, dtype=)."""
@@ -104,6 +104,7 @@ class PHMLinear(_Product):
     ) -> None:
         super().__init__()
         positive(in_features=in_features, out_features=out_features, division=division, **({} if rank is None else {"rank": rank}))
+        booleans(factorized_rule=factorized_rule, bias=bias)
         if in_features % division or out_features % division:
             raise ValueError(f"division: {division} must divide both widths, {in_features} and {out_features}")
         for name, value, known in (("weight_init", weight_init, WEIGHT_INITS), ("rule_init", rule_init, RULE_INITS)):
@@ -218,6 +219,7 @@ class LowRankLinear(_Product):
     ) -> None:
         super().__init__()
         positive(in_features=in_features, out_features=out_features, rank=rank)
+        booleans(bias=bias)
         if weight_init not in WEIGHT_INITS[:2]:
             raise ValueError(f"weight_init: must be one of {', '.join(WEIGHT_INITS[:2])}, not {weight_init!r}")
         self.in_features, self.out_features, self.rank, self.weight_init, self.scaled = in_features, out_features, rank, weight_init, "W_right"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_scales
-from fastadapt.nn.init import Init, linear, positive, probability
+from fastadapt.nn.init import Init, booleans, linear, positive, probability
 from fastadapt.nn.projections import once
 
 MODES = ("text", "visual", "multimodal")
@@ -67,6 +67,7 @@ class UniAdapter(nn.Module):
         super().__init__()
         positive(width=width, rank=rank)
         check_scales(scale=scale)
+        booleans(learnable_scale=learnable_scale)
         if layer_norm not in LAYER_NORMS:
             raise ValueError(f"layer_norm: must be one of {', '.join(LAYER_NORMS)}, not {layer_norm!r}")
         self.dropout, self.layer_norm, self.init = probability("dropout", dropout), layer_norm, init
@@ -178,6 +179,7 @@ class KeyValueAdapter(nn.Module):
         super().__init__()
         positive(in_features=in_features, out_features=out_features, rank=rank)
         check_scales(scale=scale)
+        booleans(learnable_scale=learnable_scale)
         self.init, self._start = init, float(scale)
         self.scale: float | nn.Parameter = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learnable_scale else float(scale)
         self.down_proj = linear(in_features, rank, device=device, dtype=dtype)
@@ -222,6 +224,7 @@ class TemporalEmbedding(nn.Module):
     def __init__(self, frames: int, width: int, *, zero: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         positive(frames=frames, width=width)
+        booleans(zero=zero)
         self.zero = zero
         self.time_embed = nn.Parameter(torch.empty(1, frames, width, device=device, dtype=dtype))
         self.reset_parameters()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn.init import positive
+from fastadapt.nn.init import booleans, positive
 
 KINDS = ("bottleneck", "basic")
 
@@ -49,6 +49,7 @@ class VisualAdapter(nn.Module):
         super().__init__()
         if adapter_kind not in KINDS:
             raise ValueError(f"adapter_kind: must be one of {', '.join(KINDS)}, not {adapter_kind!r}")
+        booleans(use_bn=use_bn)
         positive(input_dim=input_dim, output_dim=output_dim, reduction_factor=reduction_factor)
         if adapter_kind == "bottleneck" and reduction_factor > input_dim:
             raise ValueError(f"reduction_factor: must be at most the {input_dim} channels, not {reduction_factor}")

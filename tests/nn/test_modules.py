@@ -265,3 +265,9 @@ def test_one_op_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in modules():
         module(h, x)
         assert calls.pop() == module.call()["op"] and not calls
+
+
+@pytest.mark.parametrize("flag", ["residual", "pair", "norm_before", "norm_after", "bias", "scalar_gate"])
+def test_a_string_is_no_boolean(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"^{flag}: must be True or False, not 'False'"):
+        Bottleneck(8, 4, **{flag: "False"})  # type: ignore[arg-type]
