@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_projections, check_scales
-from fastadapt.nn.init import TORCH, Init, booleans, linear, positive, weights
+from fastadapt.nn.init import TORCH, Init, as_bool, booleans, linear, positive, weights
 from fastadapt.nn.projections import Projection
 
 Granularity = Literal["large", "large_full", "middleX", "middleY", "small"]
@@ -79,6 +79,8 @@ class GatedBottleneck(nn.Module):
         up_rank = check_projections(width, rank, heads, pair, activation)
         positive(gate_rank=gate_rank)
         booleans(bias=bias)
+        if save_gate is not None:
+            as_bool("save_gate", save_gate, " or None")
         check_scales(input_scale=input_scale, adapter_scale=adapter_scale, scale=scale)
         self.granularity: Granularity = granularity
         self.combine: Literal["multiply", "add"] = combine

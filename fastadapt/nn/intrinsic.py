@@ -72,7 +72,6 @@ class Fastfood(_Projection):
     def __init__(self, size: int, *, published_gradient: bool = False, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(size, seed)
         positive(size=size)
-        booleans(published_gradient=published_gradient)
         self.published_gradient, n = published_gradient, 1 << (size - 1).bit_length()
         where: dict[str, Any] = {"device": device}
         self._hold(B=torch.empty(n, dtype=torch.int8, **where), Pi=torch.empty(n, dtype=torch.int32, **where), G=torch.empty(n, dtype=dtype, **where))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_scales
-from fastadapt.nn.init import linear, positive, probability, weights
+from fastadapt.nn.init import as_bool, linear, positive, probability, weights
 
 
 class LoRA(nn.Module):
@@ -135,11 +135,12 @@ class MergedLoRA(LoRA):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        parts, count = len(enabled), sum(map(bool, enabled))
+        enabled = tuple(as_bool("enabled", part) for part in enabled)
+        parts, count = len(enabled), sum(enabled)
         if not count or out_features % parts:
-            raise ValueError(f"enabled: must have a true part, and as many parts as divide out_features {out_features}, not {tuple(enabled)!r}")
+            raise ValueError(f"enabled: must have a true part, and as many parts as divide out_features {out_features}, not {enabled!r}")
         super().__init__(in_features, out_features // parts * count, rank, alpha=alpha, dropout=dropout, device=device, dtype=dtype)
-        self.enabled = tuple(map(bool, enabled))
+        self.enabled = enabled
         self.lora_A = linear(in_features, rank * count, False, device=device, dtype=dtype)
         self.reset_parameters()
 

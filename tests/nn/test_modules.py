@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fastadapt.nn
 from fastadapt import functional
 from fastadapt.nn import Bottleneck, GatedBottleneck, Init, StreamBottleneck, ValueParallelAdapter
 from tests import eager
@@ -267,7 +270,39 @@ def test_one_op_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls.pop() == module.call()["op"] and not calls
 
 
-@pytest.mark.parametrize("flag", ["residual", "pair", "norm_before", "norm_after", "bias", "scalar_gate"])
-def test_a_string_is_no_boolean(flag: str) -> None:
-    with pytest.raises(ValueError, match=f"^{flag}: must be True or False, not 'False'"):
-        Bottleneck(8, 4, **{flag: "False"})  # type: ignore[arg-type]
+SMALLEST: dict[str, tuple[Any, ...]] = {
+    "Bottleneck": (8, 4),
+    "Gate": (8, "middleX"),
+    "GatedBottleneck": (8, 4),
+    "GatingOnly": (8, 4),
+    "HyperNetwork": (8, 4, 1, ("feed_forward",), fastadapt.nn.TaskEmbeddings(["vqa"])),
+    "IA3": (8,),
+    "InTurn": ({"ia3": fastadapt.nn.IA3(8)},),
+    "IntrinsicDimension": ([8], 4),
+    "KeyValueAdapter": (8, 8),
+    "LowRankLinear": (8, 8),
+    "PHMLinear": (8, 8, 2),
+    "TemporalEmbedding": (2, 8),
+    "UniAdapter": (8, 4),
+    "ValueParallelAdapter": (8, 4),
+    "VisualAdapter": (32, 8),
+}
+"""What each module with booleans is made of."""
+
+
+def booleans_of(name: str) -> list[str]:
+    made = getattr(fastadapt.nn, name)
+    return [parameter for parameter, p in inspect.signature(made).parameters.items() if p.annotation in ("bool", "bool | None")] if inspect.isclass(made) else []
+
+
+@pytest.mark.parametrize(("name", "flag"), [(name, flag) for name in fastadapt.nn.__all__ for flag in booleans_of(name)])
+def test_a_string_is_no_boolean(name: str, flag: str) -> None:
+    make = getattr(fastadapt.nn, name)
+    make(*SMALLEST[name])
+    with pytest.raises(ValueError, match=f"^{flag}: must be True or False( or None)?, not 'False'"):
+        make(*SMALLEST[name], **{flag: "False"})
+
+
+def test_parts_of_a_projection_are_booleans() -> None:
+    with pytest.raises(ValueError, match=r"^enabled: must be True or False, not 'False'"):
+        fastadapt.nn.MergedLoRA(8, 24, 4, enabled=cast("list[bool]", [True, "False", True]))
