@@ -382,6 +382,12 @@ def test_rows_of_no_task_and_absent_tasks(name: str, device: str, monkeypatch: p
 
 
 @on_kernels
+def test_nan_of_one_task_reaches_no_other(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_routed_bottleneck, "EVERYTHING", replace(test_routed_bottleneck.EVERYTHING, dtype=MIXED[0], param_dtype=MIXED[1]))
+    test_routed_bottleneck.test_nan_of_one_task_reaches_no_other(name, device)
+
+
+@on_kernels
 @pytest.mark.parametrize(("rows", "width"), [(65, 32), (300, 72), (130, 256)])
 def test_forward_and_backward_drop_what_the_definition_says(rows: int, width: int, name: str, device: str) -> None:
     """Element for element, also where a probability is the very number of an element, which is kept. The gradient of w_down is the mask where dz is an identity."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -181,6 +182,37 @@ def test_rows_of_no_task_pass_untouched_and_absent_tasks_have_zero_gradients(nam
     assert torch.equal(got["y"][ids == -1], tensors["x"][ids == -1]) and torch.equal(got["d x"][ids == -1], dy[ids == -1])
     for n in ("w_down", "w_up", "b_down", "b_up"):
         assert not got[f"d {n}"][-1].any() and got[f"d {n}"][0].any()
+
+
+def spoilt_by_task_0(spec: Routed, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Arguments and the cotangent, the same with NaN in the rows and the weights of task 0, and the ids."""
+    drawn, ids = {**spec.draw(0, device), "dy": spec.cotangent(0, device)}, spec.task_ids(device)
+    assert (ids == 0).any() and (ids == 1).any() and (ids == -1).any()
+    own_rows = {n: ids == 0 for n in ("dy", *spec.activations)}
+    return drawn, {n: t.index_fill(0, own_rows[n].nonzero()[:, 0] if n in own_rows else ids.new_tensor([0]), math.nan) for n, t in drawn.items()}, ids
+
+
+def of_other_tasks(results: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    return {n: t[ids != 0] if len(t) == len(ids) else t[1:] for n, t in results.items()}
+
+
+@every_backend
+def test_nan_of_one_task_reaches_no_other(name: str, device: str) -> None:
+    spec = replace(EVERYTHING, shared="")
+    drawn, spoilt, ids = spoilt_by_task_0(spec, device)
+    clean, got = (checks.fused(spec, name, {n: t for n, t in d.items() if n != "dy"}, d["dy"]) for d in (drawn, spoilt))
+    assert all(t.isnan().any() for t in got.values())
+    checks.assert_same_bits(of_other_tasks(got, ids), of_other_tasks(clean, ids))
+
+
+def test_nan_of_one_task_reaches_no_other_under_functorch() -> None:
+    spec = replace(EVERYTHING, shared="")
+    drawn, spoilt, ids = spoilt_by_task_0(spec, "cpu")
+    clean, got = ({}, {})
+    for results, d in ((clean, drawn), (got, spoilt)):
+        y, vjp = torch.func.vjp(lambda tensors: spec.call(functional, tensors), {n: t for n, t in d.items() if n != "dy"})
+        results |= {"y": y, **{f"d {n}": t for n, t in vjp(d["dy"])[0].items()}}
+    checks.assert_same_bits(of_other_tasks(got, ids), of_other_tasks(clean, ids))
 
 
 @every_backend

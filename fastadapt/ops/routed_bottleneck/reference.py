@@ -28,9 +28,9 @@ def composed(x, task_ids, w_down, b_down, w_up, b_up, residual, scale, activatio
     ids = ids_of_rows(x, task_ids)
     y, z = torch.zeros_like(x), x.new_zeros(x.shape[0], w_down.shape[1])
     for g in range(tasks_of(w_down, b_down, w_up, b_up)):
-        wd, bd, wu, bu = _of_task(g, w_down, b_down, w_up, b_up)
-        y_g, z_g = bottleneck.composed(x, wd, bd, wu, bu, None, None, None, scale, activation, False)
-        y, z = torch.where(ids == g, y_g, y), torch.where(ids == g, z_g, z)
+        own, (wd, bd, wu, bu) = ids == g, _of_task(g, w_down, b_down, w_up, b_up)
+        y_g, z_g = bottleneck.composed(torch.where(own, x, 0), wd, bd, wu, bu, None, None, None, scale, activation, False)
+        y, z = torch.where(own, y_g, y), torch.where(own, z_g, z)
     y = y + x if add_input else y
     return (y if residual is None else y + residual), z
 
@@ -42,16 +42,17 @@ def forward(*args):
 
 
 def backward(dy, x, task_ids, z, w_down, b_down, w_up, b_up, scale, activation, add_input, needs):
-    """Each task's gradients from dy with the rows of other tasks set to zero; a shared parameter's is the sum over tasks, an absent task's is zero."""
+    """Each task's gradients from its own rows, all others set to zero; a shared parameter's is the sum over tasks, an absent task's is zero."""
     ids, parameters = ids_of_rows(x, task_ids), (w_down, b_down, w_up, b_up)
     dx = dy.clone() if add_input else torch.zeros_like(dy)
     sums = [None if p is None else torch.zeros_like(p) for p in parameters]
     for g in range(tasks_of(*parameters)):
         wd, _, wu, bu = _of_task(g, *parameters)
-        own = torch.where(ids == g, dy, 0)
-        dx_g, *grads, _, _ = bottleneck.backward(own, x, z, wd, wu, bu, None, None, scale, activation, False, [*needs, False, False])
+        own = ids == g
+        rows = (torch.where(own, t, 0) for t in (dy, x, z))
+        dx_g, *grads, _, _ = bottleneck.backward(*rows, wd, wu, bu, None, None, scale, activation, False, [*needs, False, False])
         if needs[0]:
-            dx += dx_g
+            dx = torch.where(own, dx + dx_g, dx)
         for total, grad, need in zip(sums, grads, needs[1:], strict=True):
             if need:
                 total[g if len(total) > 1 else 0] += grad

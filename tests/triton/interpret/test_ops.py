@@ -256,6 +256,11 @@ def test_rows_of_no_task_see_no_weights() -> None:
     assert torch.equal(y, x) and torch.equal(dx, dy) and not any(g.any() for g in (calls[0][2][1], *gradients))
 
 
+def test_nan_of_one_task_reaches_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_routed_bottleneck, "EVERYTHING", replace(test_routed_bottleneck.EVERYTHING, dtype=MIXED[0], param_dtype=MIXED[1]))
+    test_routed_bottleneck.test_nan_of_one_task_reaches_no_other(*TRITON)
+
+
 @specs([*EMPTY, *(over(d, kind, lead=(0,)) for d in (FP32, MIXED) for kind in (PHM, Norm))])
 def test_no_rows(spec: Spec) -> None:
     """Zero rows: an empty output, gradients of zero, nothing launched."""
