@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,14 @@ from torch import Tensor
 from tests.ops import checks
 from tests.tolerance import assert_close_to_f64, assert_matches_recorded
 from tests.training import distributed
-
-ROOT = Path(__file__).parents[2]
+from tests.training.torchrun import in_two_processes
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     out = tmp_path_factory.mktemp(request.param)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "-m", "tests.training.distributed", request.param, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes("tests.training.distributed", request.param, str(out))
     return out
 
 

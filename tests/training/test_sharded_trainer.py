@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,9 @@ from tests.interop.same import assert_agree
 from tests.tolerance import assert_matches_recorded
 from tests.training import sharded_trainer
 from tests.training.test_trainer import ADAPTERS, ALWAYS, files
+from tests.training.torchrun import in_two_processes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="transformers' Trainer needs accelerate")
-ROOT = Path(__file__).parents[2]
 CHECKPOINT = ADAPTERS | ALWAYS | {"scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"}
 
 
@@ -26,9 +24,7 @@ CHECKPOINT = ADAPTERS | ALWAYS | {"scheduler.pt", "rng_state_0.pth", "rng_state_
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     out = tmp_path_factory.mktemp("sharded")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "-m", "tests.training.sharded_trainer", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes("tests.training.sharded_trainer", str(out))
     return out
 
 
