@@ -60,7 +60,7 @@ gpu-check: .venv/$(if $(findstring GPU 0,$(shell command -v nvidia-smi >/dev/nul
 	$(BIN)/python -m benchmarks.gpu_check $(QUICK)
 
 .venv/.cuda: .venv/.installed
-	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || $(PIP) --no-build-isolation -e '.[cuda-build]'
+	$(BIN)/python -c 'import setup; raise SystemExit(setup.no_nvcc())' || $(PIP) --no-build-isolation -e '.[cuda-build]'
 	FASTADAPT_CUDA=1 $(PIP) --no-build-isolation -e '.[demo,test]'
 	touch $@
 

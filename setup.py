@@ -73,25 +73,26 @@ def no_cuda() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or of pip's nvidia packages."""
-    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    packages = [Path(folder) / "nvidia" / "cu13" for folder in sys.path]
-    for root in homes:
-        if (root / "bin" / "nvcc").exists():
-            return str(root / "bin" / "nvcc")
-    return shutil.which("nvcc") or next((str(root / "bin" / "nvcc") for root in packages if (root / "bin" / "nvcc").exists()), None)
+    """nvcc of CUDA_HOME, of PATH, or of pip's nvidia packages: the first that is new enough, or else the first."""
+    homes = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [*homes, *os.get_exec_path(), *(Path(folder) / "nvidia" / "cu13" / "bin" for folder in sys.path)]
+    found = [nvcc for folder in folders if (nvcc := shutil.which("nvcc", path=str(folder)))]
+    return next((nvcc for nvcc in found if not too_old(nvcc)), next(iter(found), None))
 
 
-def no_nvcc() -> str | None:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        return "no nvcc found at build time (PATH, CUDA_HOME, pip's nvidia packages)"
+def too_old(nvcc: str) -> str | None:
+    """Why this nvcc cannot build the kernels, or None."""
     version = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if version is None:
         return f"{nvcc} --version names no release"
     if (int(version[1]), int(version[2])) < (12, 8):
         return f"{nvcc} is of CUDA {version[1]}.{version[2]}, 12.8 or newer is needed"
     return None
+
+
+def no_nvcc() -> str | None:
+    nvcc = find_nvcc()
+    return too_old(nvcc) if nvcc else "no nvcc found at build time (PATH, CUDA_HOME, pip's nvidia packages)"
 
 
 def cpu_rules() -> list[str]:
@@ -224,4 +225,5 @@ class Wheel(bdist_wheel):
 NO_CPU, NO_CUDA = no_cpu(), no_cuda()
 EXTENSIONS = [] if NO_CPU else [Extension(f"fastadapt._cpu_{level}", [*(f"csrc/{name}.cpp" for name in REGISTERED), *(f"csrc/cpu/{op}.cpp" for op in KERNELS)]) for level in WANTED]
 EXTENSIONS += [] if NO_CUDA else [Extension("fastadapt._cuda", ["csrc/cuda_ops.cpp", *CUDA_SOURCES])]
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel})
+if __name__ == "__main__":
+    setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel})

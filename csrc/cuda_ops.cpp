@@ -231,7 +231,8 @@ cuda::RoutedCall routed_call(Arguments& in, const Tensor& x, const Tensor& ids, 
   p.rows = x.size(0), p.width = x.size(1), p.rank = w_down.size(1), p.count = ids.numel();
   const auto shared = [&p](const Tensor& bank) { return p.tasks = std::max(p.tasks, bank.size(0)), bank.size(0) == 1; };
   p.shares_w_down = shared(w_down), p.shares_w_up = shared(w_up), p.shares_b_down = b_down && shared(*b_down), p.shares_b_up = b_up && shared(*b_up);
-  STD_TORCH_CHECK(p.rows < int64_t{1} << 31, "fastadapt: the cuda kernels route fewer than 2^31 rows (rows ", p.rows, ")");
+  // Positions, also those that a last tile has beyond the rows, are numbers of 32 bits.
+  STD_TORCH_CHECK(p.rows <= (int64_t{1} << 31) - 256, "fastadapt: the cuda kernels route at most 2^31 - 256 rows (rows ", p.rows, ")");
   p.ids = static_cast<const int64_t*>(in.whole(ids));
   p.x = in.rows(x, p.x_stride);
   p.w_down = in.whole(w_down), p.b_down = in.paired_rows(b_down, p.b_down_stride), p.w_up = in.whole(w_up), p.b_up = in.whole(b_up);

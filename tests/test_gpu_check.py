@@ -289,9 +289,9 @@ def test_the_makefile_runs_it() -> None:
     assert re.search(r"^gpu-check: .*\n\t\$\(BIN\)/python -m benchmarks\.gpu_check \$\(QUICK\)$", text, re.M) and "gpu-check" in text.split(".PHONY:")[1].split("\n")[0]
 
 
-@pytest.mark.parametrize("nvcc", ["on PATH", "in CUDA_HOME", "nowhere"])
+@pytest.mark.parametrize("nvcc", ["on PATH", "in CUDA_HOME", "too old", "nowhere"])
 def test_make_builds_the_kernels_where_there_is_a_gpu(nvcc: str, tmp_path: Path) -> None:
-    """With nvcc from pip where there is none; without a GPU nothing is built, and nothing noted that would keep them from being built later."""
+    """With nvcc from pip where there is none that is new enough; without a GPU nothing is built, and nothing noted that would keep them from being built later."""
 
     def commands(gpus: str) -> list[str]:
         tool = tmp_path / "nvidia-smi"
@@ -300,7 +300,7 @@ def test_make_builds_the_kernels_where_there_is_a_gpu(nvcc: str, tmp_path: Path)
         target = tmp_path / "nvcc" if nvcc == "on PATH" else tmp_path / "home" / "bin" / "nvcc"
         if nvcc != "nowhere":
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text("#!/bin/sh\n")
+            target.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {'12.4' if nvcc == 'too old' else '13.0'}, V1'\n")
             target.chmod(0o755)
         installed = ["-W", ".venv/.installed"]  # as if it were new
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "home")}
@@ -312,6 +312,7 @@ def test_make_builds_the_kernels_where_there_is_a_gpu(nvcc: str, tmp_path: Path)
     assert without.endswith("-m benchmarks.gpu_check --quick")
     choose, build, stamp, check = commands("GPU 0: NVIDIA H200 (UUID: GPU-0)")
     assert build.startswith("FASTADAPT_CUDA=1 ") and stamp == "touch .venv/.cuda" and check == without
-    script = re.sub(r"\S+/python .*", "echo fetched", choose)
-    fetched = subprocess.run(["/bin/sh", "-c", script], env={"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "home")}, capture_output=True, text=True)
-    assert ("fetched" in fetched.stdout) == (nvcc == "nowhere")
+    script = re.sub(r"\S+/python -m pip .*", "echo fetched", choose).replace(".venv/bin/python", sys.executable)
+    fetched = subprocess.run(["/bin/sh", "-c", script], cwd=gpu_check.ROOT, env={"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "home")}, capture_output=True, text=True)
+    has_pips = any(Path(folder, "nvidia", "cu13", "bin", "nvcc").exists() for folder in sys.path)
+    assert ("fetched" in fetched.stdout) == (nvcc in ("too old", "nowhere") and not has_pips), fetched.stderr

@@ -47,6 +47,10 @@ namespace fastadapt {
 using launch_status = int;  // a cudaError_t
 // Dynamic shared memory that a kernel may have without asking.
 constexpr size_t kDefaultShared = 48 * 1024;
+// What a kernel that needs more asks for at least, all that sm_86, sm_89 and sm_120 have: the permission is the kernel's, and between asking and launching another thread may ask for
+// a shape that needs less.
+constexpr size_t kAskedShared = 99 * 1024;
+constexpr size_t asked_shared(size_t bytes) { return bytes > kAskedShared ? bytes : kAskedShared; }
 
 #if FASTADAPT_EMULATED
 struct bf16 {
@@ -58,7 +62,7 @@ struct half {
 
 template <class... P>
 launch_status prepare(void (*kernel)(P...), size_t shared_bytes) {
-  return shared_bytes > kDefaultShared ? emulator::allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes) : 0;
+  return shared_bytes > kDefaultShared ? emulator::allow_shared(reinterpret_cast<const void*>(kernel), asked_shared(shared_bytes)) : 0;
 }
 
 inline size_t shared_limit() { return emulator::shared_limit(); }
@@ -82,7 +86,7 @@ using half = ::__half;
 template <class... P>
 launch_status prepare(void (*kernel)(P...), size_t shared_bytes) {
   if (shared_bytes <= kDefaultShared) return 0;
-  const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(asked_shared(shared_bytes)));
   if (status != cudaSuccess) cudaGetLastError();  // or the thread's next good launch would be reported as failed
   return static_cast<int>(status);
 }

@@ -51,6 +51,7 @@ void BackwardSequence::add_problem(Workspace& workspace, const Projections& weig
   const int64_t rows = backward.rows, width = backward.width, stride = weights.up_stride, splits = reduce.splits, tile = plan::row_tile(bucket).rows();
   const int64_t tiles = tasks ? plan::routed_pieces(rows, tasks, tile) : plan::ceil_div(rows, tile);
   const bool bracket = wanted.dgate || wanted.dscale, needs_a = wanted.dw_up || bracket;
+  backward.bucket = bucket;
   BackwardProblem& b = backward.problems[problems++];
   b = {dy, x, z, dy_stride, x_stride, weights, gate};
   b.scale = scale, b.add = add, b.dx = wanted.dx;

@@ -83,6 +83,7 @@ struct BackwardProblem {
 struct BackwardParams {
   int64_t rows, rows_per_split;
   int width;
+  int bucket;  // of the kernels' instance: of the call's widest rank, also where the problem that has it is not asked for
   bool float_parameters;
   Activation activation;
   const void* scale_tensor;  // P

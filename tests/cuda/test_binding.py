@@ -122,14 +122,14 @@ def test_a_compiler_that_fails_stops_those_who_demanded_and_nobody_else(tmp_path
 
 def find(tmp_path: Path, program: str, *, home: bool = False, pip: bool = False, on_path: bool = False) -> list[str]:
     """What setup.py finds on a machine where nvcc is in these places and nowhere else."""
-    script = f"#!/bin/sh\necho 'Cuda compilation tools, release {'12.4' if program == 'old' else '13.0'}, V13.0.88'\n"
     for wanted, place in ((home, "home/bin"), (pip, "site/nvidia/cu13/bin"), (on_path, "path")):
         (tmp_path / place).mkdir(parents=True)
         if wanted:
+            old = program == "old" or (program == "old but pip's" and place != "site/nvidia/cu13/bin")
+            script = f"#!/bin/sh\necho 'Cuda compilation tools, release {'12.4' if old else '13.0'}, V13.0.88'\n"
             (tmp_path / place / "nvcc").write_text(script)
             (tmp_path / place / "nvcc").chmod(0o755)
-    code = "import setuptools; setuptools.setup = lambda **k: None; exec(open('setup.py').read(), names := {'__file__': 'setup.py', '__name__': 'setup'})\n"
-    code += "print(names['find_nvcc'](), names['no_nvcc'](), sep='\\n')"
+    code = "import setup; print(setup.find_nvcc(), setup.no_nvcc(), sep='\\n')"
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
     env |= {"PATH": str(tmp_path / "path"), "PYTHONPATH": str(tmp_path / "site"), "FASTADAPT_CUDA": "auto", **({"CUDA_HOME": str(tmp_path / "home")} if home else {})}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -148,6 +148,10 @@ def find(tmp_path: Path, program: str, *, home: bool = False, pip: bool = False,
 )
 def test_where_nvcc_is_looked_for(places: dict[str, bool], found: str, tmp_path: Path) -> None:
     assert find(tmp_path, "new", **places) == [found, "None"]
+
+
+def test_the_first_nvcc_that_is_new_enough_is_taken(tmp_path: Path) -> None:
+    assert find(tmp_path, "old but pip's", home=True, on_path=True, pip=True) == ["site/nvidia/cu13/bin/nvcc", "None"]
 
 
 def test_without_nvcc_the_reason_is_recorded(tmp_path: Path) -> None:
@@ -206,10 +210,10 @@ class TestReasons:
         assert why.endswith(reason)
 
     def test_of_a_mixed_batch(self) -> None:
-        """Positions of rows are 32-bit numbers; offsets are not."""
+        """Positions of rows, with those that a last tile has beyond, are 32-bit numbers; offsets are not."""
         call = CALL._replace(op="routed_bottleneck", options=(("tasks", 4),))
-        assert _cuda.reasons(call._replace(rows=2**31 - 1)) == []
-        assert _cuda.reasons(call._replace(rows=2**31)) == ["the cuda kernels route fewer than 2^31 rows, not 2147483648"]
+        assert _cuda.reasons(call._replace(rows=2**31 - 256)) == []
+        assert _cuda.reasons(call._replace(rows=2**31 - 255)) == ["the cuda kernels route at most 2^31 - 256 rows, not 2147483393"]
         torch.ops.fastadapt_cuda.routed_why_not = lambda *shape: f"not {shape}"
         assert _cuda.reasons(call) == ["not (64, 64, 4)"]
 

@@ -218,6 +218,8 @@ CALLS = [
     # Not large_full, whose gate is a product of torch's own.
     *(over(d, Gated, lead=(3, 23), granularity=g) for d, g in ((MIXED, "large"), (FP16, "middleX"), (MIXED, "middleY"), (FP16_MIXED, "small"))),
     over(MIXED, Gated, lead=(3, 13), combine="add", save_gate=False, rank=7, gate_rank=5),
+    # The narrower problem alone goes through the kernels of the wider, whose tiles have more rows.
+    *(over(d, Gated, lead=(2, 70), width=64, rank=r, gate_rank=rg) for d, r, rg in ((MIXED, 24, 104), (BF16, 104, 24), (FP16, 96, 200))),
     over(MIXED, PHM, lead=(3, 13), width=64, rank=20, residual="other", scale=0.7, factor_rank=2),
     over(FP16, PHM, lead=(37,), width=36, rank=12, activation="silu"),
 ]

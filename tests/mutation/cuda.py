@@ -231,6 +231,7 @@ CALLS: list[Spec] = [
         for g in GRANULARITIES
         for d, c, s in ((BF16, "multiply", False), (MIXED, "add", True))
     ),
+    over(MIXED, Gated, lead=(3, 23), width=40, rank=24, gate_rank=200),
 ]
 NOTHING, EVERYTHING = (), None
 # And what is trained.

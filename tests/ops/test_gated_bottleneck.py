@@ -67,6 +67,7 @@ ALL_REAL = [over(d, lead=(2, 165), width=w, rank=r, gate_rank=r, granularity=g, 
 CALLS = [Gated(granularity=g) for g in GRANULARITIES] + [
     Gated(granularity="large", lead=(2, 35), width=33, rank=7, gate_rank=5, combine="add", save_gate=False),
     over(MIXED, granularity="middleX", scale=0.3, heads=4),
+    *(over(d, lead=(2, 70), width=64, rank=r, gate_rank=rg) for d in (FP32, MIXED) for r, rg in ((24, 104), (104, 24))),
 ]
 
 

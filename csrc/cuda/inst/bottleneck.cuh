@@ -18,11 +18,9 @@ int launch_forward(const ForwardParams& p, void* stream) {
   });
 }
 
-inline int widest(const BackwardParams& p, int problems) { return problems > 1 && p.problems[1].weights.rank > p.problems[0].weights.rank ? p.problems[1].weights.rank : p.problems[0].weights.rank; }
-
 template <class T>
 int launch_rows(const BackwardParams& p, int problems, void* stream) {
-  return with_rank(widest(p, problems), [&](auto rank) {
+  return with_rank(p.bucket, [&](auto rank) {
     using Tr = RowTraits<T, decltype(rank)::value>;
     const dim3 grid(static_cast<unsigned>(plan::ceil_div(p.rows, Tr::kBlockT)), problems);
     return FASTADAPT_LAUNCH(rows_kernel<Tr>, grid, dim3(Tr::kThreads), Tr::kRowsShared, stream, p);
@@ -31,7 +29,7 @@ int launch_rows(const BackwardParams& p, int problems, void* stream) {
 
 template <class T>
 int launch_slab(const BackwardParams& p, int problems, void* stream) {
-  return with_rank(widest(p, problems), [&](auto rank) {
+  return with_rank(p.bucket, [&](auto rank) {
     using Tr = SlabTraits<T, decltype(rank)::value>;
     const dim3 grid(static_cast<unsigned>(plan::ceil_div(p.width, plan::kSlab)), static_cast<unsigned>(plan::ceil_div(p.rows, p.rows_per_split)), problems);
     return FASTADAPT_LAUNCH(slab_kernel<Tr>, grid, dim3(Tr::kThreads), Tr::kShared, stream, p);

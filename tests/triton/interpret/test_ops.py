@@ -100,6 +100,7 @@ CALLS = [
     over(MIXED, lead=(3, 13), residual="other", scale="tensor", gate=True),
     over(FP32, Gated, lead=(3, 5)),
     over(FP16, Gated, lead=(3, 5), granularity="small"),
+    *(over(MIXED, Gated, lead=(2, 70), width=64, rank=r, gate_rank=rg) for r, rg in ((24, 104), (104, 24))),
     over(MIXED, Routed, lead=(3, 13), outside=True, residual="other", shared="up"),
     over(MIXED, Lora, lead=(3, 13), out=70, biases="up", dropout=0.3),
 ]
