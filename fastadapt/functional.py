@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastadapt import backend
 from fastadapt.ops import _cpu
-from fastadapt.ops._library import activation_index
+from fastadapt.ops._library import activation_index, transformed
 from fastadapt.ops.bottleneck import reference as _bottleneck_reference
 from fastadapt.ops.bottleneck.function import bottleneck as _bottleneck
 from fastadapt.ops.dropout_add_norm import reference as _norm_reference
@@ -345,7 +345,7 @@ def dropout_add_norm(
         weight = torch.ones_like(bias)
     try:
         args = _rows(x), _rows(residual), weight, bias, seed, kind, eps, float(dropout)
-        if torch._C._are_functorch_transforms_active():
+        if transformed():
             y, v = _norm_reference.composed(*args)[:2]
         else:
             y, v = _dropout_add_norm(*args, return_sum=return_sum, demand=backend.demand())
@@ -599,9 +599,9 @@ def _normed(call: Callable[[Tensor, Tensor | None, bool], Tensor], x: Tensor, ot
 
 
 def _call(function, composed, x: Tensor, *args, shape=None) -> Tensor:  # type: ignore[no-untyped-def]
-    """Runs ``function`` on x and the other `_rows`; under a functorch transform, where a custom op has no rules, the differentiable reference. ``shape``: y's, if not x's."""
+    """Runs ``function`` on x and the other `_rows`; while torch transforms calls, the differentiable reference. ``shape``: y's, if not x's."""
     rows = _rows(x)
-    y = composed(rows, *args)[0] if torch._C._are_functorch_transforms_active() else function(rows, *args, demand=backend.demand())
+    y = composed(rows, *args)[0] if transformed() else function(rows, *args, demand=backend.demand())
     return y if x.dim() == 2 else y.reshape(x.shape if shape is None else shape)
 
 

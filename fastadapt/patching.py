@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -249,7 +250,8 @@ class Handle:
     # Tasks.
 
     def set_task(self, task: str) -> None:
-        """Makes ``task`` the active one: its adapters run, where the method has one per task; the others get no gradient.
+        """Makes ``task`` the active one: its adapters run, where the method has one per task; the others get no gradient. With gradient checkpointing, which runs layers again in
+        backward, call backward before another task is selected.
 
         Raises:
             ValueError: the task is none of ``tasks``.
@@ -293,7 +295,7 @@ class Handle:
         tasks do the same as without.
 
         Args:
-            task_ids: a task's name for each sample, or an int64 tensor (batch,) of places in ``tasks``, on the model's device. Beams of a sample follow it.
+            task_ids: a task's name for each sample, or an int64 tensor (batch,) of places in ``tasks``. Beams of a sample follow it.
 
         Raises:
             ValueError: a name or a place is unknown (places on a GPU are not read), or the model was patched without tasks.
@@ -495,7 +497,7 @@ class Handle:
         Where FSDP2 shards the parameters, every process calls it: the tensors are gathered and the first process writes.
 
         Args:
-            directory: is made where it does not exist.
+            directory: is made where it does not exist. Not that of ``save_pretrained``: where PEFT is installed, ``from_pretrained`` takes these files beside a model for PEFT's.
             task: the adapters of this task alone, as those of a patch with ``sharing="single"``; what tasks share is part of them.
 
         Raises:
@@ -513,6 +515,9 @@ class Handle:
             tensors = {key: _whole(t) for key, t in tensors.items()}
         if sharded and torch.distributed.get_rank():
             return
+        if os.path.exists(os.path.join(directory, "config.json")):
+            why = "from_pretrained of transformers would take an adapter's files beside it for PEFT's, and fail; save adapters elsewhere"
+            warnings.warn(f"{os.fspath(directory)}: holds a model's config.json: {why}", stacklevel=2)
         config = getattr(self.model, "config", None)
         base = {"class": type(self.model).__name__, "model_type": getattr(config, "model_type", None), "name_or_path": getattr(config, "name_or_path", None)}
         checkpoint.write(
@@ -993,6 +998,8 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
 
 def _mergeable(handle: Handle) -> list[tuple[_Site, Any, type[nn.Module]]]:
     """The sites, the linear adapter of each, and the projection's own class; they are all that the patch added."""
+    if any(part.task_ids is not None for part in handle._routable()):
+        raise RuntimeError("merge: not inside `with handle.route(...)`, where every sample has a task of its own")
     reasons: Counter[str] = Counter()
     found = []
     bases = {id(swap.owner): swap.base for swap in handle._swaps}

@@ -70,6 +70,14 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(handle.model)) and sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
 
 
+def test_beside_a_model(tmp_path: Path) -> None:
+    """Where PEFT is installed, transformers takes the files for PEFT's."""
+    handle, _ = saved(tmp_path / "adapters")
+    handle.model.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"model: holds a model's config.json"):
+        handle.save(tmp_path / "model")
+
+
 def test_identity_start_and_other_dtype(tmp_path: Path) -> None:
     """A file written over an fp32 base loads into a half-precision one, with fp32 adapters; the scale that ``init="identity"`` implies is kept."""
     model = tiny("bart")

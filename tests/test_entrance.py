@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch._dynamo.testing
 import torch.utils._python_dispatch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt import backend, functional
@@ -136,6 +137,11 @@ def test_export(spec: Spec, name: str, device: str, strict: bool) -> None:
     assert_same_bits({"y": got.detach()}, {"y": expected.detach()})
 
 
+def _tangent(y: Callable[[Tensor], Tensor], w: Tensor) -> Tensor | None:
+    with torch.no_grad(), forward_ad.dual_level():
+        return forward_ad.unpack_dual(y(forward_ad.make_dual(w, w))).tangent
+
+
 def _transforms(spec: Spec, ops: Any, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Any]:
     """One function of a weight, seen by every transform."""
 
@@ -154,6 +160,7 @@ def _transforms(spec: Spec, ops: Any, tensors: dict[str, Tensor], dy: Tensor) ->
         "jacrev": lambda: torch.func.jacrev(y)(w),
         "jacfwd": lambda: torch.func.jacfwd(y)(w),
         "jvp": lambda: torch.func.jvp(y, (w,), (w,))[1],
+        "dual numbers": lambda: _tangent(y, w),
         "hessian": lambda: torch.func.jacrev(torch.func.grad(loss))(w, scales[0]),
         "compile(grad)": lambda: torch.compile(one, fullgraph=True, backend="aot_eager")(w, scales[1]),
         "compile(vmap(grad))": lambda: torch.compile(many, fullgraph=True, backend="aot_eager")(w, scales),
@@ -161,12 +168,12 @@ def _transforms(spec: Spec, ops: Any, tensors: dict[str, Tensor], dy: Tensor) ->
 
 
 @EVERY
-@pytest.mark.parametrize("transform", ["grad", "vmap(grad)", "vmap over weights", "jacrev", "jacfwd", "jvp", "hessian", "compile(grad)", "compile(vmap(grad))"])
+@pytest.mark.parametrize("transform", ["grad", "vmap(grad)", "vmap over weights", "jacrev", "jacfwd", "jvp", "dual numbers", "hessian", "compile(grad)", "compile(vmap(grad))"])
 def test_function_transforms_run_on_the_reference(spec: Spec, transform: str) -> None:
     tensors, dy = {n: t.double() for n, t in spec.draw(0).items()}, spec.cotangent(0).double()
     uncompiled = transform.removeprefix("compile(").removesuffix(")") if transform.startswith("compile") else transform
     got, expected = _transforms(spec, functional, tensors, dy)[transform](), _transforms(spec, eager, tensors, dy)[uncompiled]()
-    assert expected.abs().max() > 0
+    assert got is not None and expected.abs().max() > 0
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -76,6 +76,8 @@ def test_the_active_task_s_adapters() -> None:
         handle.merge()
     handle.set_task("gqa")
     adapted = logits(model)
+    with handle.route(["gqa"]), pytest.raises(RuntimeError, match=r"merge: not inside `with handle.route"):
+        handle.merge()
     handle.merge()
     assert_matches_recorded("logits", logits(model), adapted)
 

@@ -212,9 +212,9 @@ def check_model(model: object) -> None:
 
 
 def quiet(module: nn.Module) -> bool:
-    """Whether nobody listens to calls of a part of a layer, which the op never calls."""
+    """Whether nobody listens to calls of a part of a layer, or has put a forward on it: the op never calls it."""
     d = module.__dict__
-    return not (d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"])
+    return not ("forward" in d or d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"])
 
 
 def plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.init import TORCH, Init, booleans, positive
-from fastadapt.nn.per_task import check_ids, routed
+from fastadapt.nn.per_task import Reruns, beside, check_ids, check_task_names, routed
+from fastadapt.nn.projections import as_parameters, state_of
 
 BLOCKS = ("feed_forward", "self_attention", "cross_attention")
 
@@ -29,6 +30,7 @@ class TaskEmbeddings(nn.Module):
         super().__init__()
         if not tasks:
             raise ValueError("tasks: must name the tasks, each of which has an embedding")
+        check_task_names(tasks, nn.ParameterDict())
         self.tasks = tuple(tasks)  # a ParameterDict sorts
         self.task_to_embeddings = nn.ParameterDict({task: nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) for task in tasks})
         self.reset_parameters()
@@ -50,6 +52,7 @@ class Generated(NamedTuple):
     norm_before: tuple[Tensor, Tensor] | None = None
     norm_after: tuple[Tensor, Tensor] | None = None
     task_ids: Tensor | None = None
+    task: str | None = None
 
 
 class GeneratedBottleneck(nn.Module):
@@ -67,10 +70,11 @@ class GeneratedBottleneck(nn.Module):
         functional.activation_index(activation)
         self.width, self.rank, self.activation = width, rank, activation
         self.weights: Generated | None = None
+        self._reruns = Reruns()
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated tensors belong to one forward: copies and files do without.
-        return {**super().__getstate__(), "weights": None}  # type: ignore[dict-item]
+        return {**super().__getstate__(), "weights": None, "_reruns": Reruns()}  # type: ignore[dict-item]
 
     def reset_parameters(self) -> None:
         """Nothing: the starting values are the hypernetwork's."""
@@ -80,12 +84,15 @@ class GeneratedBottleneck(nn.Module):
 
         Raises:
             RuntimeError: no weights have been handed out: the module was called outside its stack. Or the layer runs without gradients while its weights were generated with them,
-                as reentrant gradient checkpointing does: each layer's backward would go through the graph that generated the weights of all.
+                as reentrant gradient checkpointing does: each layer's backward would go through the graph that generated the weights of all. Or this is a checkpointed layer
+                that backward runs again, and the last weights are another task's.
         """
         if (w := self.weights) is None:
             raise RuntimeError("the hypernetwork has not generated weights for this adapter: call the model's encoder or decoder, not its layers")
         if w.w_down.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError("generated weights cannot be trained under reentrant gradient checkpointing: use `model.gradient_checkpointing_enable({'use_reentrant': False})`")
+        if not torch.compiler.is_compiling():
+            self._reruns.check(w.task if w.task_ids is None else w.task_ids, self.training)
         if w.task_ids is None:
             return functional.bottleneck(h, **self._arguments(w))
         if w.norm_before is None and w.norm_after is None:
@@ -188,6 +195,10 @@ class HyperNetwork(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "task_ids": None}  # as in `PerTask`
 
+    def train(self, mode: bool = True) -> Self:
+        self._made = None  # as in `Keeping`
+        return super().train(mode)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the starting values again: the rule ``init``'s std (torch's default rule has 0.01 here) and zero biases; N(0, 1) for torch's embeddings."""
@@ -215,7 +226,7 @@ class HyperNetwork(nn.Module):
 
     def set_route(self, task_ids: Tensor | None) -> None:
         """As `PerTask.set_route`; places are those among the embeddings' tasks."""
-        self.task_ids = task_ids
+        self.task_ids = beside(self, task_ids)
 
     def forward(self) -> dict[str, list[Generated]]:
         """For each kind of block the adapters of all layers; in a batch that mixes tasks, those of all tasks.
@@ -225,6 +236,10 @@ class HyperNetwork(nn.Module):
         """
         if self.task is None and self.task_ids is None:
             raise RuntimeError(f"no task is selected: use `handle.set_task(...)` or `with handle.task(...)`; tasks: {', '.join(self.task_embeddings.task_to_embeddings.keys())}")
+        with as_parameters(self.layer_id_embeddings.weight):
+            return self._generate()
+
+    def _generate(self) -> dict[str, list[Generated]]:
         embeddings: Any = self.task_embeddings.task_to_embeddings
         layer = self.layer_id_embeddings.weight
         task = embeddings[self.task] if self.task_ids is None else torch.stack([embeddings[name] for name in self.task_embeddings.tasks])[:, None]
@@ -248,15 +263,15 @@ class HyperNetwork(nn.Module):
             net = self._modules[f"{prefix}{side}_layernorm_hypernet"]
             norms[side] = list(zip(*(net[f"{kind}_generator"](p).unbind(layers) for kind in ("weight", "bias")), strict=True))
         none = [None] * p.shape[layers]
-        ids = [self.task_ids] * p.shape[layers]
-        return [Generated(*row) for row in zip(*parts, norms.get("pre", none), norms.get("post", none), ids, strict=True)]
+        given = self.task_ids, self.task if self.task_ids is None else None
+        return [Generated(*row, *given) for row in zip(*parts, norms.get("pre", none), norms.get("post", none), strict=True)]  # type: ignore[call-arg]
 
     def hand_out(self) -> None:
-        """Generates the weights of all layers and gives them to the adapters in ``sites``; without gradients, as in ``generate``, only if something changed since the last time."""
+        """Generates the weights of all layers and gives them to the adapters in ``sites``; without gradients, as in ``generate``, only if something changed since the last time
+        (through a parameter's ``.data``: after the next ``train()`` or ``eval()``)."""
         made = None
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The address too: `.to()` gives a parameter new storage under its old version.
-            made = (self.task if self.task_ids is None else None, tuple((p._version, p.data_ptr()) for p in self.parameters()))
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or functional.transformed()) and (state := state_of(list(self.parameters()))):
+            made = (self.task if self.task_ids is None else None, state)
             if self._made == made and all(site.weights is not None and site.weights.task_ids is self.task_ids for _, _, site in self.sites):
                 return
         generated = self.forward()

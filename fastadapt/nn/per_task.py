@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,39 @@ from fastadapt.nn.projections import share
 
 Call = tuple[Tensor, dict[str, Any]]
 """The input and the other arguments of a `fastadapt.functional.bottleneck`."""
+
+
+class Reruns:
+    """What gradient checkpointing may run again of one part, and under which task: a layer that backward runs under another task than its forward's gives wrong gradients."""
+
+    def __init__(self) -> None:
+        self._last: str | Tensor | None = None  # the last forward's task, or tasks
+        self._open: dict[str, int] = {}  # checkpointed forwards by task that backward has not run again, or never will
+
+    def check(self, now: str | Tensor | None, training: bool) -> None:
+        """Notes a forward; refuses a run of backward that no forward of its task is left for.
+
+        Raises:
+            RuntimeError: this is a checkpointed layer that backward runs again, and another task is selected than in its forward.
+        """
+        if torch._C._current_graph_task_id() < 0:
+            self._last = now
+            # Checkpointing runs a layer without gradients (reentrant), or with hooks on what autograd saves.
+            if training and type(now) is str and (not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):
+                self._open[now] = self._open.get(now, 0) + 1
+            return
+        if type(now) is str and self._open.get(now):
+            self._open[now] -= 1
+        elif (type(now) is str and any(self._open.values())) or not self._is_last(now):
+            self._open.clear()  # that backward is over
+            raise RuntimeError(
+                "gradient checkpointing runs this layer again in backward, but another task is selected than in forward: "
+                "call backward before another task is selected, and inside the `with` block"
+            )
+
+    def _is_last(self, now: str | Tensor | None) -> bool:
+        last = self._last
+        return last is now or (torch.equal(last, now) if isinstance(last, Tensor) and isinstance(now, Tensor) else last == now)
 
 
 class PerTask(nn.Module):
@@ -39,13 +72,11 @@ class PerTask(nn.Module):
         super().__init__()
         if not adapters:
             raise ValueError("tasks: an adapter per task needs at least one task")
-        for task in adapters:
-            if "." in task or hasattr(nn.ModuleDict, task):
-                raise ValueError(f"tasks: {task!r} cannot name a module; it must hold no dot and be no attribute of nn.ModuleDict")
+        check_task_names(adapters, nn.ModuleDict())
         self.adapters = nn.ModuleDict(dict(adapters))
         self.task: str | None = None
         self.task_ids: Tensor | None = None
-        self._ran: str | Tensor | None = None  # the last forward's task, or tasks
+        self._reruns = Reruns()
         first, *others = self.adapters.values()
         for other in others:
             share(first, other, *shared)
@@ -61,12 +92,13 @@ class PerTask(nn.Module):
         self.task = task
 
     def set_route(self, task_ids: Tensor | None) -> None:
-        """Gives each sample of the batches to come its task, by its place among ``adapters``, int64, (batch,); None: all samples are of the selected task again."""
-        self.task_ids = task_ids
+        """Gives each sample of the batches to come its task, by its place among ``adapters``, int64, (batch,); None: all samples are of the selected task again.
+        Ids go to the device of the adapters: a model may be spread over several."""
+        self.task_ids = beside(self, task_ids)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no `with handle.route(...)`.
-        return {**self.__dict__, "task_ids": None, "_ran": None}
+        return {**self.__dict__, "task_ids": None, "_reruns": Reruns()}
 
     def reset_parameters(self) -> None:
         """Draws the starting values of all tasks again."""
@@ -81,19 +113,12 @@ class PerTask(nn.Module):
             RuntimeError: no task is selected. Or this is a checkpointed layer that backward runs again, and another task is selected than in the last forward.
         """
         if not torch.compiler.is_compiling():
-            self._check_rerun()
+            self._reruns.check(self.task if self.task_ids is None else self.task_ids, self.training)
         if self.task_ids is not None:
             return self._routed(self.task_ids, *inputs)
         if self.task is None:
             raise RuntimeError(f"no task is selected: use `handle.set_task(...)` or `with handle.task(...)`; tasks: {', '.join(self.adapters)}")
         return self.adapters[self.task](*inputs)
-
-    def _check_rerun(self) -> None:
-        now = self.task if self.task_ids is None else self.task_ids
-        if torch._C._current_graph_task_id() < 0:
-            self.__dict__["_ran"] = now  # nn.Module's own way to set an attribute takes 0.9 us (measured on CPU)
-        elif self._ran is not now and not (torch.equal(self._ran, now) if isinstance(self._ran, Tensor) and isinstance(now, Tensor) else self._ran == now):
-            raise RuntimeError("gradient checkpointing runs this layer again in backward, but another task is selected than in forward: keep backward inside the `with` block")
 
     def _routed(self, task_ids: Tensor, *inputs: Tensor) -> Tensor:
         adapters: list[Any] = list(self.adapters.values())
@@ -106,6 +131,23 @@ class PerTask(nn.Module):
         """The call of one task's adapter, see `Bottleneck.call`; None where that is plain torch."""
         call = getattr(next(iter(self.adapters.values())), "call", None)
         return None if call is None else call()
+
+
+def beside(module: nn.Module, task_ids: Tensor | None) -> Tensor | None:
+    """The ids on the device of a module's parameters."""
+    device = next((p.device for p in module.parameters() if not p.is_meta), None)
+    return task_ids if task_ids is None or device is None else task_ids.to(device)
+
+
+def check_task_names(tasks: Iterable[str], container: nn.Module) -> None:
+    """Refuses names that no part of an empty ``container`` may have.
+
+    Raises:
+        ValueError: a name.
+    """
+    for task in tasks:
+        if not task or "." in task or hasattr(container, task):
+            raise ValueError(f"tasks: {task!r} cannot name a module; it must hold no dot and be no attribute of nn.{type(container).__name__}")
 
 
 def _bottleneck_call(adapter: Any, inputs: tuple[Tensor, ...]) -> Call | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastadapt import functional
 from fastadapt.nn.init import booleans, positive
 
 Projection = Callable[..., nn.Module]
@@ -20,14 +22,26 @@ WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal")
 RULE_INITS = ("normal", "uniform")
 
 
-class _Product(nn.Module):
+class Keeping(nn.Module):
+    """A module that keeps what `once` made; copies and files do without, and ``train()`` and ``eval()`` forget it."""
+
+    _kept: tuple[Any, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept = None
+        return super().train(mode)
+
+
+class _Product(Keeping):
     """A projection whose ``weight`` is computed from its parameters whenever it is read."""
 
     in_features: int
     out_features: int
     b: nn.Parameter | None
     _tied_weights_keys = {"": ""}  # as in `PerTask`
-    _kept: tuple[Any, Any] | None = None
     scaled: str
     """The parameter that is zero where the projection is: the other factors keep their values, or nothing would get a gradient."""
 
@@ -41,11 +55,9 @@ class _Product(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`matrix` transposed, (out, in). Without gradients, as in ``generate``, it is made again only when a parameter has changed."""
+        """`matrix` transposed, (out, in). Without gradients, as in ``generate``, it is made again only when a parameter has changed (through its ``.data``, which torch does not
+        tell: after the next ``train()`` or ``eval()``)."""
         return once(self, [p for p in self._parameters.values() if p is not None], self.matrix).t()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
 
     @torch.no_grad()
     def zero_(self) -> None:
@@ -154,34 +166,42 @@ class PHMLinear(_Product):
         return f"{super().extra_repr()}, division={self.division}, rank={self.rank}"
 
 
+def state_of(given: Sequence[Tensor]) -> tuple[tuple[int, int], ...] | None:
+    """What changes when one of these parameters does, but for writes through its ``.data``, which leave no trace; None where nothing tells."""
+    # A tensor of inference mode has no version; a fake one, a shard and one of a functorch transform have no address.
+    if any(type(p) not in (Tensor, nn.Parameter) or p.is_inference() for p in given):
+        return None
+    # The address too: `.to()` gives a parameter new storage under its old version.
+    return tuple((p._version, p.data_ptr()) for p in given)
+
+
 def once(module: Any, given: Sequence[Tensor], make: Callable[[], Made]) -> Made:
     """What ``make`` gives of these parameters, kept in ``module._kept`` while there are no gradients until one of them has changed; with gradients it is made each time."""
-    # A tensor of inference mode has no version; a fake one, a shard and one of a functorch transform have no address.
-    changing = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if changing or any(type(p) not in (Tensor, nn.Parameter) or p.is_inference() for p in given):
+    changing = torch.is_grad_enabled() or torch.compiler.is_compiling() or functional.transformed()
+    if changing or (state := state_of(given)) is None:
         if module._kept is not None:  # nn.Module's way of setting an attribute is long
             module._kept = None
         return make()
-    # The address too: `.to()` gives a parameter new storage under its old version.
-    state = tuple((p._version, p.data_ptr()) for p in given)
     if module._kept is None or module._kept[0] != state:
         module._kept = state, make()
     return module._kept[1]  # type: ignore[no-any-return]
 
 
-# Weights are made in their parameters' dtype: autocast would round them to half precision.
+def as_parameters(p: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """What is made of parameters like p inside the ``with`` block has their dtype: autocast would round it to half precision."""
+    return contextlib.nullcontext() if p.is_meta else torch.autocast(p.device.type, enabled=False)
 
 
 def factor_product(left: Tensor, right: Tensor) -> Tensor:
     """(n, a, k) and (n, k, b) -> (n, a, b)."""
-    with torch.autocast(left.device.type, enabled=False):
+    with as_parameters(left):
         return left @ right
 
 
 def kronecker_sum(rule: Tensor, w: Tensor) -> Tensor:
     """(n, n, n) and (n, in/n, out/n) -> H, (in, out): one product over i, put in its places. (Products that are summed: 10 times slower, measured on CPU.)"""
     n, rows, columns = w.shape
-    with torch.autocast(w.device.type, enabled=False):
+    with as_parameters(w):
         h = rule.reshape(n, n * n).t() @ w.reshape(n, rows * columns)
     return h.view(n, n, rows, columns).transpose(1, 2).reshape(n * rows, n * columns)
 
@@ -238,7 +258,7 @@ class LowRankLinear(_Product):
             self.b.zero_()
 
     def matrix(self) -> Tensor:
-        with torch.autocast(self.W_left.device.type, enabled=False):
+        with as_parameters(self.W_left):
             return self.W_left @ self.W_right
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastadapt import functional
 from fastadapt.nn.bottleneck import check_scales
 from fastadapt.nn.init import Init, booleans, linear, positive, probability
-from fastadapt.nn.projections import once
+from fastadapt.nn.projections import Keeping, once
 
 MODES = ("text", "visual", "multimodal")
 LAYER_NORMS = ("in", "out", "none")
@@ -21,7 +21,7 @@ Mode = Literal["text", "visual", "multimodal"]
 BLIP = Init(std=0.02)
 
 
-class UniAdapter(nn.Module):
+class UniAdapter(Keeping):
     r"""UniAdapter (Lu et al., ICLR 2024, section 3): one down-projection for all modalities, an up-projection for each, of which the text's is also part of the
     cross-modal one.
 
@@ -48,8 +48,6 @@ class UniAdapter(nn.Module):
     Raises:
         ValueError: an argument is out of range.
     """
-
-    _kept: tuple[Any, Any] | None = None
 
     def __init__(
         self,
@@ -121,9 +119,6 @@ class UniAdapter(nn.Module):
         options: dict[str, Any] = {"residual": residual if after is None else None, "scale": self.scale, "norm_before": self._norm("in"), "norm_cross": norm}
         y = functional.multimodal_bottleneck(x, down.weight, w_up, None, down.bias, b_up, **options)
         return y if after is None else _add(functional.layer_norm(y, after), x, residual)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
 
     def _norm(self, where: str) -> functional.LayerNorm | None:
         norm = self.adapter_layer_norm_before if self.layer_norm == where else None

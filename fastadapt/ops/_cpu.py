@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastadapt import backend
 from fastadapt.backend import Call
+from fastadapt.ops._library import transformed
 
 _FOLDER = Path(__file__).parents[1]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +90,7 @@ def entrance(op: str, types: tuple[type, ...]) -> Callable[..., Any] | None:
         or not _PLAIN.issuperset(types)
         or backend._demand.get() not in _DEMANDS
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or transformed()
         or torch._C._get_tracing_state()
     ):
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastadapt import backend
 
@@ -100,3 +101,8 @@ def contiguous(t: Tensor | None) -> Tensor | None:
 def none(t: Tensor) -> Tensor:
     """The placeholder that an op returns for a tensor that was not asked for."""
     return t.new_empty(0)
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is active: a custom op has no rules for them, and torch drops its tangents without a word."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.utils import CONFIG_NAME
 
 from fastadapt.patching import Handle, _reshard, _shards
 
@@ -17,7 +18,8 @@ class AdapterCheckpoint(TrainerCallback):
 
         transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCheckpoint(handle)])
 
-    Works with any subclass of ``Trainer``. A plain one also writes the whole model into its checkpoints and resumes from that; no callback can keep it from doing so.
+    Works with any subclass of ``Trainer``. A plain one also writes the whole model into its checkpoints and resumes from that; no callback can keep it from doing so. Beside a
+    model the files go into a folder ``adapters`` of their own: ``from_pretrained`` takes an ``adapter_config.json`` next to the weights for PEFT's.
     `AdapterTrainer` writes the adapters alone and resumes from them. Where FSDP2 shards the parameters, every process gathers them and the first one writes.
 
     Args:
@@ -41,6 +43,8 @@ class AdapterCheckpoint(TrainerCallback):
         self._write(args, str(args.output_dir))
 
     def _write(self, args: TrainingArguments, directory: str) -> None:
+        if os.path.exists(os.path.join(directory, CONFIG_NAME)):
+            directory = os.path.join(directory, "adapters")
         if args.should_save or _shards(self.handle.model):
             self.handle.save(directory)
 

@@ -564,6 +564,21 @@ def test_hooks_on_parts_run() -> None:
     assert seen == ["layer", "part", "layer", "layer"]
 
 
+def test_a_forward_put_on_a_part_runs() -> None:
+    """As accelerate's dispatch puts one there."""
+    model = lora()
+    part = model.base_model.model.square.lora_A["default"]
+    own = part.forward
+    part.forward = lambda x: 10 * own(x)
+    want = model(ids())
+    fastadapt.fuse(model)
+    with ops_ran(lora=1):
+        assert_agree(model(ids()), want)
+    del part.forward
+    with ops_ran(lora=2):
+        model(ids())
+
+
 # What is left, and errors.
 
 

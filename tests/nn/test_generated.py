@@ -98,6 +98,20 @@ def test_generated_once_without_gradients() -> None:
         network.hand_out()
         assert site.weights.w_up.dtype == torch.float64
         network.float()
+        network.hand_out()
+        # A write through .data leaves no trace.
+        second = site.weights
+        network.layer_id_embeddings.weight.data.add_(1.0)
+        network.eval()
+        network.hand_out()
+        assert site.weights is not second and not torch.equal(site.weights.w_up, second.w_up)
+        network.train()
+        # Autocast rounds nothing, before or after.
+        with torch.autocast("cpu", torch.bfloat16):
+            network.hand_out()
+        second = site.weights
+        network.hand_out()
+        assert site.weights is second and second.w_up.dtype == torch.float32
     without = site.weights
     network.hand_out()
     assert site.weights is not without and site.weights.w_up.requires_grad
@@ -127,6 +141,35 @@ def test_reentrant_checkpointing_is_refused() -> None:
         gradients(use_reentrant=True)
 
 
+def test_inference_mode() -> None:
+    """Parameters made in it have no versions: weights are generated each time."""
+    with torch.inference_mode():
+        network = HyperNetwork(8, 4, 2, ("feed_forward",), TaskEmbeddings(["a"], 6), task_dim=6, hidden=5, projected=3)
+        site = GeneratedBottleneck(8, 4)
+        network.sites = [("feed_forward", 0, site)]
+        network.set_task("a")
+        network.hand_out()
+        before = site(torch.ones(2, 8))
+        network.task_embeddings.task_to_embeddings["a"].add_(1.0)
+        network.hand_out()
+        assert not torch.equal(site(torch.ones(2, 8)), before)
+
+
+def test_one_backward_through_checkpointed_forwards_of_two_tasks() -> None:
+    network = HyperNetwork(8, 2, 1, ("feed_forward",), TaskEmbeddings(["a", "b"], 4), task_dim=4, hidden=4, projected=4)
+    network.sites = [("feed_forward", 0, GeneratedBottleneck(8, 2))]
+
+    def loss(task: str) -> Tensor:
+        network.set_task(task)
+        network.hand_out()
+        return checkpoint(network.sites[0][2], torch.ones(3, 8), use_reentrant=False).square().sum()
+
+    for task in ("a", "b"):
+        loss(task).backward()
+    with pytest.raises(RuntimeError, match="another task is selected than in forward: call backward before"):
+        (loss("a") + loss("b")).backward()
+
+
 def test_starting_values() -> None:
     torch.manual_seed(0)
     network = HyperNetwork(64, 8, 4, ("feed_forward", "self_attention"), TaskEmbeddings(["a"], 512))
@@ -154,6 +197,9 @@ def test_errors() -> None:
         network.set_task("b")
     with pytest.raises(ValueError, match="tasks: must name the tasks"):
         TaskEmbeddings([])
+    for name in ("training", "a.b", "keys", ""):
+        with pytest.raises(ValueError, match=f"tasks: '{name}' cannot name a module; it must hold no dot and be no attribute of nn.ParameterDict"):
+            TaskEmbeddings(["a", name])
     with pytest.raises(RuntimeError, match="has not generated weights"):
         GeneratedBottleneck(8, 4)(torch.randn(2, 8))
     with pytest.raises(ValueError, match="length: must be a positive integer, not 0"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt.nn import Bottleneck, LoRA, MergedLoRA, PerTask, ValueParallelAdapter
@@ -139,3 +140,40 @@ def test_a_checkpointed_layer_that_runs_again_for_another_task(reentrant: bool) 
         checkpoint(module, x, use_reentrant=reentrant).sum().backward()
         assert torch.equal(x.grad, want)
         x.grad = None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_one_backward_through_checkpointed_forwards_of_two_tasks(reentrant: bool) -> None:
+    """Refused, whichever task is selected then and whatever ran before; one backward a task, in any order, is right."""
+    module = per_task(lambda: Bottleneck(12, 6))
+    x = torch.randn(4, 3, 12, dtype=torch.float64, requires_grad=True)
+
+    def forward(task: str) -> Tensor:
+        module.set_task(task)
+        return checkpoint(module, x, use_reentrant=reentrant).sum()
+
+    module.set_task("vqa")
+    module(x)  # which backward never runs again
+    for last in ("vqa", "gqa"):
+        total = forward("gqa") + forward("vqa")
+        module.set_task(last)
+        with pytest.raises(RuntimeError, match="another task is selected than in forward: call backward before"):
+            total.backward()
+    a, b = forward("vqa"), forward("gqa")
+    module.set_task("vqa")
+    a.backward()
+    module.set_task("gqa")
+    b.backward()
+    assert all(p.grad is not None for task in ("vqa", "gqa") for p in module.adapters[task].parameters())
+
+
+def test_ids_go_to_the_device_of_the_adapters() -> None:
+    """Of a model that is spread over devices each part has its own."""
+    with FakeTensorMode():
+        parts = [PerTask({task: nn.ParameterList([torch.empty(2, device=device)]) for task in TASKS}) for device in ("cpu", "cuda:0", "cuda:1")]
+        ids = torch.zeros(4, dtype=torch.int64)
+        for part, device in zip(parts, ("cpu", "cuda:0", "cuda:1"), strict=True):
+            part.set_route(ids)
+            assert part.task_ids is not None and part.task_ids.device == torch.device(device) and (device != "cpu" or part.task_ids is ids)
+            part.set_route(None)
+            assert part.task_ids is None
