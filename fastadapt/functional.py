@@ -889,7 +889,8 @@ def _parameters(x: Tensor, dtype: torch.dtype, first: str = "w_down", /, **expec
         if p.numel() != 1 if shape is None else p.shape != shape:
             raise ValueError(f"{name}: shape {tuple(p.shape)} must be {'one element' if shape is None else shape}")
         if p.device != x.device:
-            raise ValueError(f"{name}: is on {p.device}, but the input is on {x.device}")
+            hint = "; it has no values there: adapters must stay on the device where the rest of a model is offloaded" if p.is_meta else ""
+            raise ValueError(f"{name}: is on {p.device}, but the input is on {x.device}{hint}")
         if p.dtype != dtype:
             raise TypeError(f"{name}: dtype {p.dtype} must equal that of {first}, {dtype}")
     if dtype != x.dtype and dtype != torch.float32:

@@ -251,7 +251,7 @@ class Handle:
 
     def set_task(self, task: str) -> None:
         """Makes ``task`` the active one: its adapters run, where the method has one per task; the others get no gradient. With gradient checkpointing, which runs layers again in
-        backward, call backward before another task is selected.
+        backward, call backward before another task is selected; what differs is refused (of reentrant checkpointing: from the last forward).
 
         Raises:
             ValueError: the task is none of ``tasks``.
@@ -433,7 +433,7 @@ class Handle:
         Raises:
             NotMergeableError: a method that is not linear, a quantised or sharded weight, one that other modules hold too, no active task, or a sum that its dtype cannot
                 hold; the model stays as it is.
-            RuntimeError: as `unpatch`.
+            RuntimeError: as `unpatch`, or inside `route`.
         """
         with self.merged():
             weights: list[tuple[Any, Tensor]] = [(site.owner, site.owner.weight.data) for site in self._sites]  # type: ignore[misc]
@@ -1096,7 +1096,9 @@ def _check_model(model: object, name: str) -> None:
         if wrapper := names & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}:
             raise ValueError(f"{what} is wrapped ({wrapper.pop()}); patch the model before wrapping it")
         if "_hf_hook" in module.__dict__:
-            raise ValueError(f"{what} carries a hook of accelerate, which would run the layer's old forward; remove the hooks, patch, and dispatch the model then")
+            raise ValueError(
+                f"{what} carries a hook of accelerate, which would run the layer's old forward; remove the hooks, patch, and dispatch then, with the adapters on the device"
+            )
 
 
 def _check_owner(owner: nn.Module, path: str, slot: str) -> None:

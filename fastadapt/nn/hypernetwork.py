@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastadapt import functional
 from fastadapt.nn.init import TORCH, Init, booleans, positive
-from fastadapt.nn.per_task import Reruns, beside, check_ids, check_task_names, routed
+from fastadapt.nn.per_task import check_ids, check_task_names, guarded, routed
 from fastadapt.nn.projections import as_parameters, state_of
 
 BLOCKS = ("feed_forward", "self_attention", "cross_attention")
@@ -52,7 +52,8 @@ class Generated(NamedTuple):
     norm_before: tuple[Tensor, Tensor] | None = None
     norm_after: tuple[Tensor, Tensor] | None = None
     task_ids: Tensor | None = None
-    task: str | None = None
+    task: int = -1
+    """The place of the task that they are of."""
 
 
 class GeneratedBottleneck(nn.Module):
@@ -70,11 +71,10 @@ class GeneratedBottleneck(nn.Module):
         functional.activation_index(activation)
         self.width, self.rank, self.activation = width, rank, activation
         self.weights: Generated | None = None
-        self._reruns = Reruns()
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated tensors belong to one forward: copies and files do without.
-        return {**super().__getstate__(), "weights": None, "_reruns": Reruns()}  # type: ignore[dict-item]
+        return {**super().__getstate__(), "weights": None}  # type: ignore[dict-item]
 
     def reset_parameters(self) -> None:
         """Nothing: the starting values are the hypernetwork's."""
@@ -91,8 +91,9 @@ class GeneratedBottleneck(nn.Module):
             raise RuntimeError("the hypernetwork has not generated weights for this adapter: call the model's encoder or decoder, not its layers")
         if w.w_down.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError("generated weights cannot be trained under reentrant gradient checkpointing: use `model.gradient_checkpointing_enable({'use_reentrant': False})`")
-        if not torch.compiler.is_compiling():
-            self._reruns.check(w.task if w.task_ids is None else w.task_ids, self.training)
+        return guarded(self._adapted(h, w), w.task if w.task_ids is None else w.task_ids)
+
+    def _adapted(self, h: Tensor, w: Generated) -> Tensor:
         if w.task_ids is None:
             return functional.bottleneck(h, **self._arguments(w))
         if w.norm_before is None and w.norm_after is None:
@@ -226,7 +227,7 @@ class HyperNetwork(nn.Module):
 
     def set_route(self, task_ids: Tensor | None) -> None:
         """As `PerTask.set_route`; places are those among the embeddings' tasks."""
-        self.task_ids = beside(self, task_ids)
+        self.task_ids = task_ids
 
     def forward(self) -> dict[str, list[Generated]]:
         """For each kind of block the adapters of all layers; in a batch that mixes tasks, those of all tasks.
@@ -263,7 +264,7 @@ class HyperNetwork(nn.Module):
             net = self._modules[f"{prefix}{side}_layernorm_hypernet"]
             norms[side] = list(zip(*(net[f"{kind}_generator"](p).unbind(layers) for kind in ("weight", "bias")), strict=True))
         none = [None] * p.shape[layers]
-        given = self.task_ids, self.task if self.task_ids is None else None
+        given = self.task_ids, -1 if self.task is None else self.task_embeddings.tasks.index(self.task)
         return [Generated(*row, *given) for row in zip(*parts, norms.get("pre", none), norms.get("post", none), strict=True)]  # type: ignore[call-arg]
 
     def hand_out(self) -> None:

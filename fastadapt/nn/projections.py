@@ -25,7 +25,11 @@ RULE_INITS = ("normal", "uniform")
 class Keeping(nn.Module):
     """A module that keeps what `once` made; copies and files do without, and ``train()`` and ``eval()`` forget it."""
 
-    _kept: tuple[Any, Any] | None = None
+    _kept: tuple[Any, Any] | None = None  # of older pickles, too
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -168,8 +172,9 @@ class PHMLinear(_Product):
 
 def state_of(given: Sequence[Tensor]) -> tuple[tuple[int, int], ...] | None:
     """What changes when one of these parameters does, but for writes through its ``.data``, which leave no trace; None where nothing tells."""
-    # A tensor of inference mode has no version; a fake one, a shard and one of a functorch transform have no address.
-    if any(type(p) not in (Tensor, nn.Parameter) or p.is_inference() for p in given):
+    # A tensor of inference mode has no version; a fake one, a shard and one of a functorch transform have no address; one that `functional_call` puts for a parameter may have
+    # the address of the one before.
+    if any(type(p) is not nn.Parameter or p.is_inference() for p in given):
         return None
     # The address too: `.to()` gives a parameter new storage under its old version.
     return tuple((p._version, p.data_ptr()) for p in given)

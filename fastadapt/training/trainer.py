@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.utils import CONFIG_NAME
 
 from fastadapt.patching import Handle, _reshard, _shards
+
+_BESIDE = "adapters"
+"""Where in a folder with a model the adapters are."""
 
 
 class AdapterCheckpoint(TrainerCallback):
@@ -18,8 +20,8 @@ class AdapterCheckpoint(TrainerCallback):
 
         transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCheckpoint(handle)])
 
-    Works with any subclass of ``Trainer``. A plain one also writes the whole model into its checkpoints and resumes from that; no callback can keep it from doing so. Beside a
-    model the files go into a folder ``adapters`` of their own: ``from_pretrained`` takes an ``adapter_config.json`` next to the weights for PEFT's.
+    Works with any subclass of ``Trainer``. A plain one also writes the whole model into its checkpoints and resumes from that; no callback can keep it from doing so. Its
+    adapters are in a folder ``adapters`` of their own: where PEFT is installed, ``from_pretrained`` takes an ``adapter_config.json`` next to the weights for PEFT's.
     `AdapterTrainer` writes the adapters alone and resumes from them. Where FSDP2 shards the parameters, every process gathers them and the first one writes.
 
     Args:
@@ -33,6 +35,7 @@ class AdapterCheckpoint(TrainerCallback):
         if not isinstance(handle, Handle):
             raise TypeError(f"handle: must be a fastadapt.Handle, not {type(handle).__name__}")
         self.handle = handle
+        self.alone = False  # `AdapterTrainer` writes no model
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the adapters into ``checkpoint-<step>``."""
@@ -43,10 +46,8 @@ class AdapterCheckpoint(TrainerCallback):
         self._write(args, str(args.output_dir))
 
     def _write(self, args: TrainingArguments, directory: str) -> None:
-        if os.path.exists(os.path.join(directory, CONFIG_NAME)):
-            directory = os.path.join(directory, "adapters")
         if args.should_save or _shards(self.handle.model):
-            self.handle.save(directory)
+            self.handle.save(directory if self.alone else os.path.join(directory, _BESIDE))
 
 
 class AdapterTrainer(Trainer):
@@ -73,8 +74,19 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._handle()
+        self._alone()
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and getattr(self._fsdp(), "fsdp_version", 1) != 2):
             raise ValueError("args: must not shard parameters with FSDP1 or DeepSpeed, which cannot gather the adapters; FSDP2 can (fsdp_config={'version': 2})")
+
+    def add_callback(self, callback: Any) -> None:
+        """As the stock method."""
+        super().add_callback(callback)
+        self._alone()
+
+    def _alone(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AdapterCheckpoint):
+                callback.alone = True
 
     def _handle(self) -> Handle:
         return Handle.of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
@@ -112,7 +124,11 @@ class AdapterTrainer(Trainer):
         torch.save(self.args, os.path.join(directory, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self._handle().load(resume_from_checkpoint)
+        self._load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._handle().load(str(self.state.best_model_checkpoint))
+        self._load(str(self.state.best_model_checkpoint))
+
+    def _load(self, checkpoint: str) -> None:
+        beside = os.path.join(checkpoint, _BESIDE)  # of a plain ``Trainer`` with an `AdapterCheckpoint`
+        self._handle().load(beside if os.path.isdir(beside) else checkpoint)

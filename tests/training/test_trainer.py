@@ -88,15 +88,20 @@ def test_a_plain_trainer_writes_both_and_resumes(tmp_path: Path) -> None:
     whole = patched()
     run = trainer(whole, tmp_path, Trainer, (AdapterCheckpoint(whole),))
     run.train()
-    assert files(tmp_path) == {"checkpoint-2", "checkpoint-4"} | ADAPTERS
+    assert files(tmp_path) == {"checkpoint-2", "checkpoint-4", "adapters"}
     assert files(tmp_path / "checkpoint-2") == {"adapters"} | WEIGHTS | RESUMABLE | ALWAYS and files(tmp_path / "checkpoint-2" / "adapters") == ADAPTERS
     assert torch.equal(logits(load(tiny("bart"), tmp_path / "checkpoint-4" / "adapters").model), logits(whole.model.eval()))
-    type(tiny("bart")).from_pretrained(tmp_path / "checkpoint-4")  # also where PEFT is installed, whose adapters have the same names
+    run.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-4"):
+        type(tiny("bart")).from_pretrained(folder)  # also where PEFT is installed, whose adapters' files have the same names
     late = patched(seed=5)
     resumed = trainer(late, tmp_path / "resumed", Trainer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses(resumed) == losses(run)
     assert_equal(state(late), state(whole))
+    adapters = patched(seed=5)
+    trainer(adapters, tmp_path / "other")._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    assert_equal(state(adapters), state(whole))
 
 
 @trains

@@ -235,7 +235,7 @@ def test_several_splits_beside_a_projection(spec: Lora) -> None:
 
 @pytest.mark.parametrize(("ids", "shared", "dtypes"), [("sample", "up", MIXED), pytest.param("row", "", FP32, marks=pytest.mark.full)])
 def test_a_mixed_batch_gives_row_for_row_what_batches_of_one_task_give(ids: str, shared: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit while a split has 256 rows whatever the batch, up to 49152 of them in slabs and rank chunks of one program (beyond, the size of the splits differs), and where the
+    """Bit for bit while a split has 256 rows whatever the batch, up to 49152 of them in slabs and rank chunks of one program; beyond, the size of the splits differs. And where the
     tiles of rows have one height: in fp32 at width 96 the routed ones, which spilled, have half the other's, and d b_down is added in another order."""
     product = np.matmul  # whose bits of a row in fp32 depend on where in the tile the row lies, as a tensor core's do not
     monkeypatch.setattr(np, "matmul", lambda a, b, **options: np.concatenate([product(a[i : i + 1], b, **options) for i in range(len(a))]))
