@@ -41,7 +41,7 @@ class _SameTask(torch.autograd.Function):
 
 def _same_ids(a: Tensor, b: Tensor) -> bool:
     """Read on the host only where the two lie in different memory."""
-    return a.device == b.device and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+    return (a.device, a.shape) == (b.device, b.shape) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 def _saves_through_hooks() -> bool:
@@ -49,15 +49,15 @@ def _saves_through_hooks() -> bool:
     return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def guarded(y: Tensor, task: int | Tensor) -> Tensor:
-    """y of a task's place, or of each sample's; where backward may run its layer again, refused there for another task.
+def guarded(y: Any, task: int | Tensor) -> Any:
+    """y, a tensor, of a task's place, or of each sample's; where backward may run its layer again, refused there for another task.
 
     Raises:
         RuntimeError: (in backward) another task is selected than in forward.
     """
-    if torch.compiler.is_compiling() or not _saves_through_hooks() or functional.transformed():
+    if torch.compiler.is_compiling() or not _saves_through_hooks() or functional.transformed() or not isinstance(y, Tensor):
         return y
-    return _SameTask.apply(y, task if isinstance(task, Tensor) else torch.tensor(task))  # type: ignore[no-any-return, no-untyped-call]
+    return _SameTask.apply(y, task if isinstance(task, Tensor) else torch.tensor(task))  # type: ignore[no-untyped-call]
 
 
 class PerTask(nn.Module):
