@@ -255,6 +255,8 @@ def _options(where: Path, saved: dict[str, Any], file: Path, tensors: dict[str, 
     biases = [t for key, t in tensors.items() if key.endswith(("adapter_down.0.bias", "adapter_down.0.b"))]
     if not biases:
         raise AdapterFileError(f"{file}: holds no bottleneck adapter")
+    if unsaid := [key for key in ("mh_adapter", "output_adapter") if not isinstance(config.get(key), bool)]:
+        raise AdapterFileError(f"{where}: {unsaid[0]} must be true or false, not {config.get(unsaid[0])!r}")
     places = {"self_attention": config["mh_adapter"], "cross_attention": config.get("cross_adapter", False), "feed_forward": config["output_adapter"]}
     options: dict[str, Any] = {
         "rank": biases[0].numel(),
@@ -283,8 +285,8 @@ def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: st
 
     Raises:
         TypeError: ``handle`` is no `fastadapt.Handle`.
-        ValueError: the model is another, the adapters are others or have layer norms or an activation that AdapterHub has not, the patch trains tensors of the base, ``task`` is
-            missing or unknown, or a T5's Compacter adapters share tensors.
+        ValueError: the model is another, the adapters are others, in some layers only, or have layer norms or an activation that AdapterHub has not, the patch trains
+            tensors of the base, ``task`` is missing or unknown, or a T5's Compacter adapters share tensors.
         OSError: the directory cannot be written.
     """
     check_handle(handle)
@@ -304,6 +306,12 @@ def to_adapterhub(handle: Handle, directory: str | os.PathLike[str], *, name: st
         raise ValueError(f"handle: {_LOST}; patch with shared_rule=False and shared_weight=False")
     width, rank = first.up_sampler.weight.shape  # type: ignore[union-attr, misc]
     roles = {site.id.rpartition(".")[2] for site in handle._sites}
+    own = {site.id for site in handle._sites}
+    of: Any = handle.model.config
+    layers = (of.encoder_layers, of.decoder_layers) if kind == "bart" else (of.num_layers, of.num_decoder_layers)
+    stacks = zip(("encoder", "decoder"), layers, (roles - {"cross_attention"}, roles), strict=True)
+    if absent := [place for stack, count, wanted in stacks for i in range(count) for role in sorted(wanted) if (place := f"{stack}.{i}.{role}") not in own]:
+        raise ValueError(f"handle: AdapterHub's file has adapters at every layer of encoder and decoder; this patch has none at {_some(absent)}")
     # Its rank is the whole part of width / factor, in floating point.
     factor = width // rank if width % rank == 0 else width / rank * (1 - 1e-9)
     config = {

@@ -192,6 +192,9 @@ _NONE: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,), "velora_config": (None,), "monteclora_config": (None,), "kasa_config": (None,), "use_qalora": (False, None),
 }  # fmt: skip
 
+# Starting values that leave the base as it was.
+_STARTS = (True, False, None, "gaussian", "orthogonal")
+
 
 def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default", dtype: torch.dtype | None = None) -> Handle:
     """Patches ``model`` with LoRA as a directory of PEFT's ``save_pretrained`` says, and loads its tensors; `Handle.save` then writes fastadapt's file.
@@ -202,8 +205,8 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str 
         name, dtype: as in `fastadapt.patch`.
 
     Raises:
-        fastadapt.patching.AdapterFileError: the files are missing, of another method, use what `fastadapt.nn.LoRA` has not (DoRA, ranks by pattern, modules to save, ...), or do
-            not fit the model, which stays as it was.
+        fastadapt.patching.AdapterFileError: the files are missing, of another method, use what `fastadapt.nn.LoRA` has not (DoRA, ranks by pattern, modules to save, ...), began
+            with values that change the base (PiSSA, OLoRA, ...), or do not fit the model, which stays as it was.
         ValueError, TypeError: see `fastadapt.patch`.
     """
     from safetensors.torch import load_file
@@ -220,6 +223,13 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str 
         raise AdapterFileError(f"{folder / _CONFIG}: {used[0]} is {config[used[0]]!r}, which fastadapt's LoRA does not have")
     if (bias := config.get("bias", "none")) not in ("none", "all"):
         raise AdapterFileError(f"{folder / _CONFIG}: bias is {bias!r}; fastadapt trains all biases or none")
+    if (init := config.get("init_lora_weights", True)) not in _STARTS:
+        raise AdapterFileError(
+            f"{folder / _CONFIG}: init_lora_weights is {init!r}, which may have changed the base's weights, and they are not in the file; "
+            "PEFT writes it as plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    if wrong := [key for key in ("r", "lora_alpha") if type(config.get(key)) not in (int, float)]:
+        raise AdapterFileError(f"{folder / _CONFIG}: {wrong[0]} must be a number, not {config.get(wrong[0])!r}")
     rank = config["r"]
     alpha = config["lora_alpha"] * (rank**0.5 if config.get("use_rslora") else 1.0)  # there the update is scaled by alpha / sqrt(r)
     paths = sorted({key.removeprefix(_PREFIX).rpartition(".lora_A.")[0] for key in tensors if ".lora_A." in key})

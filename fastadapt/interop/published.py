@@ -170,6 +170,12 @@ def load_published(handle: Handle, tensors: Mapping[str, Tensor], *, layout: str
                 (missing if needed else frozen_missing).append(piece.keys[0])
                 continue
             frozen_found |= not needed
+            for k in present:
+                t: Any = tensors[k]
+                if not isinstance(t, Tensor) or t.is_meta or t.layout != torch.strided or t.is_complex():
+                    raise PublishedFileError(
+                        f"{k}: must be a dense tensor of real numbers, not {f'one of {t.dtype}, {t.layout} on {t.device}' if isinstance(t, Tensor) else repr(t)}"
+                    )
             first = tensors[present[0]]
             if different := [k for k in present[1:] if tensors[k].shape != first.shape or not torch.equal(tensors[k], first)]:
                 raise PublishedFileError(f"{present[0]} and {different[0]} are one tensor in the original, but differ here")

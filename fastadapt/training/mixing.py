@@ -78,7 +78,8 @@ class MultiTaskLoader:
         if self.sampling == "balanced":
             return dict.fromkeys(lengths, 1 / len(lengths))
         cap, exponent = self.cap or math.inf, 1 / (self.temperature or 1)
-        weights = {task: min(n, cap) ** exponent if n else 0.0 for task, n in lengths.items()}
+        largest = min(max(lengths.values()), cap)  # by which all are divided: a small temperature's powers would overflow
+        weights = {task: (min(n, cap) / largest) ** exponent if n else 0.0 for task, n in lengths.items()}
         return {task: weight / (sum(weights.values()) or 1) for task, weight in weights.items()}
 
     def order(self, epoch: int) -> list[str]:

@@ -70,6 +70,9 @@ def test_a_tasks_lora_to_peft(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora is True, which fastadapt's LoRA does not have"),
         ({"rank_pattern": {"q": 3}}, "rank_pattern is"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        *(({"init_lora_weights": init}, f"init_lora_weights is '{init}', which may have changed the base's weights") for init in ("pissa", "pissa_niter_2", "olora", "loftq")),
+        ({"r": None}, "r must be a number, not None"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a number, not '8'"),
         ({"bias": "lora_only"}, "bias is 'lora_only'; fastadapt trains all biases or none"),
         ({"r": 5}, r"lora_A.weight is \(4, 32\); the model has \(5, 32\)"),
         ({"bias": "all"}, "tensors are in the file or in the model only"),
@@ -184,6 +187,14 @@ def test_adapterhubs_kinds_and_back(kind: str, family: str, tmp_path: Path) -> N
     assert (tmp_path / "again/adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
 
 
+@pytest.mark.parametrize("options", [{"layers": [1]}, {"decoder": False}, {"sites": {"encoder.feed_forward": r".*encoder\.layers\.0\.fc2"}}], ids=["layers", "encoder", "one"])
+def test_adapters_of_some_layers_are_in_no_file_of_adapterhub(options: dict[str, Any], tmp_path: Path) -> None:
+    handle = fastadapt.patch(tiny.tiny("bart"), "vl_adapter", rank=4, layer_norms="none", visual_embedding=False, **options)
+    with pytest.raises(ValueError, match=r"adapters at every layer of encoder and decoder; this patch has none at (en|de)coder\."):
+        to_adapterhub(handle, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_adapters_of_a_t5_share_is_in_no_file_of_adapterhub(tmp_path: Path) -> None:
     _, options = hub_kind("compacter", "t5")
     handle = fastadapt.patch(tiny.tiny("t5"), "compacter", **options, shared_rule=True)
@@ -224,6 +235,7 @@ def test_a_tasks_bottlenecks_to_adapterhub(tmp_path: Path) -> None:
         ({"phm_layer": True, "phm_dim": 1}, "tensors are in the file or in the model only"),
         ({"non_linearity": "tanh"}, "non_linearity 'tanh' has no place in fastadapt"),
         ({"cross_adapter": False}, "tensors are in the file or in the model only"),
+        ({"output_adapter": None}, "output_adapter must be true or false, not None"),
     ],
 )
 def test_adapterhub_files_that_do_not_fit(change: dict[str, Any], message: str, tmp_path: Path) -> None:

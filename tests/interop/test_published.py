@@ -162,6 +162,10 @@ BAD: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
     (lambda d: [d.pop(ADAPTER.format(t)) for t in ("vqa", "gqa")], r"1 tensors of the patched model are not there: model.encoder.layers.0.attn_adapter"),
     (lambda d: d[ADAPTER.format("gqa")].add_(1.0), "are one tensor in the original, but differ here"),
     (lambda d: d.update({ADAPTER.format(t): torch.zeros(3, 32) for t in ("vqa", "gqa")}), r"is \(3, 32\); the patched model has \(8, 32\)"),
+    *(
+        (lambda d, change=change: d.update({list(d)[-1]: change(d[list(d)[-1]])}), "must be a dense tensor of real numbers, not ")
+        for change in (lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: t.to(torch.complex64), lambda t: t.numpy(), lambda t: 5)
+    ),
     (lambda d: d.update(stray=torch.zeros(1)), "1 tensors have no place in the patched model: stray"),
     (lambda d: d.pop("model.decoder.layers.0.fc1.weight"), "1 tensors of the base are not there, though others are: model.decoder.layers.0.fc1.weight"),
 ]

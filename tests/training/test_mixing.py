@@ -72,6 +72,7 @@ SIZES = {"vqa": range(60), "gqa": range(30), "nlvr": range(10), "empty": range(0
         ({"sampling": "temperature", "temperature": 2.0, "cap": 20}, [20**0.5, 20**0.5, 10**0.5, 0]),
         ({"sampling": "temperature", "temperature": 1.0}, [60, 30, 10, 0]),
         ({"sampling": "temperature", "temperature": math.inf}, [1, 1, 1, 0]),
+        ({"sampling": "temperature", "temperature": 1e-3}, [1, 0, 0, 0]),
         ({"sampling": "roundrobin"}, [60, 30, 10, 0]),
         ({"sampling": "balanced"}, [1, 1, 1, 1]),
     ],
