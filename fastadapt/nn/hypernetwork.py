@@ -52,8 +52,7 @@ class Generated(NamedTuple):
     norm_before: tuple[Tensor, Tensor] | None = None
     norm_after: tuple[Tensor, Tensor] | None = None
     task_ids: Tensor | None = None
-    task: int = -1
-    """The place of the task that they are of."""
+    task: str | None = None
 
 
 class GeneratedBottleneck(nn.Module):
@@ -91,7 +90,8 @@ class GeneratedBottleneck(nn.Module):
             raise RuntimeError("the hypernetwork has not generated weights for this adapter: call the model's encoder or decoder, not its layers")
         if w.w_down.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError("generated weights cannot be trained under reentrant gradient checkpointing: use `model.gradient_checkpointing_enable({'use_reentrant': False})`")
-        return guarded(self._adapted(h, w), w.task if w.task_ids is None else w.task_ids)
+        y, of = self._adapted(h, w), w.task if w.task_ids is None else w.task_ids
+        return y if of is None else guarded(y, of)
 
     def _adapted(self, h: Tensor, w: Generated) -> Tensor:
         if w.task_ids is None:
@@ -264,8 +264,8 @@ class HyperNetwork(nn.Module):
             net = self._modules[f"{prefix}{side}_layernorm_hypernet"]
             norms[side] = list(zip(*(net[f"{kind}_generator"](p).unbind(layers) for kind in ("weight", "bias")), strict=True))
         none = [None] * p.shape[layers]
-        given = self.task_ids, -1 if self.task is None else self.task_embeddings.tasks.index(self.task)
-        return [Generated(*row, *given) for row in zip(*parts, norms.get("pre", none), norms.get("post", none), strict=True)]  # type: ignore[call-arg]
+        ids, task = ([given] * len(none) for given in (self.task_ids, self.task if self.task_ids is None else None))
+        return [Generated(*row) for row in zip(*parts, norms.get("pre", none), norms.get("post", none), ids, task, strict=True)]
 
     def hand_out(self) -> None:
         """Generates the weights of all layers and gives them to the adapters in ``sites``; without gradients, as in ``generate``, only if something changed since the last time

@@ -49,15 +49,15 @@ def _saves_through_hooks() -> bool:
     return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def guarded(y: Any, task: int | Tensor) -> Any:
-    """y, a tensor, of a task's place, or of each sample's; where backward may run its layer again, refused there for another task.
+def guarded(y: Any, task: str | Tensor) -> Any:
+    """y, a tensor, of a task, or of each sample's; where backward may run its layer again, refused there for another task.
 
     Raises:
         RuntimeError: (in backward) another task is selected than in forward.
     """
     if torch.compiler.is_compiling() or not _saves_through_hooks() or functional.transformed() or not isinstance(y, Tensor):
         return y
-    return _SameTask.apply(y, task if isinstance(task, Tensor) else torch.tensor(task))  # type: ignore[no-untyped-call]
+    return _SameTask.apply(y, task if isinstance(task, Tensor) else torch.tensor(list(task.encode())))  # type: ignore[no-untyped-call]  # torch's own apply is untyped
 
 
 class PerTask(nn.Module):
@@ -129,8 +129,7 @@ class PerTask(nn.Module):
             return guarded(self._routed(self.task_ids, *inputs), self.task_ids)
         if self.task is None:
             raise RuntimeError(f"no task is selected: use `handle.set_task(...)` or `with handle.task(...)`; tasks: {', '.join(self.adapters)}")
-        y = self.adapters[self.task](*inputs)
-        return guarded(y, list(self.adapters).index(self.task)) if _saves_through_hooks() else y
+        return guarded(self.adapters[self.task](*inputs), self.task)
 
     def _check_rerun(self) -> None:
         now = self.task if self.task_ids is None else self.task_ids

@@ -83,6 +83,28 @@ def test_fake_tensors_have_no_address_to_keep_a_weight_by() -> None:
         assert projection.weight.shape == (8, 12) and projection._kept is None
 
 
+def test_no_weight_is_kept_of_what_functional_call_puts() -> None:
+    """Each state has the address of the one before, which is gone."""
+    projection, x = LowRankLinear(768, 768, 1), torch.randn(2, 768)
+    with torch.no_grad():
+        for _ in range(20):
+            state = {name: torch.randn_like(p) for name, p in projection.named_parameters()}
+            want = x @ (state["W_left"] @ state["W_right"]) + state["b"]
+            torch.testing.assert_close(torch.func.functional_call(projection, state, x), want, rtol=1e-4, atol=1e-3)
+            del state
+
+
+@torch.no_grad()
+def test_a_write_through_data_is_seen_after_train_or_eval() -> None:
+    for projection in (PHMLinear(12, 8, 4), LowRankLinear(12, 8, 2)):
+        for change in (projection.eval, projection.train):
+            kept = projection.weight.clone()
+            for p in projection.parameters():
+                p.data.mul_(2)
+            change()
+            torch.testing.assert_close(projection.weight, 4 * kept)
+
+
 def test_weights_are_made_in_their_own_dtype_under_autocast() -> None:
     for projection in (PHMLinear(12, 8, 4), PHMLinear(12, 8, 4, rank=2), LowRankLinear(12, 8, 2)):
         expected = projection.weight
