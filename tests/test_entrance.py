@@ -177,6 +177,16 @@ def test_function_transforms_run_on_the_reference(spec: Spec, transform: str) ->
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@EVERY
+def test_dual_numbers_where_a_kernel_would_run(spec: Spec) -> None:
+    """Of which an op would drop the tangents without a word."""
+    tensors, dy = spec.draw(0), spec.cotangent(0)
+    got, expected = (_transforms(spec, ops, tensors, dy) for ops in (functional, eager))
+    tangent, want = got["dual numbers"](), expected["jvp"]()
+    assert tangent is not None and tensors[WEIGHT[spec.op]].dtype == torch.float32
+    torch.testing.assert_close(tangent, want, rtol=1e-3, atol=1e-3)
+
+
 @one_backend
 @ALL
 def test_opcheck(spec: Spec, name: str, device: str) -> None:

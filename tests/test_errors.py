@@ -356,3 +356,8 @@ def test_errors_hold_under_compile_and_transforms() -> None:
         torch.func.grad(lambda w: functional.bottleneck(**{**wrong, "w_down": w}).sum())(wrong["w_down"])
     with pytest.raises(Exception, match=re.escape("w_up: shape")):
         torch.compile(lambda: functional.bottleneck(**wrong), fullgraph=True, backend="eager")()
+
+
+def test_a_parameter_that_was_offloaded() -> None:
+    with pytest.raises(ValueError, match=r"w_down: is on meta, but the input is on cpu; it has no values there: adapters must stay on the device"):
+        functional.bottleneck(torch.randn(2, 8), torch.randn(3, 8, device="meta"), torch.randn(8, 3))

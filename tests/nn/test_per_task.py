@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt.nn import Bottleneck, LoRA, MergedLoRA, PerTask, ValueParallelAdapter
-from fastadapt.nn.per_task import check_ids
+from fastadapt.nn.per_task import _same_ids, check_ids
 from fastadapt.ops import philox
 from fastadapt.ops.lora.function import draw_seed
 from tests.ops.checks import runs_on
@@ -170,11 +170,16 @@ def test_one_backward_through_checkpointed_forwards_of_two_tasks() -> None:
         module.train(not eval_mode)
         a, b = forward("vqa"), forward("gqa")
         for chosen, loss in (("vqa", a), ("gqa", b), ("vqa", a)):
-            forward(chosen)
+            module.set_task(chosen)
             loss.backward(retain_graph=True)
     with torch.autograd.graph.save_on_cpu():
         loss = (module(x) + forward(IDS)).sum()
     loss.backward()
+
+
+def test_same_ids() -> None:
+    assert _same_ids(IDS, IDS.detach()) and _same_ids(IDS, IDS.clone())
+    assert not _same_ids(IDS, IDS[:2]) and not _same_ids(IDS, IDS.flip(0)) and not _same_ids(IDS, IDS.to("meta"))
 
 
 def test_ids_go_to_the_device_of_the_input() -> None:

@@ -100,7 +100,10 @@ def test_a_plain_trainer_writes_both_and_resumes(tmp_path: Path) -> None:
     assert losses(resumed) == losses(run)
     assert_equal(state(late), state(whole))
     adapters = patched(seed=5)
-    trainer(adapters, tmp_path / "other")._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    other = trainer(adapters, tmp_path / "other")
+    other._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    other.add_callback(late_one := AdapterCheckpoint(adapters))
+    assert late_one.alone
     assert_equal(state(adapters), state(whole))
 
 
