@@ -28,7 +28,7 @@ struct Operand {
   int64_t stride, columns, ld;
   G* copy;
   bool changed;
-  bool in_place(int64_t m, int64_t height) const { return is_operand<A, G>(m, height, columns) && !changed; }
+  bool in_place(int64_t m, int64_t height) const { return is_operand<A, G>(m, height, columns, stride) && !changed; }
   bool needs_load(int64_t rows) const {
     const int64_t m = (rows - 1) % kTileRows + 1;  // the last tile's
     return !in_place(m, tile_height(m));

@@ -38,10 +38,11 @@ inline float* scratch(int64_t floats) {
   };
   static thread_local Block block;
   if (block.size < floats) {
+    const int64_t size = round_up(floats, 1024);
+    void* const data = std::aligned_alloc(64, size * sizeof(float));
+    if (!data) throw std::bad_alloc();
     std::free(block.data);
-    block.size = round_up(floats, 1024);
-    block.data = static_cast<float*>(std::aligned_alloc(64, block.size * sizeof(float)));
-    if (!block.data) throw std::bad_alloc();
+    block.data = static_cast<float*>(data), block.size = size;
   }
   return block.data;
 }
@@ -232,23 +233,23 @@ inline Vec activate(Vec z, Activation f) {
 struct Activated {
   Vec value, slope;
 };
-// phi(z) and its derivative, with one exponential for both.
+// phi(z) and its derivative, with one exponential for both. The derivative is that at z cut off at 100, where it is 0 or 1: a logistic, which ends at exp(-80), times z^3 does not.
 template <class A>
 inline Activated activate_both(Vec z, Activation f) {
-  const Vec one(1.f);
+  const Vec one(1.f), cut = at::vec::clamp(z, Vec(-100.f), Vec(100.f));
   switch (f) {
     case kRelu: return {at::vec::maximum(z, Vec(0.f)), Vec::blendv(Vec(0.f), one, z > Vec(0.f))};
     case kGelu: {
       const Vec cdf = Vec(0.5f) * (one + (z * Vec(0.70710678118654752f)).erf());
-      return {z * cdf, cdf + z * Vec(0.3989422804014327f) * exponential<A>(z * z * Vec(-0.5f))};
+      return {z * cdf, cdf + cut * Vec(0.3989422804014327f) * exponential<A>(cut * cut * Vec(-0.5f))};
     }
     case kGeluNew: {
       const Logistic<A> g(of_gelu_new(z));
-      return {z * g.s, g.s + z * g.s * g.rest * Vec(1.5957691216057308f) * (one + Vec(0.134145f) * z * z)};
+      return {z * g.s, g.s + cut * g.s * g.rest * Vec(1.5957691216057308f) * (one + Vec(0.134145f) * cut * cut)};
     }
     case kSilu: {
       const Logistic<A> g(z);
-      return {z * g.s, g.s * (one + z * g.rest)};
+      return {z * g.s, g.s * (one + cut * g.rest)};
     }
     default: return {z, one};
   }
@@ -438,18 +439,20 @@ struct RowIndex {
   bool consecutive(int64_t i, int64_t m) const { return !order || order[i + m - 1] - order[i] == m - 1; }  // a task's rows are in ascending order
 };
 
-// Whether m rows of a tile are an operand where they lie.
+// Whether m rows of a tile are an operand where they lie. Each stride is a JIT compilation of brgemm per thread, and a tile's bytes are an int there: rows far apart, such as the first
+// tokens of sequences, whose stride is their length, are copied.
+constexpr int64_t kMaxStride = 1 << 14;
 template <class A, class G>
-constexpr bool is_operand(int64_t m, int64_t height, int64_t width) {
+constexpr bool is_operand(int64_t m, int64_t height, int64_t width, int64_t stride) {
   constexpr int64_t whole = kPair<G> > 1 ? kPanel : Vec::size();  // what is read of a row at a time: bf16 by panels
-  return std::is_same_v<A, G> && m == height && width % whole == 0;
+  return std::is_same_v<A, G> && m == height && width % whole == 0 && stride <= kMaxStride;
 }
 
 template <class A, class G>
 inline Rows<G> load_rows(const void* base, int64_t stride, RowIndex at, int64_t row, int64_t m, int64_t height, int64_t width, G* buffer, int64_t padded_width) {
   const A* src = static_cast<const A*>(base);
   if constexpr (std::is_same_v<A, G>)
-    if (is_operand<A, G>(m, height, width) && at.consecutive(row, m)) return {src + at(row) * stride, stride};
+    if (is_operand<A, G>(m, height, width, stride) && at.consecutive(row, m)) return {src + at(row) * stride, stride};
   for (int64_t i = 0; i < m; ++i) {
     const A* from = src + at(row + i) * stride;
     G* to = buffer + i * padded_width;

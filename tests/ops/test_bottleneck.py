@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,7 @@ from tests import golden
 from tests.golden import Case, load_case
 from tests.ops import checks
 from tests.ops.checks import CPU, REFERENCE, TRITON, every_backend, every_kernel, every_pair, runs_on
-from tests.ops.specs import ACTIVATIONS, DTYPES, FP32, MIXED, Bottleneck, random_specs, specs
+from tests.ops.specs import ACTIVATIONS, BF16, DTYPES, FP32, MIXED, Bottleneck, random_specs, specs
 from tests.tolerance import assert_close_to_f64
 
 RANDOM = random_specs(Bottleneck, 200)
@@ -195,6 +197,57 @@ def test_rows_beyond_2_31_elements(name: str, device: str) -> None:
         rows = torch.empty(2 * 2**30 + 8 + spec.width, dtype=spec.dtype, device=device).as_strided((3, spec.width), (2**30 + 4, 1))
         apart.append(rows.copy_(t))
     checks.assert_same_bits(expected, checks.fused(spec, name, {**tensors, "x": apart[0]}, apart[1]))
+
+
+@every_kernel
+@specs([over(d, lead=(t,), width=64, rank=8) for d in (FP32, BF16) for t in (64, 128)])
+def test_whole_tiles_of_rows_far_apart(spec: Bottleneck, name: str, device: str) -> None:
+    """The first tokens of long sequences: a tile of 64 rows spans more than 2^31 bytes. The memory between them is reserved, not touched."""
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    torch.use_deterministic_algorithms(False)  # or the whole buffer would be filled with NaN
+    apart = [torch.empty(*spec.lead, 2**26 // spec.dtype.itemsize, dtype=spec.dtype, device=device)[:, : spec.width].copy_(t) for t in (tensors["x"], dy)]
+    checks.assert_same_bits(checks.fused(spec, name, tensors, dy), checks.fused(spec, name, {**tensors, "x": apart[0]}, apart[1]))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "device"), [CPU])  # of the kernels on GPUs the derivatives are right below 1e10
+def test_derivatives_far_from_zero(name: str, device: str, dtype: torch.dtype, activation: str) -> None:
+    x = torch.tensor([-3e38, -1e20, -1e12, -1e9, -100.0, 100.0, 1e9, 1e12, 1e20, 3e38], dtype=dtype, device=device)[:, None].requires_grad_()
+    one = torch.ones(1, 1, dtype=dtype, device=device)
+    with checks.runs_on("bottleneck", name):
+        functional.bottleneck(x, one, one, activation=activation, residual=None).sum().backward()
+    torch.testing.assert_close(x.grad, (x > 0).to(dtype), rtol=0, atol=1e-29)
+
+
+@pytest.mark.parametrize(("name", "device"), [CPU])
+def test_runs_after_memory_ran_out(name: str, device: str) -> None:
+    """A kernel that got no working memory raises, and the next call works."""
+    script = """
+import resource, torch
+from fastadapt import backend, functional
+x, down, up = torch.randn(65, 2**18), torch.randn(8, 2**18), torch.randn(2**18, 8)
+def limit_to(more):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more if more else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+torch.set_num_threads(1)
+with backend.use("cpu"):
+    few = x[:, :64], down[:, :64], up[:64]
+    y = functional.bottleneck(*few)
+    errors = []
+    for mib in range(16, 320, 16):
+        limit_to(mib * 2**20)
+        try:
+            functional.bottleneck(x, down, up)
+        except (MemoryError, RuntimeError) as error:
+            errors.append(type(error).__name__)
+    limit_to(None)
+    assert torch.equal(y, functional.bottleneck(*few))
+print(*errors)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert {"MemoryError", "RuntimeError"} == set(ran.stdout.split())
 
 
 def test_per_head_projections_are_one_stacked_weight() -> None:
