@@ -188,6 +188,18 @@ def _positive(text: str) -> int:
     return number
 
 
+def _seed(text: str) -> int:
+    if not 0 <= (seed := _whole(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2^32 - 1, not {seed}")
+    return seed
+
+
+def _threads(text: str) -> int:
+    if (threads := _positive(text)) > 1024:
+        raise argparse.ArgumentTypeError(f"must be at most 1024, not {threads}")
+    return threads
+
+
 def _seconds(text: str) -> float:
     try:
         if 0 < (seconds := float(text)) < math.inf:
@@ -203,9 +215,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="tune a small vision-and-language model on four tasks with three methods", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for demo.json, demo.png and the saved adapter")
-    demo.add_argument("--seed", type=_whole, default=0, help="of data, order and starting values")
+    demo.add_argument("--seed", type=_seed, default=0, help="of data, order and starting values")
     demo.add_argument("--steps", type=_steps, default=400, help="training steps of each method, a multiple of 4")
-    demo.add_argument("--threads", type=_positive, default=1, help="one is fastest for so small a model as soon as anything else runs")
+    demo.add_argument("--threads", type=_threads, default=1, help="one is fastest for so small a model as soon as anything else runs")
     demo.set_defaults(run=_demo)
     explain = commands.add_parser("explain", help="say which backend a call would run on, why, and on a CUDA device in what time")
     explain.add_argument("op", type=_op, help="bottleneck, dropout_add_norm, gated_bottleneck, lora, phm_bottleneck or routed_bottleneck")

@@ -7,7 +7,7 @@ autocast, activations are cast to the autocast dtype and parameters stay as they
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -481,7 +481,7 @@ def multimodal_bottleneck(
             b_up = b_cross if b_up is None else b_up + b_cross
     scale = scale if isinstance(scale, Tensor) else _scale("scale", scale)[0]
     if norm_cross is not None:
-        _tensor("x", x)
+        _activations(False, x=x)
         _tensor("w_down", w_down)
         _parameters(
             x,
@@ -915,10 +915,13 @@ def _rank(w_down: Tensor, width: int, **w_up: Tensor) -> int:
     return w_down.shape[0]
 
 
+_LARGEST = sys.float_info.max
+
+
 def _scale(name: str, value: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
         return 1.0, value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: must be a finite number or a tensor of one element, not {value!r}")
     return float(value), None
 
@@ -927,7 +930,7 @@ def _number(name: str, value: float) -> float:
     """As `_scale`, of what no tensor may be."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a Python number, not a tensor")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: must be a finite number, not {value!r}")
     return float(value)
 

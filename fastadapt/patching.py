@@ -336,7 +336,8 @@ class Handle:
         the block stay right. Do not move, save or unpatch the model inside it.
 
         Raises:
-            RuntimeError: base values are unknown (patched on the meta device; see `remember_base`), or the layers were changed by somebody else.
+            RuntimeError: base values are unknown (patched on the meta device; see `remember_base`) or of other shapes than the tensors have now, or the layers were changed by
+                somebody else.
         """
         self._check_active()
         if self._disabled == 0:
@@ -386,7 +387,8 @@ class Handle:
             self._enable()
 
     def remember_base(self) -> None:
-        """Takes the present values of the trained base tensors as the base's: for a model that was patched on the meta device and has got its weights since."""
+        """Takes the present values of the trained base tensors as the base's: for a model that was patched on the meta device and has got its weights since, or
+        whose trained tensors have got other shapes (more words, for instance)."""
         self._check_active()
         self._check_enabled("remember_base")
         for trained in self._trained:
@@ -408,11 +410,6 @@ class Handle:
         self._check_untouched()
         if restore_base:
             self._check_base_known()
-            shapes = ((t.id, tuple(t.base.shape), tuple(t.parameter.shape)) for t in self._trained if t.base is not None)
-            if reshaped := [f"{key} {before} -> {now}" for key, before, now in shapes if before != now]:
-                raise RuntimeError(
-                    f"restore_base: {len(reshaped)} tensors have another shape than before the patch ({_some(reshaped)}); give it back, or unpatch without restore_base"
-                )
             with torch.no_grad():
                 for trained in self._trained:
                     if trained.base is not None:
@@ -619,6 +616,12 @@ class Handle:
     def _check_base_known(self) -> None:
         if unknown := [t.id for t in self._trained if t.base is not None and t.base.is_meta and not t.parameter.is_meta]:
             raise RuntimeError(f"the model was patched on the meta device, so the base values of {_some(unknown)} are unknown; call remember_base() once the base's weights are in")
+        shapes = ((t.id, tuple(t.base.shape), tuple(t.parameter.shape)) for t in self._trained if t.base is not None)
+        if reshaped := [f"{key} {before} -> {now}" for key, before, now in shapes if before != now]:
+            raise RuntimeError(
+                f"{len(reshaped)} tensors have another shape than before the patch ({_some(reshaped)}), so the base's values do not fit; give it back, or call remember_base(), "
+                "which takes the present values as the base's"
+            )
 
 
 def patch(

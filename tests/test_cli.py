@@ -121,6 +121,8 @@ def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], args: tuple[s
     ("args", "why"),
     [
         (("demo", "--steps", "x"), "argument --steps: must be a whole number, not 'x'"),
+        (("demo", "--seed", "-1"), "argument --seed: must be from 0 to 2^32 - 1, not -1"),
+        (("demo", "--threads", "2000"), "argument --threads: must be at most 1024, not 2000"),
         (("demo", "--seed", "1.5"), "argument --seed: must be a whole number, not '1.5'"),
         (("bench", "--width", "0"), "argument --width: must be at least 1, not 0"),
         (("bench", "--seconds", "nan"), "argument --seconds: must be a positive number, not 'nan'"),

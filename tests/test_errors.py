@@ -94,6 +94,7 @@ BOTTLENECK = {
     "activation is None": ({"activation": None}, ValueError, "activation", "None", "identity"),
     "NaN scale": ({"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
     "infinite scale": ({"scale": float("-inf")}, ValueError, "scale", "-inf", "finite"),
+    "scale beyond float": ({"scale": 10**400}, ValueError, "scale", "finite"),
     "boolean scale": ({"scale": True}, ValueError, "scale", "True", "number"),
     "scale is a string": ({"scale": "0.3"}, ValueError, "scale", "'0.3'", "number"),
     "scale of two elements": ({"scale": torch.ones(2)}, ValueError, "scale", "(2,)", "one element"),
@@ -144,6 +145,7 @@ GATED = {
     "L = 0 of small": ("small", {"h": torch.randn(3, 0, D), "x": torch.randn(3, 0, D)}, ValueError, "h", f"(3, 0, {D})", "L >= 1"),
     "NaN scale": ("large", {"scale": float("nan")}, ValueError, "scale", "nan", "finite"),
     "NaN adapter_scale": ("large", {"adapter_scale": float("nan")}, ValueError, "adapter_scale", "nan", "finite"),
+    "adapter_scale beyond float": ("large", {"adapter_scale": -(10**400)}, ValueError, "adapter_scale", "finite"),
     "infinite input_scale": ("large", {"input_scale": float("inf")}, ValueError, "input_scale", "inf", "finite"),
     "tensor scale": ("large", {"scale": torch.ones(1)}, TypeError, "scale", "tensor", "number"),
     "heads do not divide the rank": ("large", {"heads": 3}, ValueError, "heads", "3", f"rank {R}"),
@@ -296,6 +298,9 @@ def test_multimodal_without_x() -> None:
     norm = (torch.ones(D), torch.zeros(D), 1e-5)
     for changes in ({"x": None}, {"x": None, "norm_cross": norm}):
         _refused(functional.multimodal_bottleneck, {**_multimodal(), **changes}, TypeError, "x: must be a tensor, not NoneType")
+    _refused(
+        functional.multimodal_bottleneck, {**_multimodal(), "x": torch.ones(()), "norm_cross": norm}, ValueError, "x: must be (..., D) with at least two dimensions", "shape ()"
+    )
     _refused(functional.multimodal_bottleneck, {**_multimodal(), "w_down": None, "norm_cross": norm}, TypeError, "w_down: must be a tensor, not NoneType")
 
 

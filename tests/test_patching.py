@@ -302,8 +302,9 @@ def test_tensors_that_changed_shape_are_not_restored() -> None:
     norm = model.model.decoder.layernorm_embedding
     norm.weight = nn.Parameter(torch.ones(40))
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"restore_base: 1 tensors have another shape than before the patch \(decoder.layernorm_embedding.weight \(32,\) -> \(40,\)\)"):
-        handle.unpatch(restore_base=True)
+    for call in (lambda: handle.unpatch(restore_base=True), lambda: handle.disabled().__enter__()):
+        with pytest.raises(RuntimeError, match=r"1 tensors have another shape than before the patch \(decoder.layernorm_embedding.weight \(32,\) -> \(40,\)\)"):
+            call()
     assert Handle.of(model) is handle and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     handle.unpatch()
 

@@ -74,7 +74,7 @@ def build_host(host: str, tensors: Mapping[str, Tensor] | None = None, known: Ma
 
     tensors = tensors or {}
     sizes = dict(_BART if host in ("vlbart", "bart") else _T5)
-    sizes |= _sizes(tensors) | {name: tensors[key].shape[axis] + more for name, (key, axis, more) in _WHERE[host].items() if key in tensors}
+    sizes |= _sizes(tensors) | {name: tensors[key].shape[axis] + more for name, (key, axis, more) in _WHERE[host].items() if key in tensors and tensors[key].dim() > axis}
     sizes |= _depths(tensors, _BLOCKS[host.removeprefix("vl")]) | (known or {})  # type: ignore[operator]
     if host in ("vlbart", "bart"):
         stacks: dict[str, Any] = {
@@ -82,8 +82,8 @@ def build_host(host: str, tensors: Mapping[str, Tensor] | None = None, known: Ma
         }
         stacks |= {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "max_position_embeddings": sizes["positions"]}
         return BartForConditionalGeneration(BartConfig(**stacks)) if host == "bart" else VLBart(VLBartConfig(**stacks, feat_dim=sizes["feat_dim"]))
-    inner = next((t.shape[0] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.q.weight")), sizes["d_model"])
-    heads = next((t.shape[1] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.relative_attention_bias.weight")), sizes.get("heads", 0))
+    inner = next((t.shape[0] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.q.weight") and t.dim() == 2), sizes["d_model"])
+    heads = next((t.shape[1] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.relative_attention_bias.weight") and t.dim() == 2), sizes.get("heads", 0))
     heads = heads or (12 if inner % 12 == 0 else 1)
     common: dict[str, Any] = {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "d_kv": inner // heads, "num_heads": heads, "d_ff": sizes["ffn"]}
     common |= {"num_layers": sizes["encoder_layers"], "num_decoder_layers": sizes["decoder_layers"]}
@@ -104,7 +104,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     published ones."""
     sizes = _depths(tensors, _NUMBER)
     for name, pattern, axis in reversed(_SIZES):
-        sizes[name] = next((t.shape[axis] for key, t in tensors.items() if pattern.search(key)), sizes.get(name, 0))
+        sizes[name] = next((t.shape[axis] for key, t in tensors.items() if pattern.search(key) and t.dim() > axis), sizes.get(name, 0))
     sizes = {name: size for name, size in sizes.items() if size}
     return {"ffn": 4 * sizes["d_model"], **sizes} if "d_model" in sizes else sizes
 
@@ -114,6 +114,8 @@ def _library(folder: Path) -> str | None:
     try:
         config = json.loads((folder / checkpoint.CONFIG).read_text())
     except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict):
         return None
     return "peft" if "peft_type" in config else "adapterhub" if "config" in config and "model_type" in config else None
 

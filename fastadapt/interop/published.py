@@ -116,6 +116,7 @@ def published_state_dict(handle: Handle, *, base: bool = True, layout: str = "vl
         ValueError: a method or an option that the repositories do not have, no tasks, an unknown layout, or ``base`` with UniAdapter.
     """
     check_handle(handle)
+    _check_momentum(handle, momentum)
     if base and _is_blip(handle):
         raise ValueError("base: must be False; the base of UniAdapter's checkpoints has other names and shapes than transformers' BLIP")
     state = handle.model.state_dict()
@@ -150,6 +151,7 @@ def load_published(handle: Handle, tensors: Mapping[str, Tensor], *, layout: str
     check_handle(handle)
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors: must be a mapping of names to tensors, as read_state_dict gives, not {type(tensors).__name__}")
+    _check_momentum(handle, momentum)
     if _is_blip(handle):
         names = {_with_momentum(key) if momentum else key: key for key in _uni_keys(handle, layout)}
         tensors = {names[key]: tensor for key, tensor in tensors.items() if key in names}
@@ -211,6 +213,11 @@ def _trained_keys(handle: Handle) -> Iterator[str]:
 
 def _is_blip(handle: Handle) -> bool:
     return "blip" in handle.resolved
+
+
+def _check_momentum(handle: Handle, momentum: bool) -> None:
+    if momentum and not _is_blip(handle):
+        raise ValueError(f"momentum: must be False; checkpoints of {handle.config.method} have no momentum copies, only UniAdapter's have")
 
 
 def _uni_keys(handle: Handle, layout: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -139,7 +139,7 @@ class MethodConfig:
             raise ValueError(f"prompt_start: must be 'random', or 'tokens' with prompt_mid=None, not {config.prompt_start!r} with prompt_mid={config.prompt_mid}")
         if config.prompt_sharing not in ("single", "multiple"):
             raise ValueError(f"prompt_sharing: must be one of single, multiple, not {config.prompt_sharing!r}")
-        if isinstance(config.trained_modules, str) or not all(isinstance(name, str) and name for name in config.trained_modules):
+        if not are_several(config.trained_modules) or not all(isinstance(name, str) and name for name in config.trained_modules):
             raise ValueError(f"trained_modules: must be a list of names, not {config.trained_modules!r}")
         return dataclasses.replace(config, trained_modules=tuple(config.trained_modules)).selected()
 
@@ -150,7 +150,7 @@ class MethodConfig:
             ValueError: one is not what it must be.
         """
         towers, layers, sites = self.towers, self.layers, self.sites
-        if towers is not None and (isinstance(towers, str) or not towers or any(tower not in TOWERS for tower in towers)):
+        if towers is not None and (not are_several(towers) or not towers or any(tower not in TOWERS for tower in towers)):
             raise ValueError(f"towers: must be some of {', '.join(TOWERS)}, or None for all, not {towers!r}")
         numbers: Any = layers
         if layers is not None and (
@@ -209,6 +209,11 @@ class MethodConfig:
             tensors: all tensors of the base, in the model's order.
         """
         return None
+
+
+def are_several(value: object) -> bool:
+    """Whether an option that may hold several names does: a string is one."""
+    return isinstance(value, Collection) and not isinstance(value, str)
 
 
 def checked(name: str, kind: str, value: Any, or_none: str = "", from_zero: bool = False) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from fastadapt.methods.base import MethodConfig, Target, checked, per_task
+from fastadapt.methods.base import MethodConfig, Target, are_several, checked, per_task
 from fastadapt.methods.compacter import CompacterConfig, LowRankAdapterConfig
 from fastadapt.methods.lora import LoRAConfig
 from fastadapt.methods.vl_adapter import VLAdapterConfig
@@ -128,7 +128,7 @@ class VLPETConfig(MethodConfig):
 
     def _checked(self) -> Self:
         """The config with sequences as tuples; what no rank, size or module can be found for is refused."""
-        parts = (self.decoder,) if isinstance(self.decoder, str) else tuple(self.decoder)
+        parts = tuple(self.decoder) if are_several(self.decoder) else (self.decoder,)
         if unknown := [part for part in parts if part not in DECODER]:
             raise ValueError(f"decoder: {', '.join(map(repr, unknown))} is unknown; must be of {', '.join(DECODER)}")
         parts = tuple(part for part in DECODER if part in parts)
@@ -211,6 +211,8 @@ class VLPETConfig(MethodConfig):
         own = [] if kind is None else [f.name for f in dataclasses.fields(kind)]
         other = {"sharing", "shared_rule_over_tasks"} | (set() if base is None else {f.name for f in dataclasses.fields(base)})
         known = [name for name in own if name not in other]
+        if not isinstance(self.adapter_options, Mapping):
+            raise ValueError(f"adapter_options: must be {{option: value}}, not {self.adapter_options!r}")
         if unknown := [name for name in self.adapter_options if name not in known]:
             raise ValueError(f"adapter_options: adapter={self.adapter!r} has no option {', '.join(map(repr, unknown))}; known: {', '.join(known) or 'none'}")
         return None if kind is None else kind(**self.adapter_options)

@@ -95,7 +95,10 @@ def as_bool(name: str, value: Any, or_none: str = "") -> bool:
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a finite number of Python or numpy; a bool is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond float's range
+        return False
 
 
 def probability(name: str, value: float) -> float:

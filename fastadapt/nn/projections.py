@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import functional
-from fastadapt.nn.init import booleans, positive
+from fastadapt.nn.init import booleans, is_number, positive
 
 Projection = Callable[..., nn.Module]
 """Makes a projection from (in_features, out_features, device=, dtype=)."""
@@ -126,6 +126,9 @@ class PHMLinear(_Product):
         for name, value, known in (("weight_init", weight_init, WEIGHT_INITS), ("rule_init", rule_init, RULE_INITS)):
             if value not in known:
                 raise ValueError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
+        for name, size in (("init_range", init_range), ("rule_range", rule_range)):
+            if not is_number(size) or size < 0:
+                raise ValueError(f"{name}: must be a number, 0 or more, not {size!r}")
         self.in_features, self.out_features, self.division, self.rank = in_features, out_features, division, rank
         self.weight_init, self.rule_init, self.init_range, self.rule_range = weight_init, rule_init, init_range, rule_range
         n, rows, columns = division, in_features // division, out_features // division

@@ -48,16 +48,20 @@ def nlvr_score(predictions: Sequence[bool], labels: Sequence[bool], sentences: S
     """NLVR2 (Suhr et al. 2019): accuracy over the pairs of a sentence and two images, and consistency, the share of distinct sentences that are judged right every time.
 
     Args:
-        predictions, labels: is the sentence true? (`fastadapt.training.predict_true`)
+        predictions, labels: is the sentence true? (`fastadapt.training.predict_true`) Bools, or 0 and 1.
         sentences: the sentences or their ids.
 
     Raises:
-        ValueError: different lengths, or nothing to score.
+        ValueError: different lengths, nothing to score, or a judgement that is none.
     """
     _check_lengths(predictions=predictions, labels=labels, sentences=sentences)
-    right = [bool(prediction) == bool(label) for prediction, label in zip(predictions, labels, strict=True)]
-    always = dict.fromkeys(sentences, True)
-    for sentence, good in zip(sentences, right, strict=True):
+    judged, true, ids = (_plain(values) for values in (predictions, labels, sentences))
+    for name, values in (("predictions", judged), ("labels", true)):
+        if wrong := [value for value in values if value not in (False, True)]:
+            raise ValueError(f"{name}: must be bools, or 0 and 1, not {wrong[0]!r}")
+    right = [prediction == label for prediction, label in zip(judged, true, strict=True)]
+    always = dict.fromkeys(ids, True)
+    for sentence, good in zip(ids, right, strict=True):
         always[sentence] &= good
     return NlvrScore(_percent(right), _percent(always.values()))
 
@@ -105,8 +109,11 @@ def retrieval_recall(similarity: Tensor, image_of_caption: Tensor | Sequence[int
         ValueError: a shape that does not fit, NaN, an index outside the images, an image without captions, or a K below 1.
     """
     owners = torch.as_tensor(image_of_caption, device=similarity.device)
+    similarity = similarity if similarity.is_floating_point() else similarity.double()
     if similarity.dim() != 2 or similarity.numel() == 0 or owners.shape != similarity.shape[1:]:
         raise ValueError(f"similarity, image_of_caption: must be (images, captions) and (captions,), not {tuple(similarity.shape)} and {tuple(owners.shape)}")
+    if owners.is_floating_point() or owners.dtype == torch.bool:
+        raise ValueError(f"image_of_caption: must be whole numbers, not {owners.dtype}")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks: must be positive numbers, not {list(ks)}")
     if similarity.isnan().any():
@@ -142,6 +149,11 @@ def _soft_accuracy(prediction: str, humans: Sequence[str], question: int) -> flo
     prediction = normalize_answer(prediction)
     matches = [human == prediction for human in humans]
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
+
+
+def _plain(values: Sequence[Any]) -> list[Any]:
+    """Tensors of one number as that number: two that are equal are two keys of a dictionary."""
+    return [value.item() if isinstance(value, Tensor) else value for value in values]
 
 
 def _check_lengths(**sequences: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -64,6 +65,8 @@ class MultiTaskLoader:
         for name, value in (("n_batches", n_batches), ("cap", cap), ("temperature", temperature)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: must be positive, not {value}")
+        if n_batches is not None and not isinstance(n_batches, numbers.Integral):
+            raise ValueError(f"n_batches: must be a whole number, not {n_batches!r}")
         self.loaders = dict(loaders)
         self.sampling, self.n_batches, self.shuffle, self.cap, self.temperature = sampling, n_batches, shuffle, cap, temperature
         self.epoch = 0

@@ -34,9 +34,17 @@ def momentum_update(model: nn.Module, momentum_model: nn.Module, m: float = 0.99
         raise ValueError(f"momentum_model: its parameters are not those of the model: {', '.join(sorted(ours.keys() ^ theirs.keys())[:5])}")
     if wrong := [name for name, p in ours.items() if p.shape != theirs[name].shape]:
         raise ValueError(f"momentum_model: {wrong[0]} is {tuple(theirs[wrong[0]].shape)}, in the model {tuple(ours[wrong[0]].shape)}")
+    if _sharing(model) != _sharing(momentum_model):
+        raise ValueError("momentum_model: it shares other parameters among its modules than the model")
     holders: dict[nn.Parameter, set[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         holders.setdefault(p, set()).add(name.partition(".")[0])
     for name, p in ours.items():
         times = len(holders[p]) if adapters == "twice" else 1
         theirs[name].lerp_(p.to(theirs[name]), 1.0 - m**times)
+
+
+def _sharing(model: nn.Module) -> dict[str, str]:
+    """Each parameter's name, and the first one of the same tensor."""
+    first: dict[nn.Parameter, str] = {}
+    return {name: first.setdefault(p, name) for name, p in model.named_parameters(remove_duplicate=False)}

@@ -185,6 +185,23 @@ def test_destinations_that_cannot_be_written(target: str, tmp_path: Path, capsys
     assert said.startswith(f"fastadapt convert: destination: '{tmp_path / target}' cannot be written (") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("config", ["3", "null", "[]"])
+def test_a_configuration_that_is_none(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapter_config.json").write_text(config)
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "out.pth"), "--host", "bart"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastadapt convert: ") and "adapter_config.json" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("host", "key"), [("vlbart", "model.shared.weight"), ("vlt5", "encoder.block.0.layer.0.SelfAttention.q.weight")])
+def test_a_tensor_of_too_few_dimensions(host: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({key: torch.tensor(3.0)}, tmp_path / "theirs.pth")
+    assert main(["convert", str(tmp_path / "theirs.pth"), str(tmp_path / "out"), "--host", host, "--method", "vlpet", "--tasks", "vqa"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastadapt convert: ") and key in said and said.count("\n") == 1
+
+
 def test_bad_option() -> None:
     with pytest.raises(SystemExit):
         main(["convert", "a", "b", "--host", "vlbart", "--option", "rank"])

@@ -204,6 +204,9 @@ def test_what_the_originals_do_not_have() -> None:
         published_state_dict(patch(tiny("bart"), "vl_adapter"))
     with pytest.raises(ValueError, match="layout: must be one of vl, compacter, not 'peft'"):
         published_state_dict(patched("lora"), layout="peft")
+    for call in (published_state_dict, lambda handle, **options: load_published(handle, {}, **options)):
+        with pytest.raises(ValueError, match="momentum: must be False; checkpoints of lora have no momentum copies, only UniAdapter's have"):
+            call(patched("lora"), momentum=True)
     with pytest.raises(ValueError, match=r"encoder.0.self_attention: a StreamBottleneck is in none of the original repositories"):
         published_state_dict(patch(tiny("bart"), "vl_adapter", tasks=["vqa"], reads="sum"))
 

@@ -249,6 +249,9 @@ def test_momentum_refuses_other_models() -> None:
     other.itm_head = nn.Linear(32, 3)
     with pytest.raises(ValueError, match=r"momentum_model: itm_head.weight is \(3, 32\), in the model \(2, 32\)"):
         momentum_update(model, other)
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="momentum_model: it shares other parameters among its modules than the model"):
+        momentum_update(nn.ModuleList([one, two, one]), nn.ModuleList([one, two, two]))
     for m in (1.5, -0.1, True, "x"):
         with pytest.raises(ValueError, match="m: must be a number from 0 to 1"):
             momentum_update(model, model, m)  # type: ignore[arg-type]

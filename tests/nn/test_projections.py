@@ -317,6 +317,8 @@ def test_only_the_selected_task_gets_gradients() -> None:
     ("make", "error", "message"),
     [
         (lambda: PHMLinear(10, 8, 4), ValueError, "division: 4 must divide both widths, 10 and 8"),
+        (lambda: PHMLinear(8, 8, 4, rule_range=-1.0), ValueError, "rule_range: must be a number, 0 or more, not -1.0"),
+        (lambda: PHMLinear(8, 8, 4, init_range=10**400), ValueError, "init_range: must be a number, 0 or more, not 1000"),
         (lambda: PHMLinear(8, 8, 4, weight_init="phm"), ValueError, "weight_init: must be one of glorot-uniform, glorot-normal, normal, not 'phm'"),
         (lambda: PHMLinear(8, 8, 0), ValueError, "division: must be a positive integer, not 0"),
         (lambda: LowRankLinear(8, 8, 0), ValueError, "rank: must be a positive integer, not 0"),

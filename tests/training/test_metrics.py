@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,7 @@ def test_nlvr_consistency_counts_sentences() -> None:
     score = nlvr_score([True, True, False, True], [False, True, False, True], ["s", "s", "t", "u"])
     assert score.accuracy == 75 and score.consistency == pytest.approx(200 / 3, rel=1e-14)
     assert nlvr_score(torch.tensor([True, False]), torch.tensor([1, 0]), [1, 1]) == (100, 100)
+    assert nlvr_score([1, 0], np.array([True, True]), torch.tensor([7, 7])) == (50, 0)
 
 
 def brute_force(similarity: list[list[float]], owners: list[int], k: int) -> tuple[float, float]:
@@ -106,6 +108,7 @@ def test_retrieval_against_sorting() -> None:
 def test_equal_scores_find_nothing() -> None:
     got = retrieval_recall(torch.zeros(4, 8), [0, 0, 1, 1, 2, 2, 3, 3], ks=(1, 3, 4, 7))
     assert [got[f"IR@{k}"] for k in (1, 3, 4)] == [0, 0, 100] and [got[f"TR@{k}"] for k in (1, 4, 7)] == [0, 0, 100]
+    assert retrieval_recall(torch.tensor([[3, 1], [1, 3]]), [0, 1], ks=(1,))["mean"] == 100  # scores that are whole numbers
     dropped = torch.full((2, 2), -torch.inf)
     assert retrieval_recall(dropped, [0, 1], ks=(1,))["mean"] == 0
 
@@ -120,6 +123,8 @@ def test_one_image_with_one_caption() -> None:
         (lambda: exact_match([], []), "predictions, targets: .*not 0, 0"),
         (lambda: exact_match(["a"], []), "predictions, targets: .*not 1, 0"),
         (lambda: nlvr_score([True], [True], ["a", "b"]), "predictions, labels, sentences: .*not 1, 1, 2"),
+        (lambda: nlvr_score(["False"], [True], ["a"]), "predictions: must be bools, or 0 and 1, not 'False'"),
+        (lambda: nlvr_score([True], torch.tensor([2]), ["a"]), "labels: must be bools, or 0 and 1, not 2"),
         (lambda: vqa_accuracy(["a"], []), "predictions, answers: .*not 1, 0"),
         (lambda: vqa_accuracy(["a", "b"], [["a"], []]), r"answers\[1\]: .*not \[\]"),
         (lambda: vqa_accuracy(["a"], ["abc"]), r"answers\[0\]: must be a list .*not 'abc'"),
@@ -130,6 +135,7 @@ def test_one_image_with_one_caption() -> None:
         (lambda: retrieval_recall(torch.tensor([[torch.nan]]), [0]), "similarity: must not hold NaN"),
         (lambda: retrieval_recall(torch.zeros(2, 2), [0, 2]), "image_of_caption: must be from 0 to 1, not 0 to 2"),
         (lambda: retrieval_recall(torch.zeros(2, 2), [-1, 0]), "image_of_caption: must be from 0 to 1, not -1 to 0"),
+        (lambda: retrieval_recall(torch.zeros(2, 2), [0.0, 1.0]), "image_of_caption: must be whole numbers, not torch.float32"),
         (lambda: retrieval_recall(torch.zeros(2, 2), [0, 0]), "image_of_caption: no caption of image 1"),
     ],
 )

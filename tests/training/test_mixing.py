@@ -136,6 +136,7 @@ def test_a_loader_that_breaks_its_word() -> None:
         ({"sampling": "fair"}, "sampling.*'fair'"),
         ({"n_batches": 3}, "n_batches: is 3"),
         ({"n_batches": 0, "sampling": "balanced"}, "n_batches: must be positive, not 0"),
+        ({"n_batches": 2.5, "sampling": "proportional"}, "n_batches: must be a whole number, not 2.5"),
         ({"cap": 3}, "cap: is 3.*'roundrobin'"),
         ({"cap": -1, "sampling": "proportional"}, "cap: must be positive, not -1"),
         ({"sampling": "temperature"}, "temperature: is None"),
