@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.mutation.forks import last_line
-from tests.ops import checks, test_dropout_add_norm
+from tests.ops import checks, test_bottleneck, test_dropout_add_norm
 from tests.ops.specs import Bottleneck, Gated, Spec
 from tests.tolerance import SMALL, limit_of, relative_error
 
@@ -65,6 +65,17 @@ def statistics_of_the_exact_sum(backend: str) -> str:
 
 def gates_far_from_zero(backend: str) -> str:
     return first_failing(checks.assert_finite_far_from_zero, [Gated(granularity=g) for g in ("large", "middleX", "small")], backend)
+
+
+def rows_far_apart(backend: str) -> str:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        test_bottleneck.test_whole_tiles_of_rows_far_apart(Bottleneck(lead=(64,), width=64, rank=8), backend, "cpu")
+    except Exception as error:
+        return f"rows far apart: {type(error).__name__}: {last_line(error)}"
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    return ""
 
 
 def relu_at_zero(backend: str, dtype: torch.dtype = torch.float32) -> str:
