@@ -1,4 +1,4 @@
-"""Adapter files: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory; strict, atomic, versioned.
+"""Adapter files: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory; strict, never half written, versioned.
 
 Tensors are keyed by site id (``encoder.0.self_attention/down_sampler.weight``) and, for
 tensors of the base that the method trains, ``base/<id>``; never by module path, which moves from one version of transformers to
@@ -42,7 +42,8 @@ def write(directory: str | os.PathLike[str], config: Mapping[str, Any], tensors:
 
 
 def put(files: Mapping[Path, bytes]) -> None:
-    """Writes files; each appears under its name only when all are complete, and what was there before stays until then.
+    """Writes files; each appears under its name only when all are complete, and what was there before stays until then. They do not appear at one instant: who reads between the
+    renames, or after a crash there, finds a pair that `read` refuses.
 
     Raises:
         OSError: one cannot be written.

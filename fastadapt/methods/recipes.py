@@ -39,7 +39,8 @@ _BATCH = {("bart", "image"): 500, ("t5", "image"): 300, ("bart", "video"): 50, (
 
 
 def recipe(method: str, host: str, kind: str = "image") -> Recipe:
-    """The published run of a method on "bart" (VL-BART) or "t5" (VL-T5), for "image" or "video" tasks (the scripts of VL-Adapter and VL-PET).
+    """The published run of a method on "bart" (VL-BART) or "t5" (VL-T5), for "image" or "video" tasks (the scripts of VL-Adapter and VL-PET). The batch of LoRA and
+    prompts on T5's video tasks is 30 as the others', not the scripts' 300, which would not have fit.
 
     Raises:
         ValueError: no run of that kind was published.

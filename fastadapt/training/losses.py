@@ -154,12 +154,14 @@ def shortlist(first_logits: Tensor, first_tokens: Tensor, k: int) -> Tensor:
         (B, k), int64: numbers of candidates, the likeliest first.
 
     Raises:
-        ValueError: a shape that does not fit, or a k outside 1 to N.
+        ValueError: a shape that does not fit, a token outside the vocabulary, or a k outside 1 to N.
     """
     if first_logits.dim() != 2 or first_tokens.dim() != 1:
         raise ValueError(f"first_logits, first_tokens: must be (B, V) and (N,), not {tuple(first_logits.shape)} and {tuple(first_tokens.shape)}")
     if not 1 <= k <= len(first_tokens):
         raise ValueError(f"k: must be from 1 to {len(first_tokens)}, the number of candidates, not {k}")
+    if first_tokens.min() < 0 or first_tokens.max() >= first_logits.shape[1]:
+        raise ValueError(f"first_tokens: must be from 0 to {first_logits.shape[1] - 1}, not {int(first_tokens.min())} to {int(first_tokens.max())}")
     return first_logits[:, first_tokens].topk(k, dim=1).indices
 
 

@@ -41,7 +41,7 @@ def exact_match(predictions: Sequence[Any], targets: Sequence[Any]) -> float:
         ValueError: different lengths, or nothing to score.
     """
     _check_lengths(predictions=predictions, targets=targets)
-    return _percent(prediction == target for prediction, target in zip(predictions, targets, strict=True))
+    return _percent(bool(prediction == target) for prediction, target in zip(_plain(predictions), _plain(targets), strict=True))
 
 
 def nlvr_score(predictions: Sequence[bool], labels: Sequence[bool], sentences: Sequence[Hashable]) -> NlvrScore:

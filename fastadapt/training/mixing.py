@@ -33,8 +33,8 @@ class MultiTaskLoader:
         temperature: T, with "temperature" only, which needs it.
 
     Raises:
-        ValueError: no loaders, an unknown ``sampling``, a number that is not positive, or an option that ``sampling`` does not have; while iterating, a loader that has a length
-            but gives no batch.
+        ValueError: no loaders, an unknown ``sampling``, a number that is not positive, or an option that ``sampling`` does not have; while iterating, a loader that gives
+            fewer batches than its length.
 
     >>> list(MultiTaskLoader({"vqa": ["a", "b"], "nlvr": ["c"]}))
     [('nlvr', 'c'), ('vqa', 'a'), ('vqa', 'b')]
@@ -73,7 +73,7 @@ class MultiTaskLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is; every iteration moves on to the next one."""
-        self.epoch = epoch
+        self.epoch = int(epoch)
 
     def probabilities(self) -> dict[str, float]:
         """Each task's share of the batches that are drawn or planned; all 0 if every loader is empty."""
@@ -110,12 +110,16 @@ class MultiTaskLoader:
                 if (set_epoch := getattr(part, "set_epoch", None)) is not None:
                     set_epoch(epoch)
         start = self._again if self.sampling in _DRAWN else lambda task: iter(self.loaders[task])
-        batches = {task: start(task) for task in self.loaders}
+        batches, lengths = {task: start(task) for task in self.loaders}, self._lengths()
+        given = dict.fromkeys(lengths, 0)
         for task in self.order(epoch):
             try:
                 batch = next(batches[task])
             except StopIteration:
+                if given[task] < lengths[task]:
+                    raise ValueError(f"loaders[{task!r}]: has the length {lengths[task]} but gave {given[task]} batches") from None
                 return
+            given[task] += 1
             yield task, batch
 
     def _lengths(self) -> dict[str, int]:

@@ -21,15 +21,18 @@ class Tracked:
 
     def __init__(self) -> None:
         self.by_site: dict[str, Tensor] = {}
+        self._without_gradient = False
 
     def penalty(self, weight: float = 0.001) -> Tensor:
         """weight times the mean over sites of mean(z^2), to be added to the loss.
 
         Raises:
-            RuntimeError: no adapter has run inside the block yet.
+            RuntimeError: no adapter has run inside the block yet, or adapters in training have run without gradients, as in reentrant checkpointing.
         """
         if not self.by_site:
-            raise RuntimeError("no adapter has run inside `with track_z(...)` yet")
+            raise RuntimeError("no adapter has run inside `with track_z(...)` yet; a compiled model that ran before must be called uncompiled there")
+        if self._without_gradient and torch.is_grad_enabled():
+            raise RuntimeError("z has no gradient: the adapters ran under no_grad, as in reentrant checkpointing; checkpoint with use_reentrant=False")
         return weight * torch.stack(list(self.by_site.values())).mean()
 
 
@@ -39,7 +42,7 @@ def track_z(handle: Handle, sites: Callable[[str], bool] = lambda site: True) ->
 
     The fused operation does not give z away: inside the block every adapter's down-projection is computed a second time. Of a site that runs more than once the last run counts, as
     in the published code; with Hyperformer on BART that code counts the feed-forward sites only (``sites=lambda s: s.endswith("feed_forward")``). Batches that mix tasks
-    (`Handle.route`), whose z no module sees, are refused inside the block.
+    (`Handle.route`), whose z no module sees, are refused inside the block. With gradient checkpointing, which runs layers again in backward, keep backward inside the block.
 
     Args:
         handle: of a model patched with adapters behind sub-layers.
@@ -86,6 +89,7 @@ def _recorder(tracked: Tracked, site: str) -> Callable[[Any, tuple[Any, ...]], N
         if norm is not None:
             h = functional.layer_norm(h, norm)
         z = activations.apply(F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)), functional.activation_index(adapter.activation))
+        tracked._without_gradient |= adapter.training and not torch.is_grad_enabled()
         tracked.by_site[site] = z.to(torch.promote_types(z.dtype, torch.float32)).square().mean()
 
     return record

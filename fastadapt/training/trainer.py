@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
+from fastadapt.checkpoint import CONFIG
 from fastadapt.patching import Handle, _reshard, _shards
 
 _BESIDE = "adapters"
@@ -22,10 +25,11 @@ class AdapterCheckpoint(TrainerCallback):
 
     Works with any subclass of ``Trainer``. A plain one also writes the whole model into its checkpoints and resumes from that; no callback can keep it from doing so. Its
     adapters are in a folder ``adapters`` of their own: where PEFT is installed, ``from_pretrained`` takes an ``adapter_config.json`` next to the weights for PEFT's.
-    `AdapterTrainer` writes the adapters alone and resumes from them. Where FSDP2 shards the parameters, every process gathers them and the first one writes.
+    `AdapterTrainer` writes the adapters alone and resumes from them. Where FSDP2 shards the parameters, every process gathers them and the first one writes. The checkpoints of a
+    hyperparameter search are in folders that callbacks are not told of: use `AdapterTrainer` there.
 
     Args:
-        handle: of the model that is trained.
+        handle: of the model that is trained. Where the trainer has made another one since (``model_init``), that one's adapters are written.
 
     Raises:
         TypeError: ``handle`` is something else.
@@ -37,9 +41,24 @@ class AdapterCheckpoint(TrainerCallback):
         self.handle = handle
         self.alone = False  # `AdapterTrainer` writes no model
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A trainer that begins is a plain one until it says otherwise."""
+        self.alone = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Takes the handle of the model that is trained.
+
+        Raises:
+            ValueError: it is not patched.
+        """
+        model = kwargs.get("model")
+        if model is not None and not any(module is self.handle.model for module in model.modules()):
+            self.handle = Handle.of(model)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the adapters into ``checkpoint-<step>``."""
-        self._write(args, os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}"))
+        """Writes the adapters into ``checkpoint-<step>``, unless `AdapterTrainer` has."""
+        if not self.alone:
+            self._write(args, os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the adapters, with ``load_best_model_at_end`` the best ones, into the output directory."""
@@ -60,7 +79,7 @@ class AdapterTrainer(Trainer):
         tuner.train(resume_from_checkpoint=True)
 
     Checkpoints and ``save_model`` hold what `Handle.save` writes, the tokenizer and the training arguments; optimiser, schedule and random state are there as ever, or not with
-    ``save_only_model``. Resuming and ``load_best_model_at_end`` read the adapters back into the model, whose base must be the one that was trained.
+    ``save_only_model``. Resuming and ``load_best_model_at_end`` read the adapters back into the model, whose base must be the one that was trained. Quantised bases are taken.
 
     With FSDP2 (``fsdp=True``) the files are the same: all processes gather the adapters, never the base, and the first one writes them. (accelerate 1.15 shards on accelerators
     only, on CPUs it trains with DDP; and it cannot shard a BART's or T5's token table that three modules share.) FSDP1 keeps parameters as parts of flat ones and DeepSpeed in an
@@ -72,7 +91,9 @@ class AdapterTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        with _with_adapters_attached(model):
+            super().__init__(*args, **kwargs)
         self._handle()
         self._alone()
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and getattr(self._fsdp(), "fsdp_version", 1) != 2):
@@ -130,5 +151,19 @@ class AdapterTrainer(Trainer):
         self._load(str(self.state.best_model_checkpoint))
 
     def _load(self, checkpoint: str) -> None:
-        beside = os.path.join(checkpoint, _BESIDE)  # of a plain ``Trainer`` with an `AdapterCheckpoint`
-        self._handle().load(beside if os.path.isdir(beside) else checkpoint)
+        folders = [checkpoint, os.path.join(checkpoint, _BESIDE)]  # the second one of a plain ``Trainer`` with an `AdapterCheckpoint`
+        written = {os.path.getmtime(config): folder for folder in folders if os.path.exists(config := os.path.join(folder, CONFIG))}
+        self._handle().load(written[max(written)] if written else checkpoint)  # of runs into one directory, the last one's
+
+
+@contextlib.contextmanager
+def _with_adapters_attached(model: Any) -> Iterator[None]:
+    """A quantised model says inside the block, as with an adapter of PEFT, that it has one: the stock trainer refuses to train it else."""
+    if not (isinstance(model, PreTrainedModel) and getattr(model, "is_quantized", False) and not model._hf_peft_config_loaded):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded

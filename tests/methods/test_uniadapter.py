@@ -239,6 +239,21 @@ def test_momentum_leaves_equal_tensors_alone() -> None:
     momentum_update(model, momentum, 1)
 
 
+def quantised(value: int) -> nn.Module:
+    module = nn.Module()
+    module.a = nn.Parameter(torch.full((2,), float(value)))
+    module.q = nn.Parameter(torch.full((2,), value, dtype=torch.int8), requires_grad=False)
+    return module
+
+
+def test_momentum_of_compiled_models() -> None:
+    ours, theirs = (nn.ModuleList([nn.Linear(2, 2)] * 2) for _ in range(2))
+    want = copy.deepcopy(theirs)
+    momentum_update(ours, want, 0.9, adapters="twice")
+    momentum_update(torch.compile(ours), torch.compile(theirs), 0.9, adapters="twice")
+    assert torch.equal(theirs[0].weight, want[0].weight) and not torch.equal(want[0].weight, ours[0].weight)
+
+
 def test_momentum_refuses_other_models() -> None:
     model = tiny_blip("retrieval")
     other = copy.deepcopy(model)
@@ -252,6 +267,11 @@ def test_momentum_refuses_other_models() -> None:
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(ValueError, match="momentum_model: it shares other parameters among its modules than the model"):
         momentum_update(nn.ModuleList([one, two, one]), nn.ModuleList([one, two, two]))
+    with pytest.raises(ValueError, match="momentum_model: q holds integers, which have no average, and other ones than in the model"):
+        momentum_update(quantised(1), before := quantised(2))
+    assert torch.equal(before.a, quantised(2).a)
+    momentum_update(quantised(1), same := quantised(1), 0.5)
+    assert torch.equal(same.q, quantised(1).q)
     for m in (1.5, -0.1, True, "x"):
         with pytest.raises(ValueError, match="m: must be a number from 0 to 1"):
             momentum_update(model, model, m)  # type: ignore[arg-type]

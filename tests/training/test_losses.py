@@ -154,6 +154,7 @@ LOGITS, LABELS = example()
         (lambda: weighted_answer_loss(LOGITS, LABELS, torch.ones(2), 2), ValueError, r"weights: must be \(3,\).*not \(2,\)"),
         (lambda: weighted_answer_loss(LOGITS, LABELS, torch.ones(3), 0), ValueError, "questions: must be at least 1, not 0"),
         (lambda: shortlist(LOGITS, LABELS[0], 1), ValueError, "first_logits, first_tokens"),
+        (lambda: shortlist(LOGITS[0], torch.tensor([0, -100]), 1), ValueError, "first_tokens: must be from 0 to .*not -100 to 0"),
         (lambda: shortlist(LOGITS[0], LABELS[0], 5), ValueError, "k: must be from 1 to 4, the number of candidates, not 5"),
         (lambda: shortlist(LOGITS[0], LABELS[0], 0), ValueError, "k: .*not 0"),
     ],

@@ -77,6 +77,7 @@ def test_human_answers_are_cleaned_only_if_they_differ() -> None:
 
 def test_exact_match() -> None:
     assert exact_match(["a", "b", "c", "C"], ["a", "b", "d", "c"]) == 50
+    assert type(score := exact_match(torch.tensor([1, 2]), torch.tensor([1, 3]))) is float and score == 50
 
 
 def test_nlvr_consistency_counts_sentences() -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastadapt.training import MultiTaskLoader
@@ -149,3 +150,28 @@ def test_a_loader_that_breaks_its_word() -> None:
 def test_errors(call: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiTaskLoader(**{"loaders": {"a": [1]}, **call})
+
+
+class Short:
+    """Says it has more batches than it gives."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([1, 2])
+
+
+@pytest.mark.parametrize("sampling", ["roundrobin", "balanced"])
+def test_a_loader_that_gives_fewer_batches_than_it_has(sampling: Any) -> None:
+    loader = MultiTaskLoader({"a": [0] * 3, "b": Short()}, sampling=sampling, n_batches=None if sampling == "roundrobin" else 3)
+    with pytest.raises(ValueError, match=r"loaders\['b'\]: has the length 3 but gave 2 batches"):
+        list(loader)
+
+
+def test_epochs_of_numpy() -> None:
+    loader = MultiTaskLoader({"a": [1, 2], "b": [3]})
+    loader.set_epoch(np.int64(2))
+    got = list(loader)
+    loader.set_epoch(2)
+    assert got == list(loader)

@@ -63,6 +63,33 @@ def test_of_what_the_stream_gives() -> None:
     assert torch.equal(z.by_site["decoder.1.cross_attention"], want)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_checkpointing(reentrant: bool) -> None:
+    model = tiny("bart").double().train()
+    handle = patch(model, "vl_adapter", reduction_factor=4)
+    randomize(handle)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        with track_z(handle) as z:
+            model(**batch())
+            z.penalty(1.0).backward()
+        return [p.grad.clone() for p in handle.trainable_parameters() if p.grad is not None]
+
+    want = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    if reentrant:
+        with pytest.raises(RuntimeError, match="z has no gradient: the adapters ran under no_grad, as in reentrant checkpointing"):
+            gradients()
+        with torch.no_grad(), track_z(handle) as z:
+            model(**batch())
+            assert z.penalty() > 0
+    else:
+        for got, expected in zip(gradients(), want, strict=True):
+            assert_matches_recorded("gradient", got, expected)
+
+
 def test_errors() -> None:
     model = tiny("bart")
     handle = patch(model, "vlpet", rank=8, value_rank=4)

@@ -108,6 +108,49 @@ def test_a_plain_trainer_writes_both_and_resumes(tmp_path: Path) -> None:
 
 
 @trains
+def test_the_model_that_a_trainer_makes_is_the_one_that_is_written(tmp_path: Path) -> None:
+    """``model_init`` is called for the trainer, and again when training begins: a callback's handle is then of another model."""
+    for kind, folder in ((AdapterTrainer, ""), (Trainer, "adapters")):
+        args = TrainingArguments(output_dir=str(tmp_path / kind.__name__), max_steps=2, save_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True)
+        run = kind(model_init=lambda: patched().model, args=args, train_dataset=data())
+        run.add_callback(AdapterCheckpoint(Handle.of(run.model)))  # type: ignore[arg-type]
+        run.train()
+        trained = state(Handle.of(run.model))  # type: ignore[arg-type]
+        assert any(not torch.equal(t, state(patched())[name]) for name, t in trained.items())
+        for written in (tmp_path / kind.__name__ / folder, tmp_path / kind.__name__ / "checkpoint-2" / folder):
+            assert_equal(state(load(tiny("bart"), written)), trained)
+    callback = AdapterCheckpoint(patched())
+    with pytest.raises(ValueError, match="model: this BartForConditionalGeneration is not patched"):
+        Trainer(tiny("bart"), args, train_dataset=data(), callbacks=[callback]).train()
+
+
+@trains
+def test_of_runs_into_one_directory_the_last_ones_adapters_are_read(tmp_path: Path) -> None:
+    callback = AdapterCheckpoint(patched())
+    trainer(callback.handle, tmp_path, Trainer, (callback,)).train()
+    for seed, kind in ((1, AdapterTrainer), (2, Trainer)):
+        last = patched(seed=seed)
+        callback.handle = last
+        trainer(last, tmp_path, kind, (callback,)).train()
+        resumed = patched(seed=5)
+        trainer(resumed, tmp_path / "other")._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+        assert_equal(state(resumed), state(last))
+        assert callback.alone == (kind is AdapterTrainer)
+
+
+@trains
+def test_a_quantised_base_is_trained(tmp_path: Path) -> None:
+    """A stock trainer refuses one that no adapter of PEFT is on."""
+    handle = patched()
+    handle.model.is_quantized = True
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(handle, tmp_path, Trainer)
+    run = trainer(handle, tmp_path)
+    run.train()
+    assert len(losses(run)) == 4 and "_hf_peft_config_loaded" not in handle.model.__dict__
+
+
+@trains
 def test_save_only_model_best_model_and_save_model(tmp_path: Path) -> None:
     """The loss falls, so by the greatest evaluation loss the first checkpoint is the best one."""
     handle = patched()

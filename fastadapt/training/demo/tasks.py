@@ -155,7 +155,7 @@ def make(task: str, n: int, split: str, seed: int) -> Examples:
         raise ValueError(f"task: must be one of {', '.join(TASKS)}, not {task!r}")
     rng = np.random.default_rng([seed, TASKS.index(task), split_index(split)])
     if task == "nlvr":
-        first, pool = draw(n, split, rng), draw(n, split, rng)
+        first, pool = draw(n, split, rng), draw(max(n, 64), split, rng)  # a few scenes may not have the one that is wanted
         chosen = [_nlvr(digits, pool.digits, rng) for digits in first.digits]
         return _examples((first, pool[np.array([j for j, _, _ in chosen])]), [(f"nlvr : {text}", answer) for _, text, answer in chosen])
     scenes = draw(n, split, rng, least=2 if task == "gqa" else 1)
