@@ -7,7 +7,7 @@ capability 8.0 and newer). Ops register a `Plan` here; this module knows none of
   CUDA device a later one is taken where it is modelled to be clearly faster, forward and backward together: a function of the call and the device's architecture alone, and of a
   calibration where ``make gpu-check`` has written one.
 * ``use("triton")`` or the environment variable ``FASTADAPT_BACKEND`` is a demand: a call that the backend cannot take raises `BackendError` with the reasons.
-* `ran` counts the kernels that really ran.
+* `ran` counts the kernels that really ran; not the plain torch of `reference` under ``torch.func`` transforms and forward-mode differentiation, where nothing else runs.
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ def dropout_add_norm(
         weight = torch.ones_like(bias)
     try:
         args = _rows(x), _rows(residual), weight, bias, seed, kind, eps, float(dropout)
-        if transformed():
+        if _in_plain_torch():
             y, v = _norm_reference.composed(*args)[:2]
         else:
             y, v = _dropout_add_norm(*args, return_sum=return_sum, demand=backend.demand())
@@ -601,8 +601,17 @@ def _normed(call: Callable[[Tensor, Tensor | None, bool], Tensor], x: Tensor, ot
 def _call(function, composed, x: Tensor, *args, shape=None) -> Tensor:  # type: ignore[no-untyped-def]
     """Runs ``function`` on x and the other `_rows`; while torch transforms calls, the differentiable reference. ``shape``: y's, if not x's."""
     rows = _rows(x)
-    y = composed(rows, *args)[0] if transformed() else function(rows, *args, demand=backend.demand())
+    y = composed(rows, *args)[0] if _in_plain_torch() else function(rows, *args, demand=backend.demand())
     return y if x.dim() == 2 else y.reshape(x.shape if shape is None else shape)
+
+
+def _in_plain_torch() -> bool:
+    """`transformed`, where no kernel is demanded."""
+    if not transformed():
+        return False
+    if (name := backend.NAMES[backend.demand()]) not in ("auto", "reference"):
+        raise backend.BackendError(f"backend {name!r} cannot run this call: under torch.func transforms and forward-mode differentiation only 'reference' runs")
+    return True
 
 
 def _rows(t):  # type: ignore[no-untyped-def]

@@ -94,6 +94,7 @@ class _Site:
     owner: nn.Module
     module: nn.Module
     dtype: torch.dtype
+    flat: bool = False
 
 
 @dataclass
@@ -251,7 +252,8 @@ class Handle:
 
     def set_task(self, task: str) -> None:
         """Makes ``task`` the active one: its adapters run, where the method has one per task; the others get no gradient. With gradient checkpointing, which runs layers again in
-        backward, call backward before another task is selected; what differs is refused (of reentrant checkpointing: from the last forward).
+        backward, call backward before another task is selected; what differs is refused (of reentrant checkpointing: from the last forward). The task is the model's, for all
+        threads: as with `route` and `disabled`, do not run one model under two tasks at a time.
 
         Raises:
             ValueError: the task is none of ``tasks``.
@@ -292,17 +294,21 @@ class Handle:
 
         `set_task` and `task` are refused inside. Every task's parameters get gradients, zero where no sample is of the task. Ids on a GPU are never read on the host: other mixes
         need no synchronisation and no other compiled graph. With gradient checkpointing backward runs layers again: keep it inside the block. Methods whose adapters serve all
-        tasks do the same as without.
+        tasks do the same as without. Vision towers and projectors see images, not samples: there every sample must have as many images (of as many tiles) as any other, in the
+        samples' order; of other batches patch the text alone (``towers=["text"]``).
 
         Args:
             task_ids: a task's name for each sample, or an int64 tensor (batch,) of places in ``tasks``. Beams of a sample follow it.
 
         Raises:
-            ValueError: a name or a place is unknown (places on a GPU are not read), or the model was patched without tasks.
+            ValueError: a name or a place is unknown (places on a GPU are not read), the model was patched without tasks, or adapters per task are in a vision tower that takes the
+                patches of all images as one sequence (Qwen-VL).
             TypeError: neither names nor an int64 tensor of one dimension.
             RuntimeError: unpatched.
         """
         self._check_active()
+        if flat := [site.id for site in self._sites if site.flat and has_tasks(site.module)]:
+            raise ValueError(f"task_ids: {flat[0]} sees the patches of all images as one sequence, and not whose they are; patch with towers=['text'] to mix tasks in a batch")
         ids, parts = self._places(task_ids), self._routable()
         before = [part.task_ids for part in parts]
         for part in parts:
@@ -612,6 +618,12 @@ class Handle:
         for swap in self._swaps:
             if type(swap.owner) is not swap.adapted and not self._disabled:
                 raise RuntimeError(f"a patched {swap.base.__name__} has become a {type(swap.owner).__module__}.{type(swap.owner).__qualname__}; undo that first")
+            forward = swap.owner.__dict__.get("forward")
+            if forward is None or swap.adapted is swap.base:
+                continue
+            if getattr(forward, "__func__", None) is not swap.adapted.forward:
+                raise RuntimeError(f"a patched {swap.base.__name__} has got a forward of its own, as a hook of accelerate gives one; undo that first (remove_hook_from_submodules)")
+            del swap.owner.forward  # the class's own, which accelerate leaves there
 
     def _check_base_known(self) -> None:
         if unknown := [t.id for t in self._trained if t.base is not None and t.base.is_meta and not t.parameter.is_meta]:
@@ -834,7 +846,7 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
     for place in host.places(block):
         owner, owner_path = block.get_submodule(place.owner), _join(path, place.owner)
         site_id, layer = f"{label}.{place.id}", int(label.rpartition(".")[2])
-        if why := _why_not(settings, host, place, owner_path, layer if _in_stack(path, host) else None, off):
+        if why := _why_not(settings, host, place, owner_path, label, layer if _in_stack(path, host) else None, off):
             handle.skipped += ((site_id, why),)
             continue
         adapted = host.adapted_class(owner, place)
@@ -853,7 +865,7 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
             handle.skipped += ((site_id, f"{settings.method} leaves out this layer"),)
             continue
         module.train(owner.training)
-        handle._sites.append(_Site(site_id, owner_path, place.slot, owner, module, base_dtype))
+        handle._sites.append(_Site(site_id, owner_path, place.slot, owner, module, base_dtype, host.flat))
         ends = host.ends if handle.fuse_residual and adapted in host.adapted.values() else ""
         swaps.setdefault(place.owner, _Swap(owner, type(owner), adapted, {}, ends)).slots[place.slot] = module
     # An adapted class reads every slot of its own: places without an adapter hold None.
@@ -863,11 +875,11 @@ def _build(handle: Handle, path: str, block: nn.Module, host: hosts.Host, label:
     handle._swaps += swaps.values()
 
 
-def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path: str, layer: int | None, off: Mapping[str, str]) -> str | None:
+def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path: str, label: str, layer: int | None, off: Mapping[str, str]) -> str | None:
     """Why a place in a layer, or in none, gets no adapter; None: it gets one.
 
     Raises:
-        ValueError: the method's module reads the residual stream, which cannot be seen there.
+        ValueError: the method's module reads the residual stream, which cannot be seen there, or tokens that come later.
     """
     if why := _off(path, off):
         return why
@@ -875,6 +887,11 @@ def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path:
         return f"{settings.method} puts nothing there"
     if settings.layers is not None and layer is not None and layer not in settings.layers:
         return f"{settings.method} leaves out this layer"
+    if label.startswith("language") and settings.reads_whole_sequence(place.role):
+        raise ValueError(
+            f"granularity: 'small' averages a gate over the sequence, so in {path}, of a causal language model, tokens would see those behind them; choose another granularity, or "
+            f"leave out its tower with towers=..."
+        )
     if place.behind and settings.reads_stream(place.role):
         if host.family == vlm.FAMILY:
             return f"there is no residual stream, which {settings.method} reads"

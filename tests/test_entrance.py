@@ -187,6 +187,19 @@ def test_dual_numbers_where_a_kernel_would_run(spec: Spec) -> None:
     torch.testing.assert_close(tangent, want, rtol=1e-3, atol=1e-3)
 
 
+@EVERY
+@pytest.mark.parametrize("transform", ["grad", "vmap over weights", "jvp", "dual numbers", "compile(grad)"])
+def test_no_kernel_can_be_demanded_of_transforms(spec: Spec, transform: str) -> None:
+    run = _transforms(spec, functional, spec.draw(0), spec.cotangent(0))[transform]
+    with (
+        backend.use("cpu"),
+        pytest.raises(Exception, match=r"backend 'cpu' cannot run this call: under torch.func transforms"),
+    ):
+        run()
+    with backend.use("reference"):
+        run()
+
+
 @one_backend
 @ALL
 def test_opcheck(spec: Spec, name: str, device: str) -> None:

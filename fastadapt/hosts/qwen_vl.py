@@ -31,4 +31,4 @@ for _model, _name, _models in (
     ("qwen2_5_vl", "Qwen2_5_VLVisionBlock", "Qwen2.5-VL"),
     ("qwen3_vl", "Qwen3VLVisionBlock", "Qwen3-VL"),
 ):
-    declare("qwen_vl", _model, _name, _COPY, places=LAYER, width=lambda block: block.norm1.weight.shape[0], models=f"{_models} (vision)", stack="vision")
+    declare("qwen_vl", _model, _name, _COPY, places=LAYER, width=lambda block: block.norm1.weight.shape[0], models=f"{_models} (vision)", stack="vision", flat=True)

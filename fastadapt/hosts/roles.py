@@ -116,6 +116,7 @@ class Host:
         stack: what a block's stack is called, one of `STACKS`; None: the first part of its roles.
         published: the family under which methods keep published defaults; None: ``family``.
         ends: what the adapted layers fuse around their adapters by `fastadapt.hosts.ends`, in words; "": nothing.
+        flat: the blocks see the tokens of all images of a batch as one sequence, without a batch dimension.
     """
 
     family: str
@@ -131,6 +132,7 @@ class Host:
     stack: Callable[[Any], str] | None = None
     published: str | None = None
     ends: str = ""
+    flat: bool = False
 
     @property
     def defaults(self) -> str:
@@ -210,6 +212,7 @@ class Declared:
     init: Callable[[Any], Init]
     models: str
     ends: str
+    flat: bool
 
     def host(self, block: type[nn.Module]) -> Host:
         stock: Any = sys.modules[block.__module__]
@@ -228,6 +231,7 @@ class Declared:
             stack=self.stack,
             published=self.published,
             ends=self.ends,
+            flat=self.flat,
         )
 
 
@@ -250,6 +254,7 @@ def declare(
     stages: tuple[str, ...] = (),
     init: Callable[[Any], Init] = lambda _: Init(std=0.02),
     ends: str = "",
+    flat: bool = False,
 ) -> None:
     """Declares the blocks of a transformers model as hosts, without importing it.
 
@@ -258,7 +263,7 @@ def declare(
         model: name of the transformers model, "llama", or its module, "blip.modeling_blip_text".
         block: name of the block's class in it.
         copies: the adapted forward of the block, or of each class (by name) that owns a place.
-        places, width, stages, ends: see `Host`.
+        places, width, stages, ends, flat: see `Host`.
         models: what the table of hosts says of it.
         stack, published: see `Host`; nothing published: `OTHER`.
         init: see `Host`; where nothing is published, Linears start as in BART.
@@ -267,7 +272,7 @@ def declare(
     stock = f"transformers.models.{model}" if "." in model else f"transformers.models.{model}.modeling_{model}"
     _declared[stock, block] = Declared(
         family=family, copies=copies, places=places if callable(places) else lambda _: places, width=width, stack=(lambda _: stack) if isinstance(stack, str) else stack,
-        published=published, stages=stages, init=init, models=models, ends=ends,
+        published=published, stages=stages, init=init, models=models, ends=ends, flat=flat,
     )  # fmt: skip
     _copies.update({(stock, name): copy for name, copy in copies.items()})
 

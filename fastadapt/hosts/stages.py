@@ -160,7 +160,9 @@ def _longer(mask: Tensor | None, length: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.ndim != 2:
-        raise ValueError(f"attention_mask: shape {tuple(mask.shape)} must be (batch, tokens), so that a prompt can be put before it")
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)} must be (batch, tokens), so that a prompt can be put before it; a static cache prepares another: take a dynamic one"
+        )
     return torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
 
 

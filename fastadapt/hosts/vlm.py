@@ -20,6 +20,8 @@ PROJECTORS: dict[str, str] = {
 }
 """Names under which models keep the module that maps image features to the language model's width -> those models. An adapter acts on what it gives."""
 
+_FLAT = ("merger", "deepstack_merger_list")  # behind a vision tower that is flat
+
 # Models that read the image's tokens, though their vision tower may pool them.
 _READ_TOKENS = ("PaliGemmaModel", "Gemma3Model")
 
@@ -33,11 +35,11 @@ def projectors(model: nn.Module, taken: Sequence[str]) -> list[tuple[str, nn.Mod
         if name not in PROJECTORS or isinstance(module, nn.ModuleList) or any(other == path or other.startswith(path + ".") for other in taken):
             continue
         if not any(path.startswith(f"{other}.") for other, *_ in found) and (width := _width(module)) is not None:
-            found.append((path, module, _host(module, width)))
+            found.append((path, module, _host(module, width, name in _FLAT)))
     return found
 
 
-def _host(module: nn.Module, width: int) -> Host:
+def _host(module: nn.Module, width: int, flat: bool) -> Host:
     # It is a feed-forward network, in no residual stream.
     places = (Place("encoder.feed_forward", "", "sequential_adapter", behind=True),)
     return Host(
@@ -51,6 +53,7 @@ def _host(module: nn.Module, width: int) -> Host:
         init=lambda _: Init(std=0.02),
         stack=lambda _: "projector",
         published=OTHER,
+        flat=flat,
     )
 
 

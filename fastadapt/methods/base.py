@@ -191,6 +191,10 @@ class MethodConfig:
         """Whether the module of a role behind a sub-layer reads x, the residual stream that entered the sub-layer; the config is a resolved one."""
         return False
 
+    def reads_whole_sequence(self, role: str) -> bool:
+        """Whether what the module of a role gives for a token depends on all tokens of the sequence; the config is a resolved one."""
+        return False
+
     def stages(self) -> tuple[str, ...]:
         """The roles of modules that belong to a whole stack."""
         lengths = {"encoder.prompt": self.encoder_prompt, "decoder.prompt": self.decoder_prompt}

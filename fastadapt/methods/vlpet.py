@@ -232,6 +232,9 @@ class VLPETConfig(MethodConfig):
             return self.gating_rank is not None or self.granularity not in ("middleY", "layernorm", "l2norm", "none")
         return role == "decoder.cross_attention" and self.cross_gate_rank is not None
 
+    def reads_whole_sequence(self, role: str) -> bool:
+        return role in _ENCODER_ROLES and self.granularity == "small"
+
     def build(self, role: str, target: Target, init: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
         # The published T5 runs start from zero up-projections and gate ends, BART's from the host's rule throughout.
         published = init == "repo" and target.family != "t5"

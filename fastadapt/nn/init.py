@@ -66,6 +66,8 @@ def weights(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
     own = projection._parameters
     if "weight" in own:
         return own["weight"], own["bias"]  # type: ignore[return-value]
+    if "base_layer" in projection._modules:
+        raise TypeError(f"{type(projection).__name__}: a layer of PEFT stands in an adapter, whose fused op would not run it; leave adapters out (target_modules, exclude_modules)")
     return projection.weight, projection.bias  # type: ignore[return-value]  # parametrised
 
 

@@ -176,8 +176,8 @@ class PHMLinear(_Product):
 def state_of(given: Sequence[Tensor]) -> tuple[tuple[int, int], ...] | None:
     """What changes when one of these parameters does, but for writes through its ``.data``, which leave no trace; None where nothing tells."""
     # A tensor of inference mode has no version; a fake one, a shard and one of a functorch transform have no address; one that `functional_call` puts for a parameter may have
-    # the address of the one before.
-    if any(type(p) is not nn.Parameter or p.is_inference() for p in given):
+    # the address of the one before. What has a gradient may be written by a fused optimiser of torch, which raises no version.
+    if any(type(p) is not nn.Parameter or p.is_inference() or p.grad is not None for p in given):
         return None
     # The address too: `.to()` gives a parameter new storage under its old version.
     return tuple((p._version, p.data_ptr()) for p in given)

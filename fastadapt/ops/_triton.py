@@ -55,10 +55,11 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @jit
 def logistic(v):
-    """sigma(v) and 1 - sigma(v), which the subtraction would round away near sigma = 1: gelu_new's slope multiplies that error by about 35."""
+    """sigma(v) and 1 - sigma(v), which the subtraction would round away near sigma = 1: gelu_new's slope multiplies that error by about 35. Below -80 sigma is 0, however large
+    what it multiplies."""
     e = tl.exp(-tl.maximum(v, -80.0))
     s = 1.0 / (1.0 + e)
-    return s, e * s
+    return tl.where(v < -80.0, 0.0, s), e * s
 
 
 @jit
@@ -339,7 +340,7 @@ def slab_sums(
 ):  # fmt: skip
     """Of one bottleneck, the columns of one slab, the rows of one split and a chunk of R: P = dy' a and Q = (M (.) x)' dz, (D, R) each, and S = column sums of dy, (D,).
 
-    S is a product with ones on the matrix unit: tl.sum would cost 30 more registers.
+    S is a product with ones on the matrix unit, where tl.sum would cost 30 more registers; as a sum it is exact also where products may use tf32.
     """
     columns = slab * BLOCK_D + tl.arange(0, BLOCK_D)
     r = part * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -357,7 +358,7 @@ def slab_sums(
             if P is not None:
                 p = tl.dot(dy, load_tile(A, R, rows, valid, r, R, R % BLOCK_R == 0), p, input_precision=PRECISION)
             if S is not None:
-                s = tl.dot(dy, tl.full((BLOCK_T, 16), 1.0, dy.dtype), s, input_precision=PRECISION)
+                s = tl.dot(dy, tl.full((BLOCK_T, 16), 1.0, dy.dtype), s, input_precision="tf32x3" if PRECISION == "tf32" else PRECISION)
         if Q is not None:
             x = load_across(X, stride_x, rows, valid, columns, D, EVEN)
             if SEED is not None:

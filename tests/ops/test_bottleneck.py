@@ -209,15 +209,11 @@ def test_whole_tiles_of_rows_far_apart(spec: Bottleneck, name: str, device: str)
     checks.assert_same_bits(checks.fused(spec, name, tensors, dy), checks.fused(spec, name, {**tensors, "x": apart[0]}, apart[1]))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "device"), [CPU])  # of the kernels on GPUs the derivatives are right below 1e10
-def test_derivatives_far_from_zero(name: str, device: str, dtype: torch.dtype, activation: str) -> None:
-    x = torch.tensor([-3e38, -1e20, -1e12, -1e9, -100.0, 100.0, 1e9, 1e12, 1e20, 3e38], dtype=dtype, device=device)[:, None].requires_grad_()
-    one = torch.ones(1, 1, dtype=dtype, device=device)
-    with checks.runs_on("bottleneck", name):
-        functional.bottleneck(x, one, one, activation=activation, residual=None).sum().backward()
-    torch.testing.assert_close(x.grad, (x > 0).to(dtype), rtol=0, atol=1e-29)
+@every_kernel
+@pytest.mark.parametrize("dtypes", DTYPES, ids=["fp32", "bf16", "bf16, fp32", "fp16", "fp16, fp32"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_pre_activations(activation: str, dtypes: tuple[torch.dtype, torch.dtype], name: str, device: str) -> None:
+    checks.assert_extreme_pre_activations(over(dtypes, lead=(3,), width=8, rank=8, activation=activation, biases="down", residual=None), name, device)
 
 
 @pytest.mark.parametrize(("name", "device"), [CPU])

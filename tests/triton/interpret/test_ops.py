@@ -321,7 +321,15 @@ def test_any_backward_after_any_forward(spec: Spec, forward: str, backward: str)
     checks.assert_within_rule(spec, forward, "cpu", backward=backward)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the infinities
+@pytest.mark.parametrize("dtypes", DTYPES, ids=["fp32", "bf16", "bf16, fp32", "fp16", "fp16, fp32"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_pre_activations(activation: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    checks.assert_extreme_pre_activations(over(dtypes, lead=(3,), width=8, rank=8, activation=activation, biases="down", residual=None), *TRITON)
+
+
 def test_tf32_only_where_torch_allows_it() -> None:
+    """And in products alone: the column sums behind d b_up are no product to torch."""
     spec = over(FP32, lead=(37,), rank=96, width=96)
     tensors, dy = spec.draw(0), spec.cotangent(0)
     exact, errors, before = checks.exact(spec, tensors, dy), [], torch.backends.cuda.matmul.fp32_precision
@@ -330,6 +338,7 @@ def test_tf32_only_where_torch_allows_it() -> None:
             torch.backends.cuda.matmul.fp32_precision = allowed
             got = checks.fused(spec, "triton", tensors, dy)
             errors.append(max(checks.relative_error(got[n], exact[n]) for n in exact))
+            assert checks.relative_error(got["d b_up"], exact["d b_up"]) < 1e-6
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert errors[0] < 1e-6 and 1e-5 < errors[1] < 2e-3
