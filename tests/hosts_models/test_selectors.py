@@ -411,6 +411,51 @@ def test_the_table_names_every_family_and_layer() -> None:
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt", "mllama", "llava"])
+def test_a_gate_over_the_sequence_is_refused_in_causal_models(kind: str) -> None:
+    """Tokens would see those behind them, and a cache would not give what no cache gives."""
+    model = tiny(kind)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"granularity: 'small' averages a gate over the sequence, so in .*, of a causal language model, tokens would see those behind them"):
+        patch(model, "vlpet", granularity="small", rank=8)
+    assert_same(snapshot(model), before)
+    if kind == "llava":
+        assert patch(model, "vlpet", granularity="small", rank=8, towers=["vision"]).sites
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("towers", [["vision"], ["projector"], ["text"]])
+def test_mixed_batches_are_refused_where_images_are_one_sequence(kind: str, towers: list[str]) -> None:
+    handle = patch(tiny(kind), "vl_adapter", towers=towers, tasks=["a", "b"], sharing="multiple", **R4)
+    if towers == ["text"]:
+        with handle.route(["a", "b"]):
+            return
+    with pytest.raises(ValueError, match=r"task_ids: .* sees the patches of all images as one sequence, and not whose they are; patch with towers=\['text'\]"):
+        handle.route(["a", "b"]).__enter__()
+
+
+def test_layers_that_accelerate_has_hooked() -> None:
+    """Its hooks run the forward that a layer had, whatever its class becomes; taken off, they leave it there."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("llama")
+    base, batch = output(model, KINDS["llama"].batch()), KINDS["llama"].batch()
+    handle = patch(model, "vl_adapter", **R4)
+    randomize(handle)
+    adapted = output(model, batch)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert torch.equal(output(model, batch), adapted)
+    for call in (lambda: handle.disabled().__enter__(), handle.unpatch):
+        with pytest.raises(RuntimeError, match=r"a patched LlamaDecoderLayer has got a forward of its own, as a hook of accelerate gives one; undo that first"):
+            call()
+    assert torch.equal(output(model, batch), adapted)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with handle.disabled():
+        assert torch.equal(output(model, batch), base)
+    assert torch.equal(output(model, batch), adapted)
+    handle.unpatch(restore_base=True)
+    assert torch.equal(output(model, batch), base)
+
+
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3", "blip2_opt"])
 def test_bfloat16_base(kind: str) -> None:
     """Adapters are fp32 over a bf16 base, behind projectors too."""

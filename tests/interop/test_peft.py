@@ -662,3 +662,12 @@ def _refuse(self: Any, name: str, value: Any) -> None:
     if name == "__class__":
         raise RuntimeError("refused")
     nn.Module.__setattr__(self, name, value)
+
+
+def test_peft_inside_an_adapter_is_refused() -> None:
+    """The adapter's op reads the projections' weights, and would run nothing that stands on them."""
+    model = tiny.tiny("bart")
+    fastadapt.patch(model, "vl_adapter", reduction_factor=4)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["down_sampler"], init_lora_weights=False))
+    with pytest.raises(TypeError, match="Linear: a layer of PEFT stands in an adapter, whose fused op would not run it; leave adapters out"):
+        wrapped(**tiny.batch())

@@ -96,6 +96,18 @@ def test_no_weight_is_kept_of_what_functional_call_puts() -> None:
             torch.testing.assert_close(torch.func.functional_call(projection, state, x), want)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_of_an_optimiser_is_seen(fused: bool) -> None:
+    """Torch's fused ones raise no version."""
+    for projection in (PHMLinear(12, 8, 4), LowRankLinear(12, 8, 2)):
+        optimizer = torch.optim.AdamW(projection.parameters(), lr=0.1, fused=fused)
+        projection(torch.randn(3, 12)).sum().backward()
+        with torch.no_grad():
+            before = projection.weight.clone()
+            optimizer.step()
+            assert not torch.equal(projection.weight, before)
+
+
 @torch.no_grad()
 def test_a_write_through_data_is_seen_after_train_or_eval() -> None:
     for projection in (PHMLinear(12, 8, 4), LowRankLinear(12, 8, 2)):
