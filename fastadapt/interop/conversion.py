@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,11 @@ _NUMBER = re.compile(r"\b(encoder|decoder)\.(?:layers\.|block\.)?(\d+)\.")
 _SIZES = (
     ("d_model", re.compile(r"(?:up_sampler|adapter_up)\.b(?:ias)?$"), 0),
     ("d_model", re.compile(r"(?:query|value|\b[qkv](?:_proj)?)[./].*lora_A\.weight$"), 1),
+    ("d_model", re.compile(r"\b(?:fc1|wi|wi_0|wi_1)\.lora_A\.weight$"), 1),
     ("d_model", re.compile(r"visual_embedding\.feat_embedding\.0\.bias$"), 0),
     ("feat_dim", re.compile(r"visual_embedding\.feat_embedding\.0\.weight$"), 1),
     ("ffn", re.compile(r"\bfc1\.bias$"), 0),
+    ("ffn", re.compile(r"\b(?:fc1|wi|wi_0|wi_1)\.lora_B\.weight$"), 0),
     ("heads", re.compile(r"relative_attention_bias\.weight$"), 1),
     ("encoder_layers", re.compile(r"\bencoder\.\w+[./]layer_id_embeddings\.weight$"), 0),
     ("decoder_layers", re.compile(r"\bdecoder\.\w+[./]layer_id_embeddings\.weight$"), 0),
@@ -90,7 +92,7 @@ def build_host(host: str, tensors: Mapping[str, Tensor] | None = None, known: Ma
     return T5ForConditionalGeneration(T5Config(**common)) if host == "t5" else VLT5(VLT5Config(**common, feat_dim=sizes["feat_dim"]))
 
 
-def _depths(tensors: Mapping[str, Tensor], numbered: re.Pattern[str]) -> dict[str, int]:
+def _depths(tensors: Iterable[str], numbered: re.Pattern[str]) -> dict[str, int]:
     """The depths of the two stacks, by the highest numbers of their layers; of one that is not there, the other's."""
     found: dict[str, int] = {}
     for key in tensors:
@@ -107,6 +109,13 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         sizes[name] = next((t.shape[axis] for key, t in tensors.items() if pattern.search(key) and t.dim() > axis), sizes.get(name, 0))
     sizes = {name: size for name, size in sizes.items() if size}
     return {"ffn": 4 * sizes["d_model"], **sizes} if "d_model" in sizes else sizes
+
+
+def _known(folder: Path) -> dict[str, int]:
+    """The sizes of a host that a directory of fastadapt shows. Of places that were given by their paths, as PEFT's are, only the paths say how deep its stacks are."""
+    config, tensors = checkpoint.read(folder)
+    paths = re.findall(r"[\w.]+", json.dumps(config.get("options")).replace("\\", ""))
+    return _sizes(tensors) | _depths(paths, _NUMBER)
 
 
 def _library(folder: Path) -> str | None:
@@ -165,13 +174,18 @@ def convert(
             handle = (from_peft if library == "peft" else from_adapterhub)(model, folder)
             handle.save(target)
             return _said(target, handle)
-        handle = patching.load(build_host(host, known=_sizes(checkpoint.read(folder)[1])), folder)
+        if layout == "peft" and any("relative_attention_bias" in key for key in checkpoint.read(folder)[1]):
+            raise ValueError(
+                "source: holds T5's tables of relative position biases, for which PEFT's files have no place; whether they are still the base's only the base tells: use "
+                "fastadapt.interop.to_peft on it"
+            )
+        handle = patching.load(build_host(host, known=_known(folder)), folder)
         (to_peft if layout == "peft" else to_adapterhub)(handle, target, task=tasks[0] if tasks else None)
         return f"{target}: the adapters of {len(handle.sites)} sites as {_LIBRARIES[layout]} reads them"
     if folder.is_dir():
         if target.suffix not in (".pth", ".safetensors"):
             raise ValueError(f"destination: must end in .pth or .safetensors, since the source is an adapter directory; it is {os.fspath(target)!r}")
-        handle = patching.load(build_host(host, known=_sizes(checkpoint.read(folder)[1])), source)
+        handle = patching.load(build_host(host, known=_known(folder)), source)
         tensors = {key: tensor.detach().clone().contiguous() for key, tensor in published_state_dict(handle, base=False, layout=layout).items()}
         if target.suffix == ".pth":
             torch.save(tensors, data := io.BytesIO())

@@ -159,6 +159,37 @@ def test_libraries_directories_and_back(
 
 
 @pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("bart", {"target_modules": ["q_proj", "v_proj"]}),
+        ("bart", {"target_modules": ["k_proj"], "bias": "all"}),
+        ("t5", {"target_modules": ["q"]}),
+        ("t5", {"target_modules": ["wi"]}),
+    ],
+    ids=str,
+)
+def test_what_peft_saved_and_back(family: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose places are paths: the tensors that come back are those that went, whatever the depths."""
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file
+
+    model = peft.get_peft_model(tiny.tiny(family, layers=(8, 7) if family == "bart" else (1, 2)), peft.LoraConfig(init_lora_weights=False, **options))
+    model.save_pretrained(tmp_path / "theirs")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--host", family]) == 0
+    if options["target_modules"] == ["wi"]:  # what fastadapt saves of it does not show that this feed-forward network is twice as wide as the model
+        return
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--host", family, "--layout", "peft"]) == 0
+    want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "back"))
+    assert got.keys() == want.keys() and all(torch.equal(got[key], t) for key, t in want.items())
+
+
+def test_tables_of_a_t5_do_not_go_to_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patching.patch(tiny.tiny("t5"), "lora", rank=4, layer_norms="none").save(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--host", "t5", "--layout", "peft"]) == 1
+    assert "source: holds T5's tables of relative position biases, for which PEFT's files have no place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--method", "vlpet"], "method: the source is an adapter directory of PEFT, which knows its method and options; must not be given, not 'vlpet'"),
