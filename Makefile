@@ -64,7 +64,10 @@ gpu-check: .venv/$(if $(findstring GPU 0,$(shell command -v nvidia-smi >/dev/nul
 	FASTADAPT_CUDA=1 $(PIP) --no-build-isolation -e '.[demo,test]'
 	touch $@
 
-build: .venv/.installed
+# Again whatever is there: for another torch, or other FASTADAPT_CUDA and FASTADAPT_CPU_LEVELS.
+build:
+	rm -f .venv/.installed
+	$(MAKE) --no-print-directory .venv/.installed
 
 # torch is installed by itself first: its exact version is a build on this machine's disk or PyPI's, and the extension is built against it, without isolation.
 .venv/.installed: $(SOURCES)

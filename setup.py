@@ -45,7 +45,7 @@ def no_compiler() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not installed in the build environment; install torch, then run: pip install --no-build-isolation --force-reinstall --no-deps fastadapt"
+        return "torch is not installed in the build environment; install torch, then run: pip install --no-build-isolation --force-reinstall --no-deps ."
     return None
 
 

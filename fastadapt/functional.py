@@ -74,7 +74,7 @@ def bottleneck(
         w_up: up-projection, (D, R); with ``heads=h`` > 1 the block-diagonal pair variant, (D, R/h): block i of D/h rows reads head i's R/h activations only.
         b_down: bias, (R,), or None.
         b_up: bias, (D,), or None.
-        activation: "gelu_new" (tanh form), "gelu" (erf), "relu", "silu" or "identity".
+        activation: "gelu_new" (tanh form; also "gelu_pytorch_tanh"), "gelu" (erf), "relu", "silu" ("swish") or "identity" ("linear").
         residual: "input" adds the un-normalised x, a tensor of x's shape is added, None adds nothing.
         scale: s, a Python number or a tensor of one element (which then gets a gradient).
         gate: g, a vector (D,), or None.
@@ -971,6 +971,8 @@ def _norm_vectors(name: str, norm: LayerNorm | None) -> dict[str, Tensor]:
     if not isinstance(norm, tuple) or len(norm) != 3 or not all(isinstance(v, Tensor) for v in norm[:2]):
         was = f"({', '.join(type(v).__name__ for v in norm)})" if isinstance(norm, tuple) else type(norm).__name__
         raise TypeError(f"{name}: must be (weight, bias, eps) with two tensors and a number, not {was}")
+    if _number(f"{name} eps", norm[2]) < 0.0:
+        raise ValueError(f"{name} eps: must not be negative, not {norm[2]!r}")
     return {f"{name} weight": norm[0], f"{name} bias": norm[1]}
 
 

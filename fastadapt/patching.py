@@ -733,7 +733,7 @@ def _patch(
     if any(config.add_biases for config in resolved.values()):
         _add_biases(handle, model, blocks, labels, off)
     if not handle._sites and (config.roles() or not handle._trained):
-        raise ValueError(f"model: {config.method} has no site in this {type(model).__name__}: " + _reasons(handle.skipped))
+        raise ValueError(f"model: {config.method} has no site in this {type(model).__name__} and nothing that its options train: " + _reasons(handle.skipped))
     handle._before = _Before(
         [(module, name, p.requires_grad) for module in model.modules() for name, p in module._parameters.items() if p is not None],
         [(module, module.training) for module in model.modules()],
@@ -965,7 +965,7 @@ def _add_biases(handle: Handle, model: nn.Module, blocks: _Blocks, labels: dict[
     """Makes biases for the Linears and the layers' norms that have none, and the class changes of the norms; changes nothing in the model."""
     norms = {module: host.biased[type(module)] for _, block, host in blocks for module in block.modules() if type(module) in host.biased}
     for path, module in model.named_modules():
-        if _off(path, off):
+        if _off(path, off) or _off(_join(path, "weight"), off):
             continue
         if module in norms:
             _check_owner(module, path, "bias")

@@ -106,6 +106,8 @@ BOTTLENECK = {
     "pair weight with the whole rank": ({"heads": 2}, ValueError, "w_up", f"({D}, {R})", f"({D}, {R // 2})"),
     "layer norm without bias": ({"norm_before": (torch.ones(D), None, 1e-5)}, TypeError, "norm_before", "None", "(weight, bias, eps)"),
     "layer norm's weight alone": ({"norm_after": torch.ones(D)}, TypeError, "norm_after", "(weight, bias, eps)"),
+    "layer norm's negative eps": ({"norm_after": (torch.ones(D), torch.zeros(D), -1.0)}, ValueError, "norm_after eps: must not be negative, not -1.0"),
+    "layer norm's eps is no number": ({"norm_before": (torch.ones(D), torch.zeros(D), None)}, ValueError, "norm_before eps: must be a finite number, not None"),
     "width of a layer norm": ({"norm_before": (torch.ones(D + 1), torch.zeros(D + 1), 1e-5)}, ValueError, "norm_before", f"({D + 1},)", f"({D},)"),
     "dtype of a layer norm": ({"norm_after": (torch.ones(D).half(), torch.zeros(D), 1e-5)}, TypeError, "norm_after", "torch.float16"),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,9 +13,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BartForConditionalGeneration, PreTrainedTokenizerFast
 
+from fastadapt.training import metrics, mixing
 from tests.hosts import tiny
 
 README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.parametrize("module", [mixing, metrics])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def test_the_first_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class TaskEmbeddings(nn.Module):
         if not tasks:
             raise ValueError("tasks: must name the tasks, each of which has an embedding")
         check_task_names(tasks, nn.ParameterDict())
+        positive(dim=dim)
         self.tasks = tuple(tasks)  # a ParameterDict sorts
         self.task_to_embeddings = nn.ParameterDict({task: nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) for task in tasks})
         self.reset_parameters()
@@ -168,6 +169,8 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"blocks: must be some of {', '.join(BLOCKS)}, not {blocks!r}")
         if one and (norm_before or norm_after):
             raise ValueError("one: the shared generator makes no layer norms; norm_before and norm_after must be False")
+        if any(p.numel() != task_dim for p in embeddings.parameters()):
+            raise ValueError(f"task_dim: must be the width of the embeddings, not {task_dim}")
         self.width, self.rank, self.blocks, self.one, self.init = width, rank, tuple(b for b in BLOCKS if b in blocks), one, init
         self.norms = tuple(side for side, wanted in (("pre", norm_before), ("post", norm_after)) if wanted)
         self.task_embeddings = embeddings

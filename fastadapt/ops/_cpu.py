@@ -18,7 +18,7 @@ from fastadapt.ops._library import transformed
 
 _FOLDER = Path(__file__).parents[1]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REBUILD = "to build it: pip install --no-build-isolation --force-reinstall --no-deps fastadapt (or `make build` in a checkout)"
+_REBUILD = "to build it: pip install --no-build-isolation --force-reinstall --no-deps . (or `make build`) in a checkout"
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from fastadapt.ops._cpu import mask
 _FOLDER = Path(__file__).parents[1]
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of csrc/include/bottleneck.h
 _REBUILD = (
-    "to build them, have nvcc 12.8 or newer (or pip install 'fastadapt[cuda-build]'), then: FASTADAPT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps fastadapt"
+    "to build them, in a checkout have nvcc 12.8 or newer (or pip install '.[cuda-build]'), then: FASTADAPT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 # The CUDA runtime is linked into the library, so its major version decides the least driver (version of CUDA, and its own), whatever runtime torch has. Code compressed for size
 # needs 12.4.

@@ -37,7 +37,7 @@ class MultiTaskLoader:
             fewer batches than its length.
 
     >>> list(MultiTaskLoader({"vqa": ["a", "b"], "nlvr": ["c"]}))
-    [('nlvr', 'c'), ('vqa', 'a'), ('vqa', 'b')]
+    [('vqa', 'a'), ('nlvr', 'c'), ('vqa', 'b')]
     """
 
     def __init__(

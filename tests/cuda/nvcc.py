@@ -31,7 +31,7 @@ def missing() -> str | None:
     """Why tests that compile are skipped, or None."""
     if os.environ.get("FASTADAPT_TEST_NO_COMPILER") == "1":
         return "needs nvcc and a C++ compiler (FASTADAPT_TEST_NO_COMPILER=1 says that there is none)"
-    return None if find() else "needs nvcc: on PATH, in CUDA_HOME, or pip install 'fastadapt[cuda-build]'"
+    return None if find() else "needs nvcc: on PATH, in CUDA_HOME, or pip install '.[cuda-build]'"
 
 
 @functools.cache

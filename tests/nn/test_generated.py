@@ -190,6 +190,10 @@ def test_errors() -> None:
         HyperNetwork(8, 4, 2, ("mlp",), embeddings)
     with pytest.raises(ValueError, match="one: the shared generator makes no layer norms"):
         HyperNetwork(8, 4, 2, ("feed_forward",), embeddings, one=True, norm_before=True)
+    with pytest.raises(ValueError, match="task_dim: must be the width of the embeddings, not 512"):
+        HyperNetwork(8, 4, 2, ("feed_forward",), embeddings)
+    with pytest.raises(ValueError, match="dim: must be a positive integer, not 0"):
+        TaskEmbeddings(["a"], 0)
     network = HyperNetwork(8, 4, 2, ("feed_forward",), embeddings, task_dim=6)
     with pytest.raises(RuntimeError, match="no task is selected"):
         network()
