@@ -217,8 +217,8 @@ struct Logistic {
 
 template <class A>
 inline Vec sigmoid(Vec v) {
-  if constexpr (!std::is_same_v<A, float>) return Logistic<A>(v).s;
-  return inverse<A>(Vec(1.f) + exponential<A>(v.neg()));
+  const Vec s = inverse<A>(Vec(1.f) + exponential<A>(v.neg()));
+  return std::is_same_v<A, float> ? s : Vec::blendv(s, Vec(0.f), v < Vec(-80.f));  // where exp overflows fp32's is 0
 }
 
 inline Vec of_gelu_new(Vec z) { return Vec(1.5957691216057308f) * z * (Vec(1.f) + Vec(0.044715f) * z * z); }
