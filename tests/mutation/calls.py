@@ -78,6 +78,11 @@ def rows_far_apart(backend: str) -> str:
     return ""
 
 
+def extreme_pre_activations(backend: str, dtypes: Sequence[torch.dtype]) -> str:
+    specs = [Bottleneck(lead=(3,), width=8, rank=8, dtype=d, activation=a, biases="down", residual=None) for a in ("gelu_new", "silu") for d in dtypes]
+    return first_failing(checks.assert_extreme_pre_activations, specs, backend)
+
+
 def relu_at_zero(backend: str, dtype: torch.dtype = torch.float32) -> str:
     """relu'(0) = 0, which no drawn number meets: rows of zeros without a bias get no gradient."""
     spec = Bottleneck(lead=(3,), dtype=dtype, activation="relu", biases="none", residual=None)

@@ -47,7 +47,6 @@ MATRIX = "only a processor with a matrix unit (AMX) holds anything"
 # (kind, a part of "before -> after in line") -> why no test can see it.
 EXPLAINED: dict[tuple[str, str], str] = {
     ("loop", "q < end -> q <= end in for (int64_t q = begin; q < end; ++q)"): "a panel too many has no columns and is left at once; the next range's first one is computed twice",
-    ("constant", "in const Vec one(1.f), cut = at::vec::clamp("): "from 100 on the derivatives are 0 or 1: a bound beyond it gives the same",
     ("bound", "stride < kMaxStride"): "rows of that stride are then copied: the same numbers",
     ("sign", "i - m in bool consecutive("): COPIES,
     ("sign", "i + m + 1 in bool consecutive("): COPIES,
@@ -447,6 +446,7 @@ def prepare() -> schemata.Check:
             partial(calls.first_wrong, [p for p in every if concerns(mutant, p.spec.op)], "cpu"),
             partial(calls.relu_at_zero, "cpu"),
             partial(calls.rows_far_apart, "cpu"),
+            partial(calls.extreme_pre_activations, "cpu", (torch.float32, torch.bfloat16)),
             partial(calls.gates_far_from_zero, "cpu") if concerns(mutant, "gated_bottleneck") else str,
             *of_calls([spec for spec in CALLS if concerns(mutant, spec.op)]),
             partial(without_onednn, partial(calls.first_wrong, [p for p in every if concerns(mutant, p.spec.op) and p.spec.dtype != torch.float32], "cpu")),

@@ -251,6 +251,8 @@ def interpreted(family: str) -> Attempt:
                 )
             if not wrong and family != "norm" and (mutant is None or mutant.kind == "mask"):
                 wrong = calls.relu_at_zero("triton")
+            if not wrong and not own and (mutant is None or mutant.kind == "constant"):
+                wrong = calls.extreme_pre_activations("triton", (torch.float32, torch.bfloat16))
             if not wrong and (mutant is None or mutant.kind == "absent tensor" or (own and mutant.kind == "mask")):  # alone, a gradient has no other's section behind its own
                 wrong = calls.first_failing(
                     checks.assert_single_gradients, [s for s in of_family([*test_ops.CALLS, *test_ops.PHM_CALLS, *test_ops.NORM_CALLS]) if concerns(mutant, s.op)], "triton"
