@@ -405,6 +405,26 @@ def test_frame_aware_attention() -> None:
         model.text_encoder(ids, encoder_hidden_states=video[:, :10].float(), frame_aware_attention_weight=scores.float())
 
 
+def test_frame_aware_attention_heeds_the_mask() -> None:
+    model, _ = patched("retrieval", options={"frames": 3})
+    layer: Any = model.double().text_encoder.encoder.layer[0]
+    x, video = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 12, 32, dtype=torch.float64)
+    mask = torch.zeros(2, 1, 1, 12, dtype=torch.float64)
+    mask[..., 8:] = torch.finfo(torch.float64).min
+    given = {"encoder_attention_mask": mask, "frame_aware_attention_weight": torch.zeros(2, 3)}
+    assert torch.equal(layer(x, video, **given), layer(x, torch.cat((video[:, :8], torch.randn_like(video[:, 8:])), 1), **given))
+
+
+def test_frame_aware_attention_drops_in_training() -> None:
+    model, _ = patched("retrieval", options={"frames": 3})
+    layer: Any = model.text_encoder.encoder.layer[0].train()
+    for module in layer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5 if module is layer.crossattention.self.dropout else 0.0
+    x, video, scores = torch.randn(2, 5, 32), torch.randn(2, 12, 32), torch.zeros(2, 3)
+    assert not torch.equal(*(layer(x, video, frame_aware_attention_weight=scores) for _ in range(2)))
+
+
 def test_frame_aware_attention_wants_the_known_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_blip_text.BlipTextSelfAttention, "forward", lambda self: None)
     assert "BlipTextSelfAttention.forward of transformers" in our_blip._unknown_attention()

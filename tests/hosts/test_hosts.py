@@ -233,6 +233,35 @@ def test_t5_in_fp16_keeps_wo_in_fp32(method: str) -> None:
     assert all(p.grad is not None for p in handle.trainable_parameters())
 
 
+@hosts
+def test_training_drops_what_the_stock_model_drops(family: str) -> None:
+    """With one seed, the same elements."""
+    model = tiny(family, dropout=0.3).train()
+    torch.manual_seed(3)
+    want = logits(model)
+    patch(model, "vl_adapter", init="identity", fuse_residual=False, **SMALL["vl_adapter"])
+    torch.manual_seed(3)
+    assert torch.equal(logits(model), want)
+
+
+@hosts
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_prompts_of_a_bfloat16_base(family: str, side: str) -> None:
+    model = tiny(family).bfloat16()
+    patch(model, "prompt", **{"encoder_prompt": 0, "prompt_mid": None, f"{side}_prompt": 3})
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_positions_of_a_prompted_text_start_at_zero() -> None:
+    model = tiny("bart")
+    positions, seen = model.model.encoder.embed_positions, []
+    own = positions(batch()["input_ids"])
+    patch(model, "prompt", encoder_prompt=3, prompt_mid=None)
+    positions.register_forward_hook(lambda _m, _args, out: seen.append(out))
+    logits(model)
+    assert not seen[0][:, :3].any() and torch.equal(seen[0][:, 3:], own)
+
+
 def test_rectangular_value_projection_is_refused() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 

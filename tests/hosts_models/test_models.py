@@ -191,6 +191,49 @@ def test_new_biases(kind: str) -> None:
 
 
 @kinds
+def test_training_drops_what_the_stock_model_drops(kind: str) -> None:
+    """With one seed, the same elements and paths."""
+    model, inputs = frozen(kind), KINDS[kind].batch()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+        for name in ("dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.3)
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(module, name):
+                setattr(module, name, nn.Dropout(0.3))
+    model.train()
+    torch.manual_seed(3)
+    want = output(model, inputs)
+    put(model, kind, "vl_adapter", init="identity", fuse_residual=False)
+    torch.manual_seed(3)
+    assert torch.equal(output(model, inputs), want)
+
+
+def test_fp16_clamp_of_mbarts_encoder_is_the_stocks() -> None:
+    """An overflow is clamped to fp16's largest number less 1000."""
+    x = (1e3 + 1e3 * torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))).half()
+    stock, ours = (tiny("mbart").model.encoder.layers[0].half() for _ in range(2))
+    patch(ours, "vl_adapter", init="identity", reduction_factor=4)
+    for layer in (stock, ours):
+        layer.fc2.bias.data.copy_(torch.tensor([-65000.0, 65000.0]).repeat(16))
+    with torch.no_grad():
+        want, got = stock(x, None), ours(x, None)
+    assert torch.equal(got, want) and (want.abs() == torch.finfo(torch.float16).max - 1000).any()
+
+
+def test_rows_that_see_no_image() -> None:
+    model, inputs = frozen("mllama"), KINDS["mllama"].batch()
+    seeing = output(model, inputs)
+    inputs["cross_attention_mask"][:, :3] = 0
+    want = output(model, inputs)
+    assert not torch.equal(want, seeing)
+    put(model, "mllama", "vl_adapter", init="identity")
+    assert torch.equal(output(model, inputs), want)
+
+
+@kinds
 def test_projections_get_their_own_widths(kind: str) -> None:
     handle = put(tiny(kind), kind, "lora")
     for report in handle.report.sites:

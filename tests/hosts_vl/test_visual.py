@@ -32,6 +32,10 @@ def test_area_enters_beside_the_box() -> None:
     torch.testing.assert_close(module(feats, boxes, torch.zeros(3, 8)), module.feat_embedding(feats) + module.absolute_vis_pos_embedding(pos))
 
 
+def test_float32_boxes_beside_half_precision() -> None:
+    assert make().bfloat16()(torch.randn(1, 4, 6).bfloat16(), torch.rand(1, 4, 4), torch.randn(9, 8).bfloat16()).dtype == torch.bfloat16
+
+
 def test_one_layer_norm_after_the_sum() -> None:
     module = make(individual_vis_layer_norm=False)
     assert isinstance(module.layer_norm, nn.LayerNorm) and len(module.feat_embedding) == len(module.absolute_vis_pos_embedding) == 1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import BartConfig, BartForConditionalGeneration, T5ForConditionalGeneration
 
 from fastadapt.hosts.vlbart import VLT5, VLBart, VLBartConfig, VLT5Config
+from tests.methods.test_methods import assert_normal
 
 SIZES = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 40))}
 BART = {"vocab_size": 97, "d_model": 32, "max_position_embeddings": 32, "forced_eos_token_id": None, **SIZES}
@@ -53,6 +54,22 @@ def test_without_vision_it_is_the_stock_model(kind: type) -> None:
     for more in ({}, {"vis_inputs": nothing}):
         generated = model.generate(call["input_ids"], attention_mask=call["attention_mask"], max_new_tokens=5, do_sample=False, **more)
         assert torch.equal(generated, stock.generate(call["input_ids"], attention_mask=call["attention_mask"], max_new_tokens=5, do_sample=False))
+
+
+@both
+def test_training_drops_what_the_stock_model_drops(kind: type) -> None:
+    """With one seed, the same elements, and the same layers in some seeds of the eight."""
+    rates = {"dropout": 0.3, "encoder_layerdrop": 0.5} if kind is VLBart else {"dropout_rate": 0.3}
+    model, call = make(kind, **rates).train(), inputs()
+    stock = STOCK[kind](model.config).train()
+    stock.load_state_dict(model.state_dict(), strict=False)
+    text = {"input_ids": call["input_ids"], "attention_mask": call["attention_mask"], "labels": call["input_ids"]}
+    nothing = tuple(t[:, :0] for t in call["vis_inputs"])
+    for seed in range(8):
+        torch.manual_seed(seed)
+        want = stock(**text).logits
+        torch.manual_seed(seed)
+        assert torch.equal(model(**text, vis_inputs=nothing).logits, want)
 
 
 @both
@@ -134,6 +151,29 @@ def test_masked_tokens_do_not_matter(kind: type) -> None:
     padded = call["input_ids"].masked_fill(call["attention_mask"] == 0, model.config.pad_token_id)
     by_padding = model(input_ids=padded, vis_inputs=call["vis_inputs"], vis_attention_mask=hidden, decoder_input_ids=call["input_ids"][:, :3])
     torch.testing.assert_close(by_padding.logits, want)
+
+
+@both
+def test_masked_boxes_do_not_matter_in_generation(kind: type) -> None:
+    model, call = make(kind), inputs()
+    hidden = torch.ones(2, 9, dtype=torch.long)
+    hidden[:, 6:] = 0
+    feats, boxes = call["vis_inputs"]
+    options = {"vis_attention_mask": hidden, "max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first, second = (model.generate(**call | {"vis_inputs": (f, boxes)}, **options).logits for f in (feats, feats.masked_fill(hidden[..., None] == 0, 9.0)))
+    torch.testing.assert_close(first, second)
+
+
+@both
+def test_options_reach_the_visual_embedding(kind: type) -> None:
+    assert make(kind, pos_dim=5).get_encoder().visual_embedding.absolute_vis_pos_embedding[0].in_features == 6
+    assert make(kind, use_vis_order_embedding=False).get_encoder().visual_embedding.img_order_embedding is None
+
+
+def test_published_start_of_vlt5s_order_embedding() -> None:
+    torch.manual_seed(0)
+    model = VLT5(VLT5Config(**{**T5, "d_model": 128}, feat_dim=24, n_images=16))
+    assert_normal(model.get_encoder().visual_embedding.img_order_embedding.weight, 1.0)
 
 
 def test_visual_tokens_know_no_position() -> None:

@@ -144,6 +144,10 @@ def test_stages_pass_use_bn_to_their_first_block_as_published(everywhere: bool) 
     assert not any(isinstance(m, VisualAdapter) for m in plain.modules()) and plain[0].downsample is not None and plain[1].downsample is None
 
 
+def test_stages_pass_reduction_factor_to_every_block() -> None:
+    assert [block.middle_adapter.down_sampler.out_channels for block in clip_stage(16, 8, 2, reduction_factor=4)] == [2, 2]
+
+
 def test_gate_starts_at_zero() -> None:
     """CLIP-ViL's adapter is the identity at first; only the gate has a gradient then."""
     module = Bottleneck(12, 4, scalar_gate=True, scale=2.0, norm_after=False, init=Init(std=0.5))
