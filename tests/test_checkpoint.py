@@ -92,6 +92,12 @@ def test_identity_start_and_other_dtype(tmp_path: Path) -> None:
     assert (logits(half).float() - logits(model)).norm() / logits(model).norm() < 0.05
 
 
+def test_a_file_loads_without_fused_ends(tmp_path: Path) -> None:
+    saved(tmp_path)
+    handle = load(tiny("bart"), tmp_path, fuse_residual=False)
+    assert not handle.fuse_residual and not any(site.around for site in handle.report.sites)
+
+
 def test_moved_modules(tmp_path: Path) -> None:
     """Sites, not paths: what a whole model saved, its inner model under another name loads."""
     handle, _ = saved(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,6 +55,17 @@ def test_merged_for_a_while(family: str) -> None:
         assert not any(type(site.owner).__module__.startswith("fastadapt") for site in handle._sites)
     assert_same(before, snapshot(model))
     assert torch.equal(logits(model), adapted)
+    with handle.disabled():
+        assert torch.equal(logits(model), logits(tiny(family).double()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_was_merged_for_a_while_keeps_its_mode(training: bool) -> None:
+    model, handle = patched("bart")
+    model.train(training)
+    with handle.merged():
+        assert all(module.training == training for module in model.modules())
+    assert all(module.training == training for module in model.modules())
 
 
 def test_no_copy_while_merged() -> None:
@@ -117,6 +129,10 @@ def test_weights_that_cannot_hold_it() -> None:
     refuses(handle, r"the weight of Linear is Tensor of torch.int8, not a plain floating tensor \(1 of them\)")
 
 
+def test_biases_that_the_base_lacks() -> None:
+    refuses(patch(tiny("bart"), "lora", rank=4, add_biases=True), "lm_head.bias has a part that the base lacks")
+
+
 def test_a_sum_beyond_its_dtype() -> None:
     """Found by trying the projection: everything is put back."""
     model, handle = patched("bart", torch.float16)
@@ -125,10 +141,12 @@ def test_a_sum_beyond_its_dtype() -> None:
     refuses(handle, r"merge: decoder.1.cross_attention.value: projection: the merged weight of this Linear would not be finite")
 
 
-def test_a_wrong_delta_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", [Tensor.t, lambda delta: 1.01 * delta], ids=["transposed", "slightly"])
+def test_a_wrong_delta_is_noticed(wrong: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     _, handle = patched("t5", torch.float32)
     module: Any = handle._sites[3].module
-    monkeypatch.setattr(module, "merged_delta", lambda: (module.scale * (module.lora_B.weight @ module.lora_A.weight)).t())
+    right = module.merged_delta()
+    monkeypatch.setattr(module, "merged_delta", lambda: wrong(right))
     refuses(handle, "gives other numbers")
 
 

@@ -358,6 +358,16 @@ def test_meta_device(family: str, method: str) -> None:
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in real.parameters()]
 
 
+def test_the_base_as_it_is_remembered_is_put_back() -> None:
+    handle = patch(tiny("bart"), "vlpet", **SMALL["vlpet"])
+    randomize(handle)
+    handle.remember_base()
+    want = {t.id: t.parameter.detach().clone() for t in handle._trained}
+    randomize(handle, seed=3)
+    handle.unpatch(restore_base=True)
+    assert want and all(torch.equal(t.parameter, want[t.id]) for t in handle._trained)
+
+
 @pytest.mark.parametrize(
     ("base", "given", "expected"), [("float32", None, "float32"), ("bfloat16", None, "float32"), ("float64", None, "float64"), ("bfloat16", "bfloat16", "bfloat16")]
 )

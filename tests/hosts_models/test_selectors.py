@@ -100,6 +100,14 @@ def test_layer_norms_of_one_family_alone() -> None:
     assert trained and not any("vision_tower" in name or "projector" in name for name in trained)
 
 
+def test_new_biases_and_norms_stay_in_the_towers() -> None:
+    """What is in no tower, as an output layer, gets none in the others."""
+    model = tiny("llava")
+    handle = patch(model, "base_tuning", add_biases=True, layer_norms="all", towers=["vision"])
+    named = {id(p): name for name, p in model.named_parameters()}
+    assert handle._trained and [name for t in handle._trained if "vision_tower" not in (name := named[id(t.parameter)])] == []
+
+
 @pytest.mark.parametrize("method", ["vl_adapter", "vlpet", "lora"])
 def test_layers(method: str) -> None:
     options: dict[str, Any] = {"vl_adapter": R4, "vlpet": {"rank": 8, "gate_rank": 4}, "lora": {"rank": 2}}[method]

@@ -21,7 +21,7 @@ import fastadapt
 from fastadapt import methods, patching
 from fastadapt.hosts import t5
 from fastadapt.nn import IntrinsicDimension, Prompt
-from fastadapt.nn.intrinsic import Fastfood, walsh_hadamard
+from fastadapt.nn.intrinsic import Dense, Fastfood, walsh_hadamard
 from fastadapt.patching import Handle, patch
 from tests import golden
 from tests.hosts.published import fp64_rms_norm  # noqa: F401
@@ -461,6 +461,12 @@ def test_trains_saves_loads_and_comes_out(preset: str, tmp_path: Path) -> None:
     assert_same(before, snapshot(model))
 
 
+def test_an_identity_start_keeps_the_published_std() -> None:
+    down = patch(wide("t5"), "houlsby", init="identity").sites["encoder.0.self_attention"].down_sampler
+    assert_normal(down.weight, 0.01)
+    assert not down.bias.any()
+
+
 def test_presets_are_the_published_ones() -> None:
     assert set(SMALL) == {row[0] for row in ROWS} and set(SMALL) <= set(methods.available())
     config = methods.config("adapterdrop").resolved("t5", "repo")
@@ -519,6 +525,14 @@ def test_what_cannot_be_moved_is_refused() -> None:
     model.shared.weight_reparametrised = nn.Identity()
     with pytest.raises(ValueError, match="model: shared has a 'weight_reparametrised' already"):
         patch(model, "said", dimension=120)
+
+
+def test_a_dense_projection_ignores_autocast() -> None:
+    torch.manual_seed(0)
+    projection, v = Dense(40, 7), torch.randn(7)
+    want = projection(v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(projection(v), want)
 
 
 def test_modules_alone() -> None:

@@ -180,6 +180,14 @@ def test_no_identity_start(variant: str) -> None:
         put(tiny("bart"), variant, init="identity")
 
 
+def test_a_tasks_prompts_are_a_file_of_their_own(tmp_path: Path) -> None:
+    model, handle = patched("bart", "prompts of both sides, multiple")
+    randomize(handle)
+    handle.save(tmp_path, task="vqa")
+    patching.load(fresh := tiny("bart"), tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+
+
 def test_prompts_need_a_stack() -> None:
     before = snapshot(model := tiny("bart"))
     with pytest.raises(ValueError, match="model: has no decoder, so decoder_prompt must be 0"):

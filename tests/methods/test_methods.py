@@ -149,6 +149,48 @@ def test_layer_norms(family: str, method: str, layer_norms: str | None, expected
     assert all(p.requires_grad for m in handle.sites.values() for p in m.parameters())
 
 
+def test_an_untied_output_layer_is_trained_beside_the_token_table() -> None:
+    handle = patch(tiny("bart", tie_word_embeddings=False), "lm_head")
+    assert {t.id for t in handle._trained} == {"model.shared.weight", "lm_head.weight"}
+
+
+BARE = {"granularity": "none", "adapter": "none"}
+# Method, options, and which attribute has which value then in all modules that have it.
+OPTIONS: list[tuple[str, dict[str, Any], str, Any]] = [
+    ("lora", {"alpha": 8.0}, "alpha", 8.0),
+    ("lora", {"dropout": 0.3}, "dropout", 0.3),
+    ("compacter", {"weight_init": "normal"}, "weight_init", "normal"),
+    ("compacter", {"rule_init": "uniform"}, "rule_init", "uniform"),
+    ("compacter", {"init_range": 0.5}, "init_range", 0.5),
+    ("low_rank_adapter", {"weight_init": "glorot-normal"}, "weight_init", "glorot-normal"),
+    ("hyperformer", {"activation": "relu"}, "activation", "relu"),
+    ("vlpet", {"adapter": "lora", "granularity": "none", "decoder": (), "adapter_options": {"rank": 3, "alpha": 8.0}}, "alpha", 8.0),
+    ("vlpet", {"adapter": "lora", "granularity": "none", "decoder": (), "adapter_options": {"rank": 3, "dropout": 0.3}}, "dropout", 0.3),
+    ("vlpet", {"activation": "relu"}, "activation", "relu"),
+    ("vlpet", {"activation": "relu", "adapter": "none"}, "activation", "relu"),
+    ("vlpet", {"activation": "relu", "gating_rank": 3}, "activation", "relu"),
+    ("vlpet", {"activation": "relu", "decoder": "value_parallel", "value_residual": True, "value_gate_rank": 3}, "activation", "relu"),
+    ("vlpet", {"activation": "relu", "granularity": "middleY", "sharing": "multiple", "decoder": "cross_attention", "cross_gate_rank": 3}, "activation", "relu"),
+    ("vlpet", {**BARE, "decoder": "value_sequential", "value_scale": 0.5}, "scale", 0.5),
+    ("vlpet", {**BARE, "decoder": "multihead", "rank": 8, "heads": 4, "pair": True}, "pair", True),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "name", "value"), OPTIONS)
+def test_options_reach_the_modules(method: str, options: dict[str, Any], name: str, value: Any) -> None:
+    handle = patch(tiny("bart"), method, tasks=["vqa"], **options)
+    found = [part.__dict__[name] for site in handle.sites.values() for part in site.modules() if part.__dict__.get(name) is not None]
+    assert found and set(found) == {value}
+
+
+def test_options_reach_the_hypernetworks() -> None:
+    def network(**options: Any) -> Any:
+        return patch(tiny("bart"), "hyperformer", tasks=["vqa"], **options).sites["encoder.hypernetwork"]
+
+    assert network(hypernet_layer_norm=False).LayerNorm is None and network(layer_norm_after=True).norms == ("post",)
+    assert network(hidden_dim=10).task_hypernet["task_embeding_generator"][0].out_features == 10
+
+
 def test_visual_embedding_is_trained_and_the_token_table_it_borrows_is_not() -> None:
     class Front(nn.Module):
         def __init__(self, table: nn.Embedding) -> None:
@@ -190,6 +232,7 @@ def test_recipes() -> None:
     vlpet = methods.recipe("vlpet", "t5")
     assert (vlpet.learning_rate, vlpet.epochs, vlpet.batch_size, vlpet.task_prompts) == (3e-4, 20, 300, True)
     assert methods.recipe("vl_adapter", "bart").learning_rate == 1e-3 and methods.recipe("full", "bart", "video").epochs == 7
+    assert [methods.recipe(method, "bart", "video").epochs for method in ("vl_adapter", "vlpet")] == [7, 20]
     assert not methods.recipe("hyperformer", "bart").task_prompts and methods.recipe("vlpet", "bart", "video").learning_rate == 7e-4
     with pytest.raises(ValueError, match="method: no run of 'compacter' on t5 with video tasks was published; known: full"):
         methods.recipe("compacter", "t5", "video")

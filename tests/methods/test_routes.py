@@ -184,6 +184,15 @@ def test_what_a_batch_may_be_routed_by() -> None:
     assert all(part.task_ids is None for part in model.modules() if isinstance(part, PerTask))
 
 
+def test_a_route_inside_another_ends_with_it() -> None:
+    model, handle = patched("bart", "multiple")
+    with handle.route(MIX):
+        want = model(**batch()).logits
+        with handle.route(MIX[::-1]):
+            assert not torch.equal(model(**batch()).logits, want)
+        assert torch.equal(model(**batch()).logits, want)
+
+
 def test_a_demanded_backend_runs_or_says_why() -> None:
     model, handle = patched("bart", "multiple, plain", torch.float32)
     with backend.use("triton"), handle.route(MIX), pytest.raises(backend.BackendError, match="routed_bottleneck"):
