@@ -249,6 +249,14 @@ def test_autocast(spec: Spec, name: str, device: str, compiled: bool) -> None:
     assert_same_bits({n: t.float() for n, t in got.items()}, {n: t.float() for n, t in expected.items()})
 
 
+@specs(CASTS)
+def test_autocast_leaves_float64(spec: Spec) -> None:
+    tensors = {n: t.double() for n, t in spec.draw(0).items()}
+    want = spec.call(functional, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(spec.call(functional, tensors), want)
+
+
 @every_backend
 @EVERY
 def test_the_ops_themselves_ignore_autocast(spec: Spec, name: str, device: str) -> None:

@@ -41,15 +41,25 @@ def test_from_peft_and_back(family: str, options: dict[str, Any], tmp_path: Path
     model = tiny.tiny(family)
     handle = from_peft(model, tmp_path / "theirs")
     assert_agree(tiny.logits(model), want)
+    dropout = options.get("lora_dropout", 0.0)
+    assert {site.dropout for site in handle.sites.values()} == {dropout}
     handle.save(tmp_path / "ours")
     again = tiny.tiny(family)
     loaded = fastadapt.load(again, tmp_path / "ours")
     assert torch.equal(tiny.logits(again), tiny.logits(model))
     to_peft(loaded, tmp_path / "back")
+    assert json.loads((tmp_path / "back/adapter_config.json").read_text())["lora_dropout"] == dropout
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "back"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     base = tiny.tiny(family)
     assert_agree(tiny.logits(PeftModel.from_pretrained(base, str(tmp_path / "back")).eval()), want)
+
+
+def test_a_file_for_peft_names_its_base(tmp_path: Path) -> None:
+    model: Any = tiny.tiny("bart")
+    model.config.name_or_path = "facebook/bart-base"
+    to_peft(fastadapt.patch(model, "lora", rank=4, visual_embedding=False), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "facebook/bart-base"
 
 
 def test_a_tasks_lora_to_peft(tmp_path: Path) -> None:

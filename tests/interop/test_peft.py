@@ -72,6 +72,15 @@ def test_several_adapters_at_once() -> None:
     same_numbers(two, lambda m, seed: m(ids(seed)), lora=2)
 
 
+def test_of_several_adapters_one_of_scale_zero() -> None:
+    own = two(0)
+    for layer in (own.base_model.model.square, own.base_model.model.wide):
+        layer.scaling["default"] = 0.0
+    fused = copy.deepcopy(own)
+    fastadapt.fuse(fused)
+    assert_agree(fused(ids()), own(ids()))
+
+
 def same_ranks(seed: int, **options: Any) -> Any:
     model = lora(seed, **options)
     for name, alpha in (("second", 5), ("third", 8)):
@@ -562,6 +571,16 @@ def test_hooks_on_parts_run() -> None:
     with ops_ran(lora=2):
         model(ids())
     assert seen == ["layer", "part", "layer", "layer"]
+
+
+def test_backward_hooks_on_parts_run() -> None:
+    model = lora().train()
+    fastadapt.fuse(model)
+    seen: list[str] = []
+    model.base_model.model.wide.lora_A["default"].register_full_backward_pre_hook(lambda *_: seen.append("part"))
+    with ops_ran(lora=1):
+        model(ids()).sum().backward()
+    assert seen == ["part"]
 
 
 def test_a_forward_put_on_a_part_runs() -> None:

@@ -239,6 +239,14 @@ def test_momentum_leaves_equal_tensors_alone() -> None:
     momentum_update(model, momentum, 1)
 
 
+def test_momentum_in_float32_of_a_bfloat16_model() -> None:
+    torch.manual_seed(0)
+    model, momentum = nn.Linear(3, 3).bfloat16(), nn.Linear(3, 3)
+    want = momentum.weight.detach().lerp(model.weight.detach().float(), 0.5)
+    momentum_update(model, momentum, 0.5)
+    assert torch.equal(momentum.weight, want)
+
+
 def quantised(value: int) -> nn.Module:
     module = nn.Module()
     module.a = nn.Parameter(torch.full((2,), float(value)))

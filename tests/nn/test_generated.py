@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from fastadapt.nn import GeneratedBottleneck, HyperNetwork, Init, Prompt, TaskEmbeddings
 from fastadapt.nn.hypernetwork import Generated
 from tests import golden
+from tests.methods.test_methods import assert_normal
 from tests.tolerance import assert_matches_recorded
 
 HYPER = golden.case_ids("vla_hyperformer")
@@ -182,6 +183,16 @@ def test_starting_values() -> None:
     assert not adapter.w_up.any() and not adapter.b_up.any() and adapter.w_down.any()
     raw = Prompt(100, 64)
     assert 0.49 < raw().abs().max().item() <= 0.5 and len(list(raw.parameters())) == 1
+
+
+def test_prompts_through_an_mlp_start_as_torchs_layers_or_as_init_says() -> None:
+    torch.manual_seed(0)
+    table, down, _, up = Prompt(100, 64, 40).prefix_embedding
+    assert_normal(table.weight, 1.0)
+    assert down.bias.any() and up.bias.any()
+    table, down, _, up = Prompt(100, 64, 40, init=Init(std=0.02)).prefix_embedding
+    assert_normal(table.weight, 0.02)
+    assert not down.bias.any() and not up.bias.any()
 
 
 def test_errors() -> None:

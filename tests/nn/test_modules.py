@@ -270,6 +270,15 @@ def test_one_op_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls.pop() == module.call()["op"] and not calls
 
 
+def test_save_gate_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool | None] = []
+    op = functional.gated_bottleneck
+    monkeypatch.setattr(functional, "gated_bottleneck", lambda *a, **k: seen.append(k["save_gate"]) or op(*a, **k))
+    for save_gate in (None, True, False):
+        GatedBottleneck(D, R, save_gate=save_gate)(*inputs(dtype=torch.float32))
+    assert seen == [None, True, False]
+
+
 SMALLEST: dict[str, tuple[Any, ...]] = {
     "Bottleneck": (8, 4),
     "Gate": (8, "middleX"),
@@ -301,6 +310,17 @@ def test_a_string_is_no_boolean(name: str, flag: str) -> None:
     make(*SMALLEST[name])
     with pytest.raises(ValueError, match=f"^{flag}: must be True or False( or None)?, not 'False'"):
         make(*SMALLEST[name], **{flag: "False"})
+
+
+@pytest.mark.parametrize("name", [*SMALLEST, "PerTask"])
+def test_reset_parameters_gives_every_tensor_a_value(name: str) -> None:
+    """As after ``to_empty``."""
+    module = getattr(fastadapt.nn, name)(*copy.deepcopy(SMALLEST.get(name, ({task: Bottleneck(8, 4) for task in "ab"},))))
+    tensors = [*module.parameters(), *module.buffers()]
+    for tensor in tensors:
+        tensor.data.fill_(77)
+    module.reset_parameters()
+    assert not any(tensor.eq(77).all() for tensor in tensors)
 
 
 def test_parts_of_a_projection_are_booleans() -> None:

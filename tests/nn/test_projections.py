@@ -17,6 +17,7 @@ import fastadapt
 from fastadapt import backend
 from fastadapt.nn import Bottleneck, Init, LoRA, LowRankLinear, MergedLoRA, PerTask, PHMLinear, share
 from tests import golden
+from tests.methods.test_methods import assert_normal, assert_uniform
 from tests.ops.checks import ran as ran_of_adapters
 from tests.ops.checks import runs_on
 from tests.tolerance import assert_matches_recorded
@@ -230,6 +231,28 @@ def test_starting_values() -> None:
     assert abs(rules.std().item() / 0.01 - 1) < 4 / math.sqrt(2 * rules.numel())
     low = LowRankLinear(768, 96, 1)
     assert low.W_left.abs().max().item() <= math.sqrt(2) * math.sqrt(6 / 769)
+
+
+@pytest.mark.parametrize(
+    ("make", "std"),
+    [
+        (lambda: LowRankLinear(768, 96, 96, weight_init="glorot-normal").W_left, math.sqrt(2) * math.sqrt(2 / (768 + 96))),
+        (lambda: PHMLinear(768, 96, 2, weight_init="glorot-normal").W, math.sqrt(2) * math.sqrt(2 / (384 + 48))),
+        (lambda: PHMLinear(96, 96, 4, weight_init="normal", init_range=0.5).W, 0.5),
+    ],
+    ids=["low-rank, glorot", "Kronecker, glorot", "Kronecker"],
+)
+def test_normal_starting_values(make: Callable[[], Tensor], std: float) -> None:
+    torch.manual_seed(0)
+    w = make().detach()
+    assert_normal(w, std)
+    assert w.abs().max() > 3 * std, "uniform ones of that deviation end at 1.73 of it"
+
+
+def test_uniform_starting_values() -> None:
+    torch.manual_seed(0)
+    assert_uniform(PHMLinear(48, 48, 12, rule_init="uniform", rule_range=0.5).phm_rule.detach(), 0.5)
+    assert_uniform(LoRA(64, 64, 64).lora_A.weight.detach(), 1 / math.sqrt(64))
 
 
 @pytest.mark.parametrize("make", [lambda i, o, **k: PHMLinear(i, o, 4, **k), lambda i, o, **k: PHMLinear(i, o, 4, rank=1, **k), lambda i, o, **k: LowRankLinear(i, o, 2, **k)])

@@ -187,7 +187,9 @@ def test_starting_values() -> None:
         filled(m).reset_parameters()
     for projection in (module.down_proj, module.up_proj, module.multi_up_proj, module.visual_up_proj, key.down_proj, key.up_proj):
         assert abs(projection.weight.std().item() / 0.02 - 1) < 4 / math.sqrt(2 * projection.weight.numel()) and not projection.bias.any()
-    assert module.scale.item() == pytest.approx(0.1) and key.scale.item() == 1.0
+    assert module.scale.item() == pytest.approx(0.1) and key.scale.item() == 1.0 and KeyValueAdapter(8, 8, 4, scale=0.5).scale.item() == 0.5
+    time = TemporalEmbedding(8, 256).time_embed
+    assert abs(time.std().item() / 0.02 - 1) < 4 / math.sqrt(2 * time.numel())
     for norm in (module.adapter_layer_norm_before, module.adapter_layer_norm_cross_modal):
         assert torch.equal(norm.weight, torch.ones(256)) and not norm.bias.any()
 

@@ -18,6 +18,7 @@ from fastadapt.training.demo.base import WEIGHTS, fresh, load_base, save_base
 from fastadapt.training.demo.fit import answers, exact, fit
 from fastadapt.training.demo.run import RECIPES, activation_bytes, prepare, reload_identical, run, tune
 from fastadapt.training.demo.tasks import TASKS, Batches, make, make_objective
+from tests.hosts.tiny import batch, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,13 @@ def test_fit_learns() -> None:
     model = load_base()
     losses = fit(model, list(model.parameters()), (("caption", batch) for _ in range(8) for batch in Batches(examples, 16, 0)), 8, 1e-3, progress=False)
     assert len(losses) == 8 and losses[-1] < losses[0]
+
+
+def test_fit_trains_in_training_mode() -> None:
+    model, seen = tiny("bart").eval(), []
+    model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    fit(model, list(model.parameters()), [("vqa", batch())], 1, 1e-3, progress=False)
+    assert seen == [True] and not model.training
 
 
 def test_activation_bytes() -> None:

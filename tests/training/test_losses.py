@@ -120,6 +120,13 @@ def test_sequence_loss_is_minus_the_log_probability() -> None:
     assert sequence_loss(logits, tokens)[1] == 0, "only bos: nothing is predicted"
 
 
+def test_the_published_smoothing_is_the_default() -> None:
+    logits, tokens = example()
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    assert torch.equal(sequence_loss(logits, tokens), sequence_loss(logits, tokens, 0.1))
+    assert torch.equal(weighted_answer_loss(logits, tokens, weights, 2), weighted_answer_loss(logits, tokens, weights, 2, 0.1))
+
+
 def test_shortlist_takes_the_likeliest_first_tokens() -> None:
     first = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([3, 17, 3, 29, 8, 11])

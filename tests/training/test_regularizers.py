@@ -63,6 +63,19 @@ def test_of_what_the_stream_gives() -> None:
     assert torch.equal(z.by_site["decoder.1.cross_attention"], want)
 
 
+def test_behind_a_layer_norm() -> None:
+    model = tiny("bart").double()
+    handle = patch(model, "vl_adapter", layer_norm_before=True, layer_norms="none", reduction_factor=4)
+    randomize(handle)
+    adapter: Any = handle.sites["encoder.0.feed_forward"]
+    seen: dict[str, torch.Tensor] = {}
+    adapter.register_forward_pre_hook(lambda module, inputs: seen.update(h=inputs[0]))
+    with track_z(handle) as z:
+        model(**batch())
+    want = F.gelu(adapter.down_sampler(adapter.pre_layer_norm(seen["h"])), approximate="tanh").square().mean()
+    assert_matches_recorded("z", z.by_site["encoder.0.feed_forward"], want)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_checkpointing(reentrant: bool) -> None:
     model = tiny("bart").double().train()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments, default_data_collator
 
 from fastadapt import Handle, load, patch
 from fastadapt.patching import AdapterFileError
@@ -168,18 +168,27 @@ def test_save_only_model_best_model_and_save_model(tmp_path: Path) -> None:
     assert_equal(state(load(tiny("bart"), tmp_path / "saved")), state(handle))
 
 
+class Tokenizer:
+    def save_pretrained(self, directory: str) -> None:
+        (Path(directory) / "tokenizer.json").touch()
+
+
+class Collator:
+    tokenizer = Tokenizer()
+
+    def __call__(self, features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return default_data_collator(features)
+
+
 @trains
-def test_a_mix_in_with_a_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"processing_class": Tokenizer()}, {"data_collator": Collator()}], ids=["trainer's", "collator's"])
+def test_a_mix_in_with_a_tokenizer(options: dict[str, Any], tmp_path: Path) -> None:
     class Tuner(AdapterTrainer, Seq2SeqTrainer):
         pass
 
-    class Tokenizer:
-        def save_pretrained(self, directory: str) -> None:
-            (Path(directory) / "tokenizer.json").touch()
-
     handle = patched("vlpet")
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", predict_with_generate=True)
-    Tuner(handle.model, args, processing_class=Tokenizer()).save_model()
+    Tuner(handle.model, args, **options).save_model()
     assert files(tmp_path) == ADAPTERS | {"tokenizer.json", "training_args.bin"}
 
 
