@@ -79,7 +79,8 @@ def rows_far_apart(backend: str) -> str:
 
 
 def extreme_pre_activations(backend: str, dtypes: Sequence[torch.dtype]) -> str:
-    specs = [Bottleneck(lead=(3,), width=8, rank=8, dtype=d, activation=a, biases="down", residual=None) for a in ("gelu_new", "silu") for d in dtypes]
+    common = {"lead": (3,), "width": 8, "rank": 8, "biases": "down", "residual": None}
+    specs = [Bottleneck(dtype=d, param_dtype=torch.float32, activation=a, **common) for a in ("gelu_new", "silu") for d in dtypes]  # type: ignore[arg-type]
     return first_failing(checks.assert_extreme_pre_activations, specs, backend)
 
 
