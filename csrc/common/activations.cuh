@@ -7,15 +7,14 @@ namespace fastadapt::cuda {
 
 FASTADAPT_DEVICE float exponential(float v) { return ptx::exp2_approx(1.4426950408889634f * v); }
 
-// sigma(v), and 1 - sigma(v), which the subtraction would round away near sigma = 1. Below -80, where e would overflow, sigma is 0, however large what it multiplies. (No fmaxf,
-// which takes -80 for a v that is no number.)
+// sigma(v), and 1 - sigma(v), which the subtraction would round away near sigma = 1. Below -80 sigma is 0 in every 2-byte type, and e would overflow. (No fmaxf, which
+// takes -80 for a v that is no number.)
 struct Logistic {
   float value, rest;
 };
 FASTADAPT_DEVICE Logistic logistic(float v) {
-  const bool low = v < -80.f;
-  const float e = exponential(low ? 80.f : -v), s = ptx::rcp_approx(1.f + e);
-  return {low ? 0.f : s, e * s};
+  const float e = exponential(v < -80.f ? 80.f : -v), s = ptx::rcp_approx(1.f + e);
+  return {s, e * s};
 }
 
 // Three forms cover all activations, so a kernel holds three copies of its activation loops and not five:
@@ -27,11 +26,10 @@ struct Piecewise {
 };
 struct Gated {
   float linear, cubic;
-  FASTADAPT_DEVICE static float squared(float z) { return fminf(z * z, 3e38f); }  // silu's cubic is 0, and 0 times infinity no number
-  FASTADAPT_DEVICE float operator()(float z) const { return z * logistic(z * (linear + cubic * squared(z))).value; }
+  FASTADAPT_DEVICE float operator()(float z) const { return z * logistic(z * (linear + cubic * z * z)).value; }
   FASTADAPT_DEVICE float slope(float z) const {
-    const Logistic s = logistic(z * (linear + cubic * squared(z)));
-    return s.value + z * s.value * s.rest * (linear + 3.f * cubic * squared(z));
+    const Logistic s = logistic(z * (linear + cubic * z * z));
+    return s.value + z * s.value * s.rest * (linear + 3.f * cubic * z * z);
   }
 };
 struct Gelu {

@@ -348,13 +348,6 @@ def test_activations_far_from_zero(activation: str, dtypes: tuple[torch.dtype, t
 
 
 @on_kernels
-@pytest.mark.parametrize("dtypes", HALF, ids=["bf16", "bf16, fp32", "fp16", "fp16, fp32"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_extreme_pre_activations(activation: str, dtypes: tuple[torch.dtype, torch.dtype], name: str, device: str) -> None:
-    checks.assert_extreme_pre_activations(over(dtypes, lead=(3,), width=8, rank=8, activation=activation, biases="down", residual=None), name, device)
-
-
-@on_kernels
 @specs(
     [
         *(over(d, kind, lead=(3,), width=64, rank=8, biases="up") for d in (BF16, FP16_MIXED) for kind in (Bottleneck, Gated, PHM, Routed, Lora)),
