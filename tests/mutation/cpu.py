@@ -132,6 +132,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("constant", "vector_or<P, A>(p.gate_weight, v.w_x"): PAD,
     ("constant", "vector_or<P, A>(w, v.w_h"): PAD,
     ("deleted", "std::memset(block, 0, sizeof(block))"): PAD,
+    ("bound", "v <= Vec(-80.f)"): "at the bound sigma is exp(-80) or 0, which is nothing beside a tensor's other numbers",
     ("constant", "-80.f"): "any bound below 88 keeps exp in range, and above 17 its result exact",
     ("deleted", "if constexpr (!std::is_same_v<A, float>) narrow(row + j0, rounded, n)"): "without the rounding of the pre-activation the result is nearer to the exact one",
     ("loop", "i <= rows in"): WHOLE,

@@ -50,6 +50,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("mask", "z < 0.0 -> (z <= 0.0)"): "at 0 both give 0",
     ("rounding", "exact.to(dtype) -> exact in "): "the product with the weights would be one of fp32, slower and nearer to the exact one; what is saved is rounded by the store",
     ("rounding", "tl.load(WU + at, mask=mask, other=0.0).to(DTYPE) -> "): "the rounding of fp32 weights in these sums is less than the rule allows",
+    ("mask", "v < -80.0"): "at the bound sigma is exp(-80) or 0, which is nothing beside a tensor's other numbers",
     ("constant", "-80.0"): "any bound below 88 keeps exp in range, and above 17 its result exact",
     ("mask", "tl.sum(d_logit[:, None]"): "the place behind the width gets the sum of dl, or the next sums, right afterwards",
 }
