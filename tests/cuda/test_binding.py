@@ -262,7 +262,7 @@ class TestReasons:
         assert "not built: the library that was built is gone; to build them" in _cuda.unavailable()
         record.write_text('{"reason": "no nvcc found at build time (PATH, CUDA_HOME, pip\'s nvidia packages)"}')
         (why,) = _cuda.reasons(CALL)
-        assert why.startswith("the cuda kernels were not built: no nvcc found at build time (PATH, CUDA_HOME, pip's nvidia packages); to build them, have nvcc 12.8")
+        assert why.startswith("the cuda kernels were not built: no nvcc found at build time (PATH, CUDA_HOME, pip's nvidia packages); to build them, in a checkout have nvcc 12.8")
         record.unlink()
         assert "not built: this installation did not try" in _cuda.unavailable()
 
