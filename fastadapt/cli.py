@@ -195,6 +195,7 @@ def _seed(text: str) -> int:
 
 
 def _threads(text: str) -> int:
+    # More than any machine has; torch starts them all at once, and a number without end is a crash in it.
     if (threads := _positive(text)) > 1024:
         raise argparse.ArgumentTypeError(f"must be at most 1024, not {threads}")
     return threads

@@ -348,7 +348,7 @@ class Handle:
         self._check_active()
         if self._disabled == 0:
             self._check_untouched()
-            self._check_base_known()
+            self._check_base_known("disabled")
             self._kept = [trained.parameter for trained in self._trained]
             for trained, now in zip(self._trained, self._kept, strict=True):
                 if trained.base is not None and (trained.base.device != now.device or trained.base.dtype != now.dtype):
@@ -415,7 +415,7 @@ class Handle:
         self._check_enabled("unpatch")
         self._check_untouched()
         if restore_base:
-            self._check_base_known()
+            self._check_base_known("restore_base")
             with torch.no_grad():
                 for trained in self._trained:
                     if trained.base is not None:
@@ -625,14 +625,14 @@ class Handle:
                 raise RuntimeError(f"a patched {swap.base.__name__} has got a forward of its own, as a hook of accelerate gives one; undo that first (remove_hook_from_submodules)")
             del swap.owner.forward  # the class's own, which accelerate leaves there
 
-    def _check_base_known(self) -> None:
+    def _check_base_known(self, what: str) -> None:
         if unknown := [t.id for t in self._trained if t.base is not None and t.base.is_meta and not t.parameter.is_meta]:
             raise RuntimeError(f"the model was patched on the meta device, so the base values of {_some(unknown)} are unknown; call remember_base() once the base's weights are in")
         shapes = ((t.id, tuple(t.base.shape), tuple(t.parameter.shape)) for t in self._trained if t.base is not None)
         if reshaped := [f"{key} {before} -> {now}" for key, before, now in shapes if before != now]:
             raise RuntimeError(
-                f"{len(reshaped)} tensors have another shape than before the patch ({_some(reshaped)}), so the base's values do not fit; give it back, or call remember_base(), "
-                "which takes the present values as the base's"
+                f"{what}: {len(reshaped)} tensors have another shape than before the patch ({_some(reshaped)}), so the base's values do not fit; give it back, or call "
+                "remember_base(), which takes the present values as the base's"
             )
 
 
@@ -890,7 +890,7 @@ def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path:
     if label.startswith("language") and settings.reads_whole_sequence(place.role):
         raise ValueError(
             f"granularity: 'small' averages a gate over the sequence, so in {path}, of a causal language model, tokens would see those behind them; choose another granularity, or "
-            f"leave out its tower with towers=..."
+            "leave out its tower with towers=..."
         )
     if place.behind and settings.reads_stream(place.role):
         if host.family == vlm.FAMILY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -79,8 +80,8 @@ def rows_far_apart(backend: str) -> str:
 
 
 def extreme_pre_activations(backend: str, dtypes: Sequence[torch.dtype]) -> str:
-    common = {"lead": (3,), "width": 8, "rank": 8, "biases": "down", "residual": None}
-    specs = [Bottleneck(dtype=d, param_dtype=torch.float32, activation=a, **common) for a in ("gelu_new", "silu") for d in dtypes]  # type: ignore[arg-type]
+    one = Bottleneck(lead=(3,), width=8, rank=8, param_dtype=torch.float32, biases="down", residual=None)
+    specs = [replace(one, dtype=d, activation=a) for a in ("gelu_new", "silu") for d in dtypes]
     return first_failing(checks.assert_extreme_pre_activations, specs, backend)
 
 

@@ -17,7 +17,7 @@ from fastadapt.ops import _cpu as compiled
 from fastadapt.ops import _library
 from tests import eager
 from tests.golden import Case
-from tests.ops.specs import Spec
+from tests.ops.specs import Bottleneck, Spec
 from tests.tolerance import FLOOR, Compared, assert_close_to_f64, assert_matches_recorded, assert_rule, relative_error
 
 # A machine that cannot have the C++ library says so here; anywhere else a missing library fails the tests, since they would otherwise pass without running a kernel.
@@ -198,22 +198,21 @@ def assert_finite_far_from_zero(spec: Spec, name: str, device: str) -> None:
         assert_close_to_f64("y", got["y"], exact64["y"], same["y"], gradient=False)
 
 
-def assert_extreme_pre_activations(spec: Spec, name: str, device: str) -> None:
+def assert_extreme_pre_activations(spec: Bottleneck, name: str, device: str) -> None:
     """Derivatives far beyond the range of exp are those of the line that the activation has become there, and an overflow stays visible: -inf times 0 is no number."""
     tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
     tensors = {n: torch.ones_like(t) if n == "w_up" else torch.zeros_like(t) for n, t in tensors.items()}
-    activation = spec.activation  # type: ignore[attr-defined]
-    slopes = (1.0, 1.0) if activation == "identity" else (0.0, 1.0)
+    slopes = (1.0, 1.0) if spec.activation == "identity" else (0.0, 1.0)
     for size in (1e4,) if spec.dtype == torch.float16 else (1e12, 1e18):
         for z, slope in ((-size, slopes[0]), (size, slopes[1])):
             tensors["b_down"][0] = z
             got = fused(spec, name, tensors, torch.full_like(dy, 0.125))
             assert abs(got["d b_down"][0].item() - slope * len(dy)) < 1e-6, f"the derivative at {z}"
-    for z, phi in ((-torch.inf, {"identity": -torch.inf, "relu": 0.0}.get(activation, torch.nan)), (torch.inf, torch.inf)):
+    for z, phi in ((-torch.inf, {"identity": -torch.inf, "relu": 0.0}.get(spec.activation, torch.nan)), (torch.inf, torch.inf)):
         tensors["b_down"][0] = z
         y = fused(spec, name, tensors, None)["y"]
         # The erf of torch's vectors, on which gelu is computed, gives NaN for infinity.
-        assert torch.allclose(y, torch.full_like(y, phi), equal_nan=True) or (activation == "gelu" and z > 0 and y.isnan().all()), f"phi({z}) is {y[0, 0].item()}"
+        assert torch.allclose(y, torch.full_like(y, phi), equal_nan=True) or (spec.activation == "gelu" and z > 0 and y.isnan().all()), f"phi({z}) is {y[0, 0].item()}"
 
 
 def assert_untouched(spec: Spec, name: str, device: str) -> None:

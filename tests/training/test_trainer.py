@@ -45,6 +45,11 @@ def trainer(handle: Handle, directory: Path, kind: type[Trainer] = AdapterTraine
     return kind(handle.model, args, train_dataset=data(), eval_dataset=data(4), callbacks=list(callbacks))
 
 
+def handle_of(run: Trainer) -> Handle:
+    assert run.model is not None
+    return Handle.of(run.model)
+
+
 def losses(trained: Trainer) -> list[float]:
     return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
 
@@ -113,9 +118,9 @@ def test_the_model_that_a_trainer_makes_is_the_one_that_is_written(tmp_path: Pat
     for kind, folder in ((AdapterTrainer, ""), (Trainer, "adapters")):
         args = TrainingArguments(output_dir=str(tmp_path / kind.__name__), max_steps=2, save_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True)
         run = kind(model_init=lambda: patched().model, args=args, train_dataset=data())
-        run.add_callback(AdapterCheckpoint(Handle.of(run.model)))  # type: ignore[arg-type]
+        run.add_callback(AdapterCheckpoint(handle_of(run)))
         run.train()
-        trained = state(Handle.of(run.model))  # type: ignore[arg-type]
+        trained = state(handle_of(run))
         assert any(not torch.equal(t, state(patched())[name]) for name, t in trained.items())
         for written in (tmp_path / kind.__name__ / folder, tmp_path / kind.__name__ / "checkpoint-2" / folder):
             assert_equal(state(load(tiny("bart"), written)), trained)
