@@ -148,6 +148,11 @@ def test_deterministic_for_a_seed(task: str) -> None:
     assert not torch.equal(first[0]["labels"], next(iter(Batches(one, 16, 2)))["labels"])
 
 
+def test_one_pair_of_scenes() -> None:
+    """The second is drawn until it makes the statement as true as is wanted: from one scene alone it may never come."""
+    assert all(len(make("nlvr", 1, "train", seed).questions) == 1 for seed in range(8))
+
+
 def test_batches() -> None:
     pair, single = make("nlvr", 8, "val", 0), make("vqa", 8, "val", 0)
     batch = pair.batch(slice(0, 4))

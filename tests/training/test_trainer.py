@@ -130,6 +130,21 @@ def test_the_model_that_a_trainer_makes_is_the_one_that_is_written(tmp_path: Pat
 
 
 @trains
+@pytest.mark.parametrize("kind", [AdapterTrainer, Trainer])
+def test_a_checkpoint_is_written_once(kind: type[Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, written, save = patched(), [], Handle.save
+
+    def saving(handle: Handle, directory: Any, **options: Any) -> None:
+        written.append(Path(directory))
+        save(handle, directory, **options)
+
+    monkeypatch.setattr(Handle, "save", saving)
+    trainer(handle, tmp_path, kind, (AdapterCheckpoint(handle),)).train()
+    beside = "" if kind is AdapterTrainer else "adapters"
+    assert written == [tmp_path / "checkpoint-2" / beside, tmp_path / "checkpoint-4" / beside, tmp_path / beside]
+
+
+@trains
 def test_of_runs_into_one_directory_the_last_ones_adapters_are_read(tmp_path: Path) -> None:
     callback = AdapterCheckpoint(patched())
     trainer(callback.handle, tmp_path, Trainer, (callback,)).train()
