@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -43,3 +44,22 @@ def test_the_first_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert sorted(p.name for p in (tmp_path / "my-adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_speeds_are_rows_of_the_data(page: str) -> None:
+    """Each row of a table of speeds is as it was measured, at 4096 rows where it names none."""
+    measured: dict[tuple[str, str, str], dict[str, set[str]]] = {}
+    for row in json.loads((README.parent / "benchmarks/data/full_cpu.json").read_text()):
+        if (row.get("width"), row.get("threads"), row.get("direction")) == (768, 2, "forward+backward"):
+            of_call = measured.setdefault((row["op"].split()[0], str(row["rows"]), row["dtype"]), {"ours": set(), "eager": set(), "compile": set(), "limit": set()})
+            of_call["ours"].add(f"{row['ours_ms']:.2f} ms")
+            of_call[row["rival"]].add(f"{row['ratio_median']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]")
+            of_call["limit"].add(f"{100 * row['limit_fraction']:.0f} %")
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in (README.parent / page).read_text().splitlines() if re.match(r"\| `\w+`.* ms \|", line)]
+    assert len(rows) >= 18
+    for name, *rest in rows:
+        op = re.match(r"`(\w+)`", name)[1].replace("_norm", "_layer" if "layer norm" in name else "_rms" if "RMS" in name else "_norm")  # type: ignore[index]
+        height, dtype, ours, eager, compiled, limit = rest if len(rest) == 6 else ["4096", *rest]
+        of_call = measured[op, height, dtype]
+        assert (ours in of_call["ours"], eager in of_call["eager"], compiled in of_call["compile"], limit in of_call["limit"]) == (True,) * 4, (name, rest)
