@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,12 +26,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CXX = os.environ.get("CXX", "g++")
+CXX = os.environ.get("CXX") or "g++"  # a command, which may have arguments
 LEVELS = {"avx2": "-mavx2 -mfma -mf16c -mprfchw", "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c -mprfchw"}
-WANTED = [level for level in os.environ.get("FASTADAPT_CPU_LEVELS", ",".join(LEVELS)).split(",") if level]
+WANTED = list(dict.fromkeys(re.findall("[^;, ]+", os.environ.get("FASTADAPT_CPU_LEVELS", ",".join(LEVELS)))))
 REGISTERED = ("cpu_ops", "cpu_entrance")  # the files that register ops
 KERNELS = ("bottleneck", "dropout_add_norm", "gated_bottleneck", "phm_bottleneck")
-CUDA = os.environ.get("FASTADAPT_CUDA", "auto")
+CUDA = os.environ.get("FASTADAPT_CUDA") or "auto"
 # 8.0 also runs on 8.6 and 8.9.
 ARCHS = sorted(re.findall("[^;, ]+", os.environ.get("FASTADAPT_CUDA_ARCHS", "80;90;100;120")), key=lambda arch: (len(arch), arch))
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for folder in ("csrc/cuda", "csrc/cuda/inst") for path in (ROOT / folder).glob("*.cu"))
@@ -40,8 +41,10 @@ def no_compiler() -> str | None:
     """What every compiled part needs and is not there, or None."""
     if sys.platform != "linux":
         return f"they are for Linux, this is {sys.platform}"
-    if not shutil.which(CXX):
+    if not shutil.which(shlex.split(CXX)[0]):
         return f"no C++ compiler: {CXX} not found; install one or set CXX, then reinstall"
+    if not find_ninja():
+        return "ninja is not installed in the build environment; pip install ninja, then reinstall"
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -95,47 +98,66 @@ def no_nvcc() -> str | None:
     return too_old(nvcc) if nvcc else "no nvcc found at build time (PATH, CUDA_HOME, pip's nvidia packages)"
 
 
+def find_ninja() -> str | None:
+    """The ninja of the environment that builds, found without an activated environment, or that of PATH."""
+    beside = Path(sys.executable).parent / "ninja"
+    return str(beside) if beside.exists() else shutil.which("ninja")
+
+
+def word(text: object) -> str:
+    """One word of a command in a file of ninja's."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def file(path: object) -> str:
+    """A path in a ``build`` line of such a file."""
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
+
+
 def cpu_rules() -> list[str]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    flags = "-std=c++20 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno " + " ".join(f"-isystem {p}" for p in include_paths())
-    link = " ".join(f"-L{p} -Wl,-rpath,{p}" for p in library_paths()) + " -lc10 -ltorch_cpu -lgomp"
+    flags = "-std=c++20 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno " + " ".join(f"-isystem {word(p)}" for p in include_paths())
+    link = " ".join(f"{word(f'-L{p}')} {word(f'-Wl,-rpath,{p}')}" for p in library_paths()) + " -lc10 -ltorch_cpu -lgomp"
     return [
         f"rule cc\n  command = {CXX} {flags} $extra -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule ld\n  command = {CXX} -shared -fopenmp $in -o $out {link}",
-        *(f"build {name}.o: cc {ROOT}/csrc/{name}.cpp\n  extra = -O2" for name in REGISTERED),
+        *(f"build {name}.o: cc {file(ROOT / 'csrc' / name)}.cpp\n  extra = -O2" for name in REGISTERED),
     ]
 
 
 def cpu_library(target: Path, level: str) -> list[str]:
     """The files that see torch are compiled once, each kernel file once per vector level."""
     extra = f"-O3 {LEVELS[level]} -DCPU_CAPABILITY={level.upper()} -DCPU_CAPABILITY_{level.upper()}"
-    rules = [f"build {op}_{level}.o: cc {ROOT}/csrc/cpu/{op}.cpp\n  extra = {extra}" for op in KERNELS]
-    return [*rules, f"build {target}: ld " + " ".join([*(f"{name}.o" for name in REGISTERED), *(f"{op}_{level}.o" for op in KERNELS)])]
+    rules = [f"build {op}_{level}.o: cc {file(ROOT / 'csrc' / 'cpu' / op)}.cpp\n  extra = {extra}" for op in KERNELS]
+    return [*rules, f"build {file(target)}: ld " + " ".join([*(f"{name}.o" for name in REGISTERED), *(f"{op}_{level}.o" for op in KERNELS)])]
 
 
 def cuda_library(target: Path) -> list[str]:
     """The kernels never see torch; the registration file sees its stable ABI only. (torch's own CUDAExtension refuses to run under a torch without CUDA.)"""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    nvcc = find_nvcc()
-    host = f" -ccbin {CXX}" if "CXX" in os.environ else ""
+    nvcc = word(find_nvcc())
+    compiler = next((part for part in reversed(shlex.split(CXX)) if shutil.which(part)), CXX)  # nvcc takes one program, no launcher before it
+    host = f" -ccbin {word(compiler)}" if os.environ.get("CXX") else ""
     # The kernels use what the lowest architecture has: one PTX for all, from which ptxas makes each one's code, and a driver that of devices to come.
     codes = f"-gencode arch=compute_{ARCHS[0]},code=[{','.join(f'sm_{a}' for a in ARCHS)},compute_{ARCHS[0]}]"
-    stable = f"-std=c++20 -O2 -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000ULL -I{ROOT}/csrc " + " ".join(f"-isystem {p}" for p in include_paths())
+    stable = f"-std=c++20 -O2 -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000ULL {word(f'-I{ROOT}/csrc')} " + " ".join(
+        f"-isystem {word(p)}" for p in include_paths()
+    )
     # pip's packages keep the static runtime in lib, where their nvcc does not look. --exclude-libs hides the runtime's symbols from other copies in the process.
-    folders = " ".join(f"-L{p}" for p in (Path(str(nvcc)).parents[1] / "lib", *library_paths()))
+    folders = " ".join(word(f"-L{p}") for p in (Path(str(find_nvcc())).parents[1] / "lib", *library_paths()))
     link = f"-shared -cudart static -arch=sm_{ARCHS[0]} -Xlinker --exclude-libs,ALL,--as-needed $in -o $out {folders} -ltorch_cpu"
     objects = {source: source.replace("/", "_") + ".o" for source in CUDA_SOURCES}
     # Compressed for size the code takes a third of the default's (one architecture: 15 MB by default).
-    kernels = f"-std=c++17 -O3 --expt-relaxed-constexpr --compress-mode=size {codes} -I{ROOT}/csrc -Xcompiler -fPIC,-fvisibility=hidden"
+    kernels = f"-std=c++17 -O3 --expt-relaxed-constexpr --compress-mode=size {codes} {word(f'-I{ROOT}/csrc')} -Xcompiler -fPIC,-fvisibility=hidden"
     return [
         f"rule cuda\n  command = {nvcc}{host} {kernels} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule cuda_cc\n  command = {CXX} {stable} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule cuda_ld\n  command = {nvcc}{host} {link}",
-        f"build cuda_ops.o: cuda_cc {ROOT}/csrc/cuda_ops.cpp",
-        *(f"build {name}: cuda {ROOT}/{source}" for source, name in objects.items()),
-        f"build {target}: cuda_ld cuda_ops.o {' '.join(objects.values())}",
+        f"build cuda_ops.o: cuda_cc {file(ROOT)}/csrc/cuda_ops.cpp",
+        *(f"build {name}: cuda {file(ROOT / source)}" for source, name in objects.items()),
+        f"build {file(target)}: cuda_ld cuda_ops.o {' '.join(objects.values())}",
     ]
 
 
@@ -192,15 +214,12 @@ class BuildExt(build_ext):
 
 
 def ninja(build: Path, *targets: Path) -> None:
-    """Runs the ninja of the environment that builds, found without an activated environment."""
-    beside = Path(sys.executable).parent / "ninja"
-    command = str(beside) if beside.exists() else shutil.which("ninja") or "ninja"
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    subprocess.run([command, *jobs, *map(str, targets)], cwd=build, check=True)
+    subprocess.run([str(find_ninja()), *jobs, *map(str, targets)], cwd=build, check=True)
 
 
 class BuildPy(build_py):
-    """Says what is not built: once while building, and for the CUDA kernels in the package."""
+    """Says what is not built, once while building and for the CUDA kernels in the package, and takes out what an earlier build in the same folder left of it."""
 
     def run(self) -> None:
         if NO_CPU:
@@ -209,9 +228,16 @@ class BuildPy(build_py):
         if NO_CUDA and NO_CUDA != NO_CPU:
             print(f"fastadapt: the CUDA kernels are not built ({NO_CUDA}); CUDA tensors run on Triton", file=sys.stderr)
         super().run()
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "fastadapt"
+        built = set() if NO_CPU else {f"_cpu_{level}.so" for level in WANTED}
+        for library in package.glob("_cpu_*.so"):
+            if library.name not in built:
+                library.unlink()
+        if NO_CPU:
+            (package / "_cpu_build.json").unlink(missing_ok=True)
         if NO_CUDA:
-            folder = ROOT if self.editable_mode else Path(self.build_lib)
-            (folder / "fastadapt" / "_cuda_build.json").write_text(json.dumps({"reason": NO_CUDA}) + "\n")
+            (package / "_cuda.so").unlink(missing_ok=True)
+            (package / "_cuda_build.json").write_text(json.dumps({"reason": NO_CUDA}) + "\n")
 
 
 class Wheel(bdist_wheel):

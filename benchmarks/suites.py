@@ -48,17 +48,18 @@ def commit() -> str:
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if git("status", "--porcelain") else "")
 
 
-def append_history(rows: Sequence[Row], path: Path) -> None:
-    """Appends timings to the CSV, which is made where there is none.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    new = not path.exists()
-    if not new:
-        with open(path, newline="") as file:
+def check_history(path: Path) -> None:
+    """Raises ValueError where the CSV has other columns, OSError where it cannot be appended to."""
+    if path.exists():
+        with open(path, "r+", newline="") as file:
             if (found := next(csv.reader(file), [])) != list(COLUMNS):
                 raise ValueError(f"{path}: its columns are {', '.join(found)}, not {', '.join(COLUMNS)}")
+
+
+def append_history(rows: Sequence[Row], path: Path) -> None:
+    """Appends timings to the CSV, which is made where there is none. Raises as `check_history`."""
+    check_history(path)
+    new = not path.exists()
     about = {"date": date.today().isoformat(), "commit": commit(), "fastadapt": fastadapt.__version__, "torch": torch.__version__}
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -90,6 +91,12 @@ def run(names: Sequence[str], options: argparse.Namespace) -> int:
             lines = list(import_module(f"benchmarks.{name}").listed(settings))
             print(f"== {name}: {len(lines)}", *lines, sep="\n")
         return 0
+    if options.history:
+        try:
+            check_history(HISTORY)
+        except (OSError, ValueError) as error:
+            print(f"fastadapt bench: --history: {error}", file=sys.stderr)
+            return 1
     print(f"{machine(options.device)}; torch {torch.__version__}, fastadapt {fastadapt.__version__}, commit {commit()}")
     rows: list[tuple[str, Any]] = []
     for name in names:
@@ -100,6 +107,9 @@ def run(names: Sequence[str], options: argparse.Namespace) -> int:
             if options.json:
                 write_json(rows, options.json)
         print(f"-- {name}: {time.perf_counter() - started:.0f} s", flush=True)
+    if not rows:
+        print("fastadapt bench: nothing was measured; --list, with the same options, shows what they ask for", file=sys.stderr)
+        return 2
     timings = [row for _, row in rows if isinstance(row, Row)]
     wrong, slower = [row for row in timings if not row.correct], [row for row in timings if row.slower]
     if timings:

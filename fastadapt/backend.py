@@ -192,7 +192,7 @@ def index(name: str) -> int:
 
 def _demanded_by_environment() -> int:
     try:
-        return index(os.environ.get("FASTADAPT_BACKEND", "auto"))
+        return index(os.environ.get("FASTADAPT_BACKEND") or "auto")
     except ValueError as error:
         raise ValueError(f"environment variable FASTADAPT_BACKEND: {error}") from None
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt._version import __version__
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into the folder, which is made; None where it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -31,11 +42,8 @@ def _demo(options: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
-    try:  # before the training, whose results go there
-        options.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.out).close()
-    except OSError as error:
-        print(f"fastadapt demo: --out {options.out}: cannot be written ({error})", file=sys.stderr)
+    if why := _unwritable(options.out):  # before the training, whose results go there
+        print(f"fastadapt demo: --out {options.out}: cannot be written ({why})", file=sys.stderr)
         return 1
     run(options.out, seed=options.seed, steps=options.steps)
     return 0
@@ -108,6 +116,9 @@ def _convert(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"fastadapt convert: destination: {options.destination!r} cannot be written ({error})", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"fastadapt convert: {error.name} is not installed; pip install 'fastadapt[hosts]'", file=sys.stderr)
+        return 1
     print(said)
     return 0
 
@@ -124,6 +135,12 @@ def _bench(options: argparse.Namespace) -> int:
         why = "the benchmarks are not installed with the package, since their rivals are the tests' references"
         print(f"fastadapt bench: {why}; run it in the folder of a checkout of the repository", file=sys.stderr)
         return 1
+    kept = [("--json", options.json, options.json.parent)] if options.json else []
+    kept += [("--plots", options.plots, options.plots)] if options.plots else []
+    for flag, path, folder in kept:  # before what shall go there is measured
+        if reason := "it is a folder" if flag == "--json" and path.is_dir() else _unwritable(folder):
+            print(f"fastadapt bench: {flag} {path}: cannot be written ({reason})", file=sys.stderr)
+            return 1
     sys.path.insert(0, str(root))
     try:
         return importlib.import_module("benchmarks.suites").run(list(dict.fromkeys(options.suite or SUITES)), options)
@@ -269,7 +286,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    return options.run(options)
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -246,6 +246,7 @@ CALL = """
 
 def test_the_environment_demands() -> None:
     assert output(CALL, FASTADAPT_BACKEND="reference") == "['reference'] reference\n"
+    assert output(CALL, FASTADAPT_BACKEND="") == output(CALL)
 
 
 def test_the_environment_is_a_demand_and_not_a_wish() -> None:

@@ -246,6 +246,26 @@ def test_the_history_grows(tmp_path: Path) -> None:
         suites.append_history([ROW], path)
 
 
+def test_what_cannot_be_kept_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(import_module("benchmarks.launches"), "run", lambda options: pytest.fail("something was measured"))
+    monkeypatch.setattr(suites, "HISTORY", tmp_path / "history.csv")
+    (tmp_path / "history.csv").write_text("date,commit\n")
+    file, whys = tmp_path / "history.csv", []
+    for options in (("--plots", str(file)), ("--json", str(file / "rows.json")), ("--json", str(tmp_path)), ("--history",)):
+        assert cli.main(["bench", "--suite", "launches", *options]) == 1
+        whys.append(capsys.readouterr().err)
+    assert all(why.startswith("fastadapt bench: --") and why.count("\n") == 1 for why in whys)
+    assert [why.partition(": cannot be written (")[0] for why in whys[:3]] == [
+        f"fastadapt bench: {what}" for what in (f"--plots {file}", f"--json {file}/rows.json", f"--json {tmp_path}")
+    ]
+    assert "its columns are date, commit, not" in whys[3]
+
+
+def test_options_that_nothing_is_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--quick", "--suite", "ops", "--op", "bottleneck", "--rows", "17"]) == 2
+    assert "nothing was measured; --list, with the same options" in capsys.readouterr().err
+
+
 def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fastadapt" / "cli.py"))
     monkeypatch.chdir(tmp_path)

@@ -149,6 +149,21 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit.value.code == 0 and capsys.readouterr().out == f"fastadapt {fastadapt.__version__}\n"
 
 
+def test_a_reader_that_has_read_enough() -> None:
+    process = subprocess.Popen([sys.executable, "-m", "fastadapt.cli", "explain", "bottleneck", *SHAPE, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(120) == 1
+
+
+def test_convert_without_transformers(tmp_path: Path) -> None:
+    torch.save({"encoder.block.0.layer.0.SelfAttention.q.lora_A.weight": torch.zeros(2, 8)}, tmp_path / "a.pth")
+    arguments = ["convert", str(tmp_path / "a.pth"), "b", "--host", "t5", "--method", "lora"]
+    code = f"import sys; sys.modules['transformers'] = None; from fastadapt import cli; sys.exit(cli.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "fastadapt convert: transformers is not installed; pip install 'fastadapt[hosts]'\n")
+
+
 def test_a_demo_that_cannot_be_written_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     (tmp_path / "file").touch()

@@ -607,6 +607,16 @@ def test_this_user_s_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert explained(call()).chosen == "triton"
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTADAPT_CALIBRATION", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    _cost.calibration.cache_clear()
+    assert _cost.calibration(90) is None and not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

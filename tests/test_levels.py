@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +137,25 @@ def test_another_torch_version_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(_cpu, "_FOLDER", tmp_path)
     reason = _cpu.unavailable.__wrapped__()
     assert "built with torch 2.12" in reason and "to build it" in reason
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ("", "_cpu_build.json is damaged; to build it"),
+        ("{}", "_cpu_build.json is damaged; to build it"),
+        ('{"torch": "TORCH"}', "_cpu_build.json is damaged; to build it"),
+        ('{"torch": "TORCH", "levels": ["sse"]}', r"were built for sse alone \(FASTADAPT_CPU_LEVELS\), torch runs at avx\d+ here; to build it"),
+        ('{"torch": "TORCH", "levels": ["avx2", "avx512"]}', r"_cpu_avx\d+.so is gone; to build it"),
+    ],
+)
+def test_what_the_record_of_a_build_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str, why: str) -> None:
+    (tmp_path / "_cpu_build.json").write_text(record.replace("TORCH", ".".join(torch.__version__.split(".")[:2])))
+    if "sse" in record:  # of an earlier build
+        for level in ("avx2", "avx512"):
+            shutil.copy(_cpu._FOLDER / f"_cpu_{level}.so", tmp_path)
+    monkeypatch.setattr(_cpu, "_FOLDER", tmp_path)
+    assert re.search(why, str(_cpu.unavailable.__wrapped__()))
 
 
 # Few rows and few tiles, whose columns threads share.

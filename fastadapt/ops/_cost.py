@@ -556,7 +556,10 @@ def calibration_path(arch: int) -> Path | None:
     named = os.environ.get("FASTADAPT_CALIBRATION")
     if named is not None:
         return Path(named) if named else None
-    return Path.home() / ".cache" / "fastadapt" / f"calibration-sm_{arch}.json"
+    try:
+        return Path.home() / ".cache" / "fastadapt" / f"calibration-sm_{arch}.json"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 @functools.cache
@@ -564,7 +567,7 @@ def calibration(arch: int) -> Calibration | None:
     """The calibration of an architecture, read once a process. A file that cannot be used is named in a warning and ignored; one of another architecture is ignored without."""
     path = calibration_path(arch)
     try:
-        if path is None or (not path.exists() and "FASTADAPT_CALIBRATION" not in os.environ):
+        if path is None or ("FASTADAPT_CALIBRATION" not in os.environ and not os.access(path, os.R_OK)):
             return None
         found = read_calibration(path)
     except (OSError, ValueError) as error:

@@ -31,11 +31,19 @@ def unavailable() -> str | None:
     if level not in ("avx2", "avx512"):
         return f"the cpu kernels need AVX2, torch runs at CPU capability {capability}"
     record, library = _FOLDER / "_cpu_build.json", _FOLDER / f"_cpu_{level}.so"
-    if not record.exists() or not library.exists():
+    if not record.exists():
         return f"the cpu kernels are not built; {_REBUILD}"
-    built_with, running = json.loads(record.read_text())["torch"], ".".join(torch.__version__.split(".")[:2])
-    if built_with != running:
+    try:
+        known = json.loads(record.read_text())
+        built_with, levels = str(known["torch"]), [str(name) for name in known["levels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{record} is damaged; {_REBUILD}"
+    if built_with != (running := ".".join(torch.__version__.split(".")[:2])):
         return f"the cpu kernels were built with torch {built_with}, this is torch {running}; {_REBUILD}"
+    if level not in levels:
+        return f"the cpu kernels were built for {' and '.join(levels)} alone (FASTADAPT_CPU_LEVELS), torch runs at {level} here; {_REBUILD}"
+    if not library.exists():
+        return f"{library} is gone; {_REBUILD}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

@@ -41,7 +41,10 @@ class Build(NamedTuple):
 def build() -> Build:
     """What was built beside this package."""
     record = _FOLDER / "_cuda_build.json"
-    known = Build(**json.loads(record.read_text())) if record.exists() else Build(reason="this installation did not try")
+    try:
+        known = Build(**json.loads(record.read_text())) if record.exists() else Build(reason="this installation did not try")
+    except (OSError, ValueError, TypeError):
+        return Build(reason=f"{record} is damaged")
     if known.reason is None and not (_FOLDER / "_cuda.so").exists():
         return Build(reason="the library that was built is gone")
     return known

@@ -397,7 +397,7 @@ def commands(folder: Path) -> list[list[str]]:
 def link(folder: Path) -> list[str]:
     from torch.utils.cpp_extension import library_paths
 
-    (folder / "_cpu_build.json").write_text(json.dumps({"torch": ".".join(torch.__version__.split(".")[:2])}))
+    (folder / "_cpu_build.json").write_text(json.dumps({"torch": ".".join(torch.__version__.split(".")[:2]), "levels": ["avx2"]}))
     objects = [f"{Path(source).stem}.o" for source in (*SOURCES, "guard")]
     return ["g++", "-shared", "-fopenmp", *objects, "-o", "_cpu_avx2.so", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
 
