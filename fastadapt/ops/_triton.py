@@ -340,7 +340,7 @@ def slab_sums(
 ):  # fmt: skip
     """Of one bottleneck, the columns of one slab, the rows of one split and a chunk of R: P = dy' a and Q = (M (.) x)' dz, (D, R) each, and S = column sums of dy, (D,).
 
-    S is a product with ones on the matrix unit, where tl.sum would cost 30 more registers; as a sum it is exact also where products may use tf32.
+    S is a product with ones on the matrix unit, where tl.sum would cost 30 more registers. Where products may use tf32 it is three of them, since torch's sums never round to tf32.
     """
     columns = slab * BLOCK_D + tl.arange(0, BLOCK_D)
     r = part * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -12,12 +12,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastadapt.backend import Call
 from fastadapt.ops import _triton
-from fastadapt.ops._triton import Routing, jit, power_of_two, reasons, tl
+from fastadapt.ops._triton import Routing, cdiv, jit, power_of_two, tl
 from fastadapt.ops.bottleneck import triton as bottleneck
 from fastadapt.ops.routed_bottleneck.reference import tasks_of
 
 __all__ = ["backward", "forward", "reasons"]
+
+MAX_PIECES = 65_535
+"""Of a grid along y: splits of the rows, of which each task may have one that is not full, or tasks and one more."""
+
+
+def reasons(call: Call) -> list[str]:
+    """Why these kernels cannot run a call."""
+    out, tasks = _triton.reasons(call), call.option("tasks", 1)
+    if call.rank <= _triton.MAX_RANK:
+        tile = _triton.tile("routed_weights", call.rank, call.width, call.dtype)
+        _, size = _triton.token_splits(call.rows, cdiv(call.width, tile.block_d) * cdiv(call.rank, tile.block_r))
+        if (pieces := cdiv(call.rows, size) + tasks) > MAX_PIECES:
+            out.append(f"{tasks} tasks make up to {pieces} pieces of the rows, more than a grid has blocks ({MAX_PIECES})")
+    return out
 
 
 @jit

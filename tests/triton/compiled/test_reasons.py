@@ -172,6 +172,20 @@ def test_ids_are_never_read_on_the_host() -> None:
     assert made[0] == made[1] and len(made[0]) == 6
 
 
+@pytest.mark.parametrize(("rows", "rank", "most"), [(64, 24, 65_534), (70_000, 24, 65_352), (70_000, 300, 65_498)])
+def test_as_many_tasks_as_make_a_grid(device: pytest.MonkeyPatch, rows: int, rank: int, most: int) -> None:
+    """The launches of what is taken have at most 65535 blocks along y; with a task more one has one more."""
+    for tasks in (most, most + 1):
+        of = call(op="routed_bottleneck", rows=rows, width=64, rank=rank, options=(("tasks", tasks),))
+        assert bool(routed_bottleneck.reasons(of)) == (tasks > most)
+        x, ids = torch.empty(rows, 64, device="meta", dtype=torch.bfloat16), torch.empty(rows, device="meta", dtype=torch.int64)
+        wd, wu, bu = (torch.empty(shape, device="meta") for shape in ((tasks, rank, 64), (1, 64, rank), (1, 64)))
+        with recorded() as launches:
+            _, z = routed_bottleneck.forward(x, ids, wd, None, wu, bu, x, 1.0, 3, True, True)
+            routed_bottleneck.backward(x, x, ids, z, wd, None, wu, bu, 1.0, 3, True, [True, True, False, True, True])
+        assert max(launch.grid[1] for launch in launches if len(launch.grid) > 1) == (65_535 if tasks == most else 65_536)
+
+
 def test_a_seed_is_never_read_on_the_host() -> None:
     """Nor does another seed compile anew: it is a tensor to every launch."""
     made = []
