@@ -80,6 +80,7 @@ Tensor rows(const Tensor& t) {
   return flat.stride(1) == 1 ? flat : flat.contiguous();
 }
 optional<Tensor> rows(const optional<Tensor>& t) { return t ? optional<Tensor>(rows(*t)) : t; }
+// What was saved too: a hook on saved tensors may give it back with other strides.
 Tensor whole(const Tensor& t) { return t.contiguous(); }
 optional<Tensor> whole(const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : t; }
 Tensor shaped(const Tensor& rows, const Tensor& like) { return like.dim() == 2 ? rows : rows.view(like.sizes()); }
@@ -183,7 +184,7 @@ struct LoRA : torch::autograd::Function<LoRA> {
       check_gradient(kLora, dy);
       const at::AutoDispatchBelowADInplaceOrView below;
       ++counts[kLora][1];
-      auto [dx, dw_down, dw_up, db_up] = lora_backward(rows(dy), rows(x), z, whole(w_down), whole(w_up), or_none(seed), options[1], options[2], asked);
+      auto [dx, dw_down, dw_up, db_up] = lora_backward(rows(dy), rows(x), whole(z), whole(w_down), whole(w_up), or_none(seed), options[1], options[2], asked);
       computed = {dx, dw_down, dw_up, db_up};
     }
     place(kLora, std::move(computed), kPlaces, asked, {dy, x, w_down, w_up}, 1, x, out);
@@ -232,7 +233,7 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
       const at::AutoDispatchBelowADInplaceOrView below;
       ++counts[kBottleneck][1];
       auto [dx, dw_down, db_down, dw_up, db_up, dgate, dscale] =
-          bottleneck_backward(rows(dy), rows(x), z, whole(w_down), whole(w_up), whole(or_none(b_up)), whole(or_none(gate)), or_none(scale_tensor), options[1],
+          bottleneck_backward(rows(dy), rows(x), whole(z), whole(w_down), whole(w_up), whole(or_none(b_up)), whole(or_none(gate)), or_none(scale_tensor), options[1],
                               static_cast<int64_t>(options[2]), options[3] != 0, asked);
       computed = {dx, dw_down, db_down, dw_up, db_up, dgate, dscale};
     }
@@ -297,7 +298,7 @@ struct GatedBottleneck : torch::autograd::Function<GatedBottleneck> {
       check_gradient(kGatedBottleneck, dy);
       const at::AutoDispatchBelowADInplaceOrView below;
       ++counts[kGatedBottleneck][1];
-      auto gradients = gated_bottleneck_backward(rows(dy), rows(h), rows(or_none(s[1])), z, zg, logits, total, gate, whole(s[7]), parameter(8), whole(s[9]), parameter(10), parameter(11),
+      auto gradients = gated_bottleneck_backward(rows(dy), rows(h), rows(or_none(s[1])), whole(z), whole(zg), whole(logits), whole(total), whole(gate), whole(s[7]), parameter(8), whole(s[9]), parameter(10), parameter(11),
                                                  parameter(12), parameter(13), parameter(14), o[1], o[2], o[3], static_cast<int64_t>(o[4]), static_cast<int64_t>(o[5]), o[6] != 0,
                                                  static_cast<int64_t>(o[7]), asked);
       std::apply([&](auto&... t) { computed = {t...}; }, gradients);
@@ -370,7 +371,7 @@ struct DropoutAddNorm : torch::autograd::Function<DropoutAddNorm> {
         const at::AutoDispatchBelowADInplaceOrView below;
         ++counts[kDropoutAddNorm][1];
         auto [dx, dresidual, dweight, dbias] =
-            dropout_add_norm_backward(rows(or_none(dy)), rows(or_none(dv)), rows(or_none(v)), or_none(mean), or_none(rstd), whole(or_none(weight)), or_none(seed),
+            dropout_add_norm_backward(rows(or_none(dy)), rows(or_none(dv)), rows(or_none(v)), whole(or_none(mean)), whole(or_none(rstd)), whole(or_none(weight)), or_none(seed),
                                       dy.defined() ? static_cast<int64_t>(options[1]) : 0, options[2], static_cast<ScalarType>(options[3]), asked);
         computed = {dx, dresidual, dweight, dbias};
       }

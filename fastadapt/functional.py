@@ -71,7 +71,8 @@ def bottleneck(
     Args:
         x: input, (..., D), any strides.
         w_down: down-projection, (R, D). Several heads' down-projections are one weight, stacked by rows.
-        w_up: up-projection, (D, R); with ``heads=h`` > 1 the block-diagonal pair variant, (D, R/h): block i of D/h rows reads head i's R/h activations only.
+        w_up: up-projection, (D, R); with ``heads=h`` > 1 the block-diagonal pair variant, (D, R/h): block i of D/h rows reads head i's R/h activations only, by a
+            product with zeros for the others': a head that is not finite makes all others NaN.
         b_down: bias, (R,), or None.
         b_up: bias, (D,), or None.
         activation: "gelu_new" (tanh form; also "gelu_pytorch_tanh"), "gelu" (erf), "relu", "silu" ("swish") or "identity" ("linear").
@@ -490,6 +491,7 @@ def multimodal_bottleneck(
             scale=(scale if isinstance(scale, Tensor) else None, None),
         )
         # s LN(u) is LN with s times the weights: the fused operation has no scale of its own then.
+        scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
         norm_cross, scale = (norm_cross[0] * scale, norm_cross[1] * scale, norm_cross[2]), 1.0
     return bottleneck(x, w_down, w_up, b_down, b_up, activation=activation, residual=residual, scale=scale, norm_before=norm_before, norm_after=norm_cross)
 
@@ -570,7 +572,7 @@ def _banks(x: Tensor, task_ids: Tensor, w_down: Tensor, w_up: Tensor, b_down: Te
         raise ValueError(f"w_down: shape {tuple(w_down.shape)} must be (G, R, {width}) with G >= 1 and R >= 1")
     rank = w_down.shape[1]
     given = {"w_down": (w_down, (rank, width)), "w_up": (w_up, (width, rank)), "b_down": (b_down, (rank,)), "b_up": (b_up, (width,))}
-    lengths = {name: len(p) if isinstance(p, Tensor) and p.dim() else 1 for name, (p, _) in given.items()}
+    lengths = {name: len(p) if isinstance(p, Tensor) and p.dim() == 1 + len(shape) else 0 for name, (p, shape) in given.items()}
     tasks = max([*lengths.values()])
     shapes = {name: (p, (1 if lengths[name] == 1 else tasks, *shape)) for name, (p, shape) in given.items()}
     _parameters(x, w_down.dtype, **shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from fastadapt.ops import _library
 from tests import eager
 from tests.ops import checks
 from tests.ops.checks import assert_same_bits, evaluate, every_backend, one_backend, runs_on
-from tests.ops.specs import GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Spec, specs
+from tests.ops.specs import GRANULARITIES, MIXED, PHM, Bottleneck, Gated, Lora, Norm, Routed, Spec, specs
 from tests.tolerance import FLOOR, assert_close_to_f64, relative_error
 
 PLAIN = Bottleneck(lead=(3, 7), width=16, rank=4, residual="other", scale="tensor", gate=True)
@@ -394,6 +395,25 @@ def test_a_plain_call_takes_the_short_way(spec: Spec, monkeypatch: pytest.Monkey
     for context in (torch.no_grad, torch.inference_mode):
         with context(), runs_on(spec.op, "cpu", counts=(1, 0)):
             assert_same_bits({"y": spec.call(functional, tensors)}, {"y": expected["y"]})
+
+
+@pytest.mark.parametrize("name", ["reference", *checks.kernel_names])
+@specs([PLAIN, GATED, SMALL, COMPACTER, LORA, NORM, Routed(lead=(3, 7), width=16, rank=4)])
+def test_what_is_kept_may_come_back_with_other_strides(spec: Spec, name: str) -> None:
+    """From a hook that compresses or offloads, on the short way and on the long one."""
+    device = "cuda" if name == "triton" else "cpu"
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+
+    def spread(t: Tensor) -> Tensor:
+        wide = t.new_zeros((*t.shape, 2))
+        wide[..., 0] = t
+        return wide[..., 0]
+
+    for way in (contextlib.nullcontext, checks.spied):
+        with way():
+            expected = checks.fused(spec, name, tensors, dy)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, spread):
+                assert_same_bits(checks.fused(spec, name, tensors, dy), expected)
 
 
 @needs_cpu_kernels

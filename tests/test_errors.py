@@ -308,6 +308,7 @@ def test_multimodal_without_x() -> None:
 
 def test_routed_scale_is_a_number() -> None:
     _refused(functional.routed_bottleneck, {**_routed(), "scale": "1"}, ValueError, "scale: must be a finite number, not '1'")
+    _refused(functional.routed_bottleneck, {**_routed(), "b_down": torch.randn(R)}, ValueError, f"b_down: shape ({R},) must be (2, {R})")
 
 
 @pytest.mark.parametrize("case", NORM)

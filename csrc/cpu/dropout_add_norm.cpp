@@ -123,16 +123,18 @@ void forward(const NormParams& p, int64_t begin, int64_t end) {
       s.store(u + i);
     }
     if (p.norm == kNoNorm) continue;
-    float mean = 0.f;
+    const float size = static_cast<float>(n);
+    float mean = 0.f, off = 0.f;  // off: what a long sum's rounding took from the mean, beside which the deviations may be small
     if (p.norm == kLayerNorm) {
-      mean = sum.total() / static_cast<float>(n), squares = Block(0.f);
+      mean = sum.total() / size, sum = squares = Block(0.f);
       for (int64_t i = 0; i < n; i += kBlock) {
         Block centred = Block(u + i) - Block(mean);
         if (i + kBlock > n) centred = centred.first(n - i);
-        squares = squares + centred * centred;
+        sum = sum + centred, squares = squares + centred * centred;
       }
+      off = sum.total() / size, mean += off;
     }
-    const float rstd = 1.f / std::sqrt(squares.total() / static_cast<float>(n) + p.eps);
+    const float rstd = 1.f / std::sqrt(std::max(squares.total() / size - off * off, 0.f) + p.eps);
     if (p.mean) p.mean[row] = mean;
     if (p.rstd) p.rstd[row] = rstd;
     for (int64_t i = 0; i < n; i += kBlock) store((Block(u + i) - Block(mean)) * Block(rstd) * Block(weight + i) + Block(bias + i), y, i, n);

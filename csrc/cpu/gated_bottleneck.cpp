@@ -360,21 +360,22 @@ void backward(const GatedParams& p, int64_t chunk) {
   const bool need_h = p.dw_down || (need.total && !p.total);
   const int64_t tile_floats = kTileRows * s.width, block_floats = kTileRows * kBlockColumns;
   const int64_t rank_floats = kTileRows * std::max(s.rank, s.gate_rank);
-  float* dt_tile = scratch(6 * tile_floats + 7 * rank_floats + 2 * block_floats);
+  float* dt_tile = scratch(6 * tile_floats + 7 * rank_floats + 2 * block_floats + 2 * s.width);
   float *dl_tile = dt_tile + tile_floats, *a = dl_tile + tile_floats, *dz = a + rank_floats, *ag = dz + rank_floats, *dzg = ag + rank_floats, *work = dzg + rank_floats,
-        *block = work + rank_floats, *g_block = block + block_floats;
-  G *thin = reinterpret_cast<G*>(g_block + block_floats), *thin_g = thin + rank_floats, *dy_tile = thin_g + rank_floats, *h_tile = dy_tile + tile_floats, *x_tile = h_tile + tile_floats,
+        *block = work + rank_floats, *g_block = block + block_floats, *dw_tile = g_block + block_floats;
+  G *thin = reinterpret_cast<G*>(dw_tile + 2 * s.width), *thin_g = thin + rank_floats, *dy_tile = thin_g + rank_floats, *h_tile = dy_tile + tile_floats, *x_tile = h_tile + tile_floats,
     *panels = x_tile + tile_floats;
   const auto [pack_up, pack_gate_up] = s.recompute_packs<G>(p);
   const int64_t chunk_begin = chunk * chunk_rows(p.rows), chunk_end = std::min(p.rows, chunk_begin + chunk_rows(p.rows));
   float *partial = p.partials, *dwd = partial, *pt = dwd + layout.adapter.p, *sums = dwd + layout.adapter.sums, *dbd = dwd + layout.adapter.db_down;
   float *dwg = partial + layout.gate_at, *ptg = dwg + layout.gate.p, *sums_g = dwg + layout.gate.sums, *dbg = dwg + layout.gate.db_down;
-  float *dw_x = partial + layout.w_x, *dw_h = partial + layout.w_h, *bias = partial + layout.bias;
+  float *dw_x = partial + layout.w_x, *bias = partial + layout.bias;  // and behind dw_x dw_h
   std::fill(sums, dbd + s.rank, 0.f);
   std::fill(sums_g, bias + 16, 0.f);
   for (int64_t row = chunk_begin; row < chunk_end; row += kTileRows) {
     const int64_t m = std::min(kTileRows, chunk_end - row), height = tile_height(m);
     const bool add = row != chunk_begin;
+    if (!large) std::fill(dw_tile, dw_tile + 2 * s.width, 0.f);
     const Rows<G> dy = load_rows<A>(p.dy, p.dy_stride, row, m, height, p.width, dy_tile, s.width);
     Rows<G> h{}, x{};
     if (need_h) h = load_rows<A>(p.h, p.h_stride, row, m, height, p.width, h_tile, s.width);
@@ -403,7 +404,7 @@ void backward(const GatedParams& p, int64_t chunk) {
           fetch(from + kAhead * p.width, n);
           widen(from, g, n, whole);
         }
-        gate_gradients<A>(p, v, need, c, n, e, logits, total + i * total_ld, g, dt_tile + i * ld + c, dl_tile + i * ld + c, dw_x);
+        gate_gradients<A>(p, v, need, c, n, e, logits, total + i * total_ld, g, dt_tile + i * ld + c, dl_tile + i * ld + c, dw_tile);
       }
     }
     double bias_gradient = 0;
@@ -421,8 +422,9 @@ void backward(const GatedParams& p, int64_t chunk) {
           dl = static_cast<float>(p.scale * sum) * logistic_derivative(p.logits[row + i]);
         }
         bias_gradient += dl;
-        row_gate_gradients<A>(p, v, row + i, 0, p.width, gate, dl, e, in, t, dl_tile + i * ld, dt_tile + i * ld, dw_x, dw_h);
+        row_gate_gradients<A>(p, v, row + i, 0, p.width, gate, dl, e, in, t, dl_tile + i * ld, dt_tile + i * ld, dw_tile, dw_tile + s.width);
       }
+    if (!large) vectors(2 * s.width, [&](int64_t j) { (Vec::loadu(dw_x + j) + Vec::loadu(dw_tile + j)).store(dw_x + j); });  // a chunk's rows one by one would round 512 times
     bias[0] += static_cast<float>(bias_gradient);
     if (p.kind == kLogits && p.dx)
       for (int64_t i = 0; i < m; ++i) narrow(dl_tile + i * ld, static_cast<A*>(p.dx) + (row + i) * p.width, p.width);

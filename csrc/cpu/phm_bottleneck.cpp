@@ -288,8 +288,8 @@ void backward(const PhmParams& p, int64_t begin, int64_t end) {
   const int64_t size = PhmNumbers::size(p), rules = PhmPacked::rule_size(p), down_right = s.pairs * w.down.out, up_left = s.pairs * w.up.in;
   const bool need_inner_gradient = p.dx || p.down.dleft, need_d_mixed = need_inner_gradient || p.down.drule, need_inner = p.down.drule || p.down.dright;
   const bool need_dz = need_d_mixed || p.down.dright || p.db_down, need_up_gradient = need_dz || p.up.dleft;
-  const auto [rows, sums, inner, mixed, d_mixed, d_inner, a, slope, turned, drule_down, dright_down, drule_up, dleft_up, db_down] =
-      carve({kBlock * s.line, kBlock * s.line, s.thin, s.thin, s.thin, s.thin, s.rank * kLanes, s.rank * kLanes, s.rank * kLanes, rules * kLanes, down_right * kLanes,
+  const auto [rows, sums, db_up, inner, mixed, d_mixed, d_inner, a, slope, turned, drule_down, dright_down, drule_up, dleft_up, db_down] =
+      carve({kBlock * s.line, kBlock * s.line, s.line, s.thin, s.thin, s.thin, s.thin, s.rank * kLanes, s.rank * kLanes, s.rank * kLanes, rules * kLanes, down_right * kLanes,
              rules * kLanes, up_left * kLanes, s.rank * kLanes});
   std::fill(d_inner, d_inner + s.thin, 0.f);  // the padding pairs, which `expand` reads; those of `mixed` give sums that nobody does
   for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -308,12 +308,14 @@ void backward(const PhmParams& p, int64_t begin, int64_t end) {
       // The up-projection.
       if (p.up.drule || p.up.dright) thin_dots(a, w.up.left, w.up.in, p.up.in, s, inner);
       if (p.up.dright) mix(w.up.rule, false, p.factor_rank, inner, s, mixed);
+      if (p.db_up) std::fill(db_up, db_up + s.line, 0.f);
       for (int64_t r = 0; r < kLanes; r += kBlock)
         block<A>(p.dy, p.dy_stride, row + r, m - r, p.up.out, s, rows, [&](const auto* dy, int64_t stride) {
           if (need_up_gradient || p.up.drule) dots(dy, stride, w.up.right, w.up.out, p.up.out, s, d_mixed + r);
           if (p.up.dright) outer(dy, stride, mixed + r, d.up.right, d.up.out, p.up.out, s);
-          if (p.db_up) column_sums(dy, stride, p.width, d.b_up);
+          if (p.db_up) column_sums(dy, stride, p.width, db_up);
         });
+      if (p.db_up) vectors(p.width, [&](int64_t j) { (Vec::loadu(d.b_up + j) + Vec::loadu(db_up + j)).store(d.b_up + j); });
       if (p.up.drule) mix_outer(inner, d_mixed, p.factor_rank, s, drule_up);
       if (need_up_gradient) mix(w.up.rule, true, p.factor_rank, d_mixed, s, d_inner);
       if (p.up.dleft) thin_outer(a, d_inner, dleft_up, w.up.in, p.up.in, s);

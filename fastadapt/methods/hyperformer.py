@@ -50,7 +50,7 @@ class HyperformerConfig(MethodConfig):
         return "encoder.self_attention", "encoder.feed_forward", "decoder.self_attention", *cross, "decoder.feed_forward"
 
     def stages(self) -> tuple[str, ...]:
-        return *super().stages(), "encoder.hypernetwork", "decoder.hypernetwork"
+        return "encoder.hypernetwork", "decoder.hypernetwork", *super().stages()  # a decoder's prompt runs through its adapters
 
     def _rank(self, width: int) -> int:
         return reduced_rank(width, self.rank, self.reduction_factor)

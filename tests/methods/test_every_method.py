@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, multiple": ("lora", {"rank": 4, "sharing": "multiple"}),
     "hyperformer": ("hyperformer", {"task_dim": 12, "hidden_dim": 10, "layer_norm_before": True, **R4}),
     "hyperformer, one": ("hyperformer", {"task_dim": 12, "hidden_dim": 10, "one_hypernet": True, **R4}),
+    "hyperformer and prompts": ("hyperformer", {"task_dim": 12, "hidden_dim": 10, "encoder_prompt": 2, "decoder_prompt": 2, "prompt_mid": 5, **R4}),
     "prompt": ("prompt", {"encoder_prompt": 3, "prompt_mid": 5}),
     "prompts of both sides, multiple": ("prompt", {"encoder_prompt": 3, "decoder_prompt": 2, "prompt_mid": None, "prompt_sharing": "multiple"}),
     "adapters and prompts": ("vl_adapter", {"sharing": "multiple", "encoder_prompt": 2, "decoder_prompt": 1, **R4}),

@@ -64,6 +64,14 @@ def statistics_of_the_exact_sum(backend: str) -> str:
     return ""
 
 
+def long_sums(backend: str) -> str:
+    try:
+        test_dropout_add_norm.assert_long_sums_round_nothing_away(backend, 600)
+    except Exception as error:
+        return f"long sums: {type(error).__name__}: {last_line(error)}"
+    return ""
+
+
 def gates_far_from_zero(backend: str) -> str:
     return first_failing(checks.assert_finite_far_from_zero, [Gated(granularity=g) for g in ("large", "middleX", "small")], backend)
 

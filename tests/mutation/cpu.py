@@ -475,7 +475,7 @@ def prepare_norm() -> schemata.Check:
         load(folder, mutant)
         steps = of_calls(NORM_CALLS)
         del steps[3]  # parameters are not rounded
-        steps.append(partial(calls.statistics_of_the_exact_sum, "cpu"))
+        steps += [partial(calls.statistics_of_the_exact_sum, "cpu"), partial(calls.long_sums, "cpu")]
         return next(filter(None, (step() for step in (partial(calls.first_wrong, every, "cpu"), *steps))), "")
 
     return check

@@ -117,6 +117,31 @@ def test_real_sizes(spec: Bottleneck, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
+@every_kernel
+@specs([over(d, lead=(t,), width=96, rank=16, scale="tensor", gate=True) for d in (FP32, MIXED) for t in (100, 4000)])
+def test_rows_all_alike(spec: Bottleneck, name: str, device: str) -> None:
+    checks.assert_within_rule(spec, name, device, change=checks.alike)
+
+
+@every_backend
+@pytest.mark.parametrize(("width", "rank"), [(16, 16), (33, 7)])
+def test_a_scale_of_one_element_has_any_shape(width: int, rank: int, name: str, device: str) -> None:
+    spec = Bottleneck(lead=(5,), width=width, rank=rank, scale="tensor", gate=True)
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    expected = checks.fused(spec, name, tensors, dy)
+    for shape in ((), (1, 1), (1, 1, 1)):
+        got = checks.fused(spec, name, {**tensors, "scale": tensors["scale"].reshape(shape)}, dy)
+        assert got["d scale"].shape == shape
+        checks.assert_same_bits({**got, "d scale": got["d scale"].reshape(1)}, expected)
+
+
+def test_the_reference_sums_what_fp16_can_hold() -> None:
+    """Eager code scales dy before the product with the activations."""
+    spec = Bottleneck(lead=(2048,), width=64, rank=8, activation="relu", scale=1e-3, dtype=torch.float16, param_dtype=torch.float16)
+    tensors = {n: t.abs() * (30 if n == "x" else 1) for n, t in spec.draw(0).items()}
+    assert checks.fused(spec, "reference", tensors, torch.ones(2048, 64).half())["d w_up"].isfinite().all()
+
+
 @pytest.mark.full
 @every_backend
 @specs(ALL_REAL)

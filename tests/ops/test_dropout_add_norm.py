@@ -257,6 +257,12 @@ def test_the_sum_alone_is_differentiated(dropout: float, name: str, device: str)
     torch.testing.assert_close(grads[0], dv * kept)
 
 
+@every_kernel
+@specs([Norm(lead=(4000,), width=96, norm=n) for n in ("layer", "rms")])
+def test_rows_all_alike(spec: Norm, name: str, device: str) -> None:
+    checks.assert_within_rule(spec, name, device, change=checks.alike)
+
+
 @every_backend
 def test_constant_rows_are_finite(name: str, device: str) -> None:
     """A row without variance, or of zeros, has a deviation of sqrt(eps)."""
@@ -282,6 +288,30 @@ def test_a_mean_far_from_zero_and_numbers_far_from_one(scale: float, name: str, 
         return {"y": Compared(y, torchs(x.double()), torchs(x), False), "far": Compared(far, torchs(small.double(), 0.0), torchs(small, 0.0), False)}
 
     assert_rule(run, torch.float32)
+
+
+def assert_long_sums_round_nothing_away(name: str, width: int) -> None:
+    """A mean in fp32 is off by more than the deviations of such rows, unless what the deviations add up to is put back into it: constant rows are exactly zero then, as torch's."""
+    for constant in (0.7, 1000.3, 1e6 + 0.3):
+        x = torch.full((3, width), constant, requires_grad=True)
+        with checks.runs_on("dropout_add_norm", name):
+            y = functional.dropout_add_norm(x)
+            (gradient,) = torch.autograd.grad(y[:, 0].sum(), x)
+        assert not y.any() and torch.allclose(gradient[:, 0], torch.tensor((1 - 1 / width) * 1e5**0.5))
+
+    def run(seed: int) -> dict[str, Compared]:
+        x = 1000 + torch.randn(12, width, generator=torch.Generator().manual_seed(seed))
+        y = functional.dropout_add_norm(x)
+        return {"y": Compared(y, F.layer_norm(x.double(), (width,)), F.layer_norm(x, (width,)), False)}
+
+    with backend.use(name):
+        assert_rule(run, torch.float32)
+
+
+@pytest.mark.skipif("cpu" not in checks.kernel_names, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("width", [600, 5000, 16384])
+def test_long_sums_round_nothing_away(width: int) -> None:
+    assert_long_sums_round_nothing_away("cpu", width)
 
 
 # What enters and leaves.

@@ -123,6 +123,14 @@ def test_real_sizes(spec: Gated, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
+@every_kernel
+@specs(
+    [over(d, lead=(2, t), width=96, rank=16, gate_rank=12, granularity=g, combine=c) for d in (FP32, MIXED) for t in (50, 2000) for g in GRANULARITIES for c in ("multiply", "add")]
+)
+def test_rows_all_alike(spec: Gated, name: str, device: str) -> None:
+    checks.assert_within_rule(spec, name, device, change=checks.alike)
+
+
 @pytest.mark.full
 @every_backend
 @specs(ALL_REAL)

@@ -121,6 +121,13 @@ def test_modalities_share_one_down_projection() -> None:
     assert torch.equal(alone[2][1], alone[2][2])
 
 
+def test_a_scale_of_one_element_has_any_shape() -> None:
+    tensors = Multimodal().draw(0)
+    norm = torch.ones(48), torch.zeros(48), 1e-5
+    expected, *others = (functional.multimodal_bottleneck(**{**tensors, "scale": torch.full(shape, 0.5), "norm_cross": norm}) for shape in ((1,), (), (1, 1)))
+    assert all(torch.equal(y, expected) for y in others)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

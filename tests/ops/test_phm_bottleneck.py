@@ -91,6 +91,12 @@ def test_real_sizes(spec: PHM, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
+@every_kernel
+@specs([over(d, lead=(t,), width=96, rank=16) for d in (FP32, MIXED) for t in (100, 4000)])
+def test_rows_all_alike(spec: PHM, name: str, device: str) -> None:
+    checks.assert_within_rule(spec, name, device, change=checks.alike)
+
+
 @pytest.mark.full
 @every_backend
 @specs(ALL_REAL)

@@ -205,6 +205,16 @@ def test_nan_of_one_task_reaches_no_other(name: str, device: str) -> None:
     checks.assert_same_bits(of_other_tasks(got, ids), of_other_tasks(clean, ids))
 
 
+@every_backend
+def test_nan_of_a_task_without_rows_reaches_nothing(name: str, device: str) -> None:
+    spec = replace(EVERYTHING, shared="")
+    tensors, dy = spec.draw(0, device), spec.cotangent(0, device)
+    clean = checks.fused(spec, name, tensors, dy)
+    for parameter in ("w_down", "b_down", "w_up", "b_up"):
+        tensors[parameter][-1] = math.nan
+    checks.assert_same_bits(checks.fused(spec, name, tensors, dy), clean)
+
+
 def test_nan_of_one_task_reaches_no_other_under_functorch() -> None:
     spec = replace(EVERYTHING, shared="")
     drawn, spoilt, ids = spoilt_by_task_0(spec, "cpu")

@@ -36,7 +36,7 @@ def _forward_fake(x, w_down, b_down, w_up, b_up, gate, scale_tensor, residual, s
 
 
 def _backward(dy, x, z, w_down, w_up, b_up, gate, scale_tensor, scale, activation, add_input, needs, backend):
-    args = (rows(dy), rows(x), z, *map(contiguous, (w_down, w_up, b_up, gate, scale_tensor)), scale, activation, add_input, needs)
+    args = (rows(dy), rows(x), *map(contiguous, (z, w_down, w_up, b_up, gate, scale_tensor)), scale, activation, add_input, needs)
     return _library.run("bottleneck", "backward", call_of(x, w_down), backend, args)
 
 

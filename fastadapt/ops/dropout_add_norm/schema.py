@@ -51,7 +51,7 @@ def _forward_fake(x, residual, weight, bias, seed, norm, eps, dropout, save, bac
 
 
 def _backward(dy, dv, v, mean, rstd, weight, seed, norm, dropout, dtype, needs, backend):
-    args = (*map(_rows, (dy, dv, v)), mean, rstd, contiguous(weight), seed, norm, dropout, dtype, needs)
+    args = (*map(_rows, (dy, dv, v)), *map(contiguous, (mean, rstd, weight)), seed, norm, dropout, dtype, needs)
     return _library.run("dropout_add_norm", "backward", call_of(dv if dy is None else dy, dtype, weight, norm, dropout), backend, args)
 
 

@@ -60,7 +60,7 @@ def _backward(
     dy, h, x, z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias, input_scale, adapter_scale, scale, activation, kind, add, samples, needs, backend
 ):
     args = (
-        rows(dy), rows(h), None if x is None else rows(x), z, zg, logits, total, gate, *map(contiguous, (w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias)),
+        rows(dy), rows(h), None if x is None else rows(x), *map(contiguous, (z, zg, logits, total, gate, w_down, b_down, w_up, b_up, g, g_bias, g_up, g_up_bias)),
         input_scale, adapter_scale, scale, activation, kind, add, samples, needs,
     )  # fmt: skip
     return _library.run("gated_bottleneck", "backward", call_of(h, w_down, g, kind), backend, args)

@@ -36,7 +36,7 @@ def _forward_fake(x, y, w_down, w_up, b_up, seed, scale, dropout, save, backend)
 
 
 def _backward(dy, x, z, w_down, w_up, seed, scale, dropout, needs, backend):
-    args = (rows(dy), rows(x), z, *map(contiguous, (w_down, w_up)), seed, scale, dropout, needs)
+    args = (rows(dy), rows(x), *map(contiguous, (z, w_down, w_up)), seed, scale, dropout, needs)
     return _library.run("lora", "backward", call_of(x, w_down, w_up, dropout), backend, args)
 
 

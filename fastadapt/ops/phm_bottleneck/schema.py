@@ -41,7 +41,7 @@ def _forward_fake(x, rule_down, left_down, right_down, b_down, rule_up, left_up,
 
 
 def _backward(dy, x, z, rule_down, left_down, right_down, rule_up, left_up, right_up, scale, activation, add_input, needs, backend):
-    args = (rows(dy), rows(x), z, *map(contiguous, (rule_down, left_down, right_down, rule_up, left_up, right_up)), scale, activation, add_input, needs)
+    args = (rows(dy), rows(x), *map(contiguous, (z, rule_down, left_down, right_down, rule_up, left_up, right_up)), scale, activation, add_input, needs)
     return _library.run("phm_bottleneck", "backward", call_of(x, left_down, right_down), backend, args)
 
 

@@ -55,5 +55,5 @@ def backward(dy, x, task_ids, z, w_down, b_down, w_up, b_up, scale, activation, 
             dx = torch.where(own, dx + dx_g, dx)
         for total, grad, need in zip(sums, grads, needs[1:], strict=True):
             if need:
-                total[g if len(total) > 1 else 0] += grad
+                total[g if len(total) > 1 else 0] += torch.where(own.any(), grad, 0)  # weights of a task without rows may be NaN
     return tuple(t if need else none(dy) for t, need in zip((dx, *sums), needs, strict=True))

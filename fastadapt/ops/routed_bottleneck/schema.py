@@ -38,7 +38,7 @@ def _forward_fake(x, task_ids, w_down, b_down, w_up, b_up, residual, scale, acti
 
 def _backward(dy, x, task_ids, z, w_down, b_down, w_up, b_up, scale, activation, add_input, needs, backend):
     parameters = [contiguous(p) for p in (w_down, b_down, w_up, b_up)]
-    args = (rows(dy), rows(x), task_ids.contiguous(), z, *parameters, scale, activation, add_input, needs)
+    args = (rows(dy), rows(x), task_ids.contiguous(), z.contiguous(), *parameters, scale, activation, add_input, needs)
     return _library.run("routed_bottleneck", "backward", call_of(x, *parameters), backend, args)
 
 
