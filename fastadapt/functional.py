@@ -1,8 +1,8 @@
 """One public function per op: the maths, shapes, dtypes and errors.
 
 Dtypes: activations (x, h, residual) share one dtype A, one of float32, bfloat16, float16 (float64 runs on ``reference``). All parameters of a call share one dtype P, which is A or
-float32; float32 parameters over half-precision activations is how people train. Kernels round parameters to A, accumulate in float32, and return weight gradients in P. Under
-autocast, activations are cast to the autocast dtype and parameters stay as they are. `dropout_add_norm` has rules of its own.
+float32; float32 parameters over half-precision activations is how people train. Kernels round parameters to A, accumulate in float32, and return weight gradients in P; on a CPU
+bfloat16 results below 2^-126 may be zero. Under autocast, activations are cast to the autocast dtype and parameters stay as they are. `dropout_add_norm` has rules of its own.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def gated_bottleneck(
     =============  ==========================================================  ==========================================
 
     ``small`` averages over all L positions, padding included, as the original does: a sample's output depends on the padded length of its batch.
-    The projection of ``large_full`` runs as one library GEMM; its gate is applied in the fused kernel.
+    The projection of ``large_full`` runs as one library GEMM, whose bits torch lets depend on the number of threads; its gate is applied in the fused kernel.
 
     Args:
         h: output of the frozen sub-layer, (..., D); ``small`` needs (B, L, D) with L >= 1.

@@ -306,7 +306,7 @@ def test_multimodal_without_x() -> None:
     _refused(functional.multimodal_bottleneck, {**_multimodal(), "w_down": None, "norm_cross": norm}, TypeError, "w_down: must be a tensor, not NoneType")
 
 
-def test_routed_scale_is_a_number() -> None:
+def test_routed() -> None:
     _refused(functional.routed_bottleneck, {**_routed(), "scale": "1"}, ValueError, "scale: must be a finite number, not '1'")
     _refused(functional.routed_bottleneck, {**_routed(), "b_down": torch.randn(R)}, ValueError, f"b_down: shape ({R},) must be (2, {R})")
 
