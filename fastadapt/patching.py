@@ -881,7 +881,7 @@ def _why_not(settings: MethodConfig, host: hosts.Host, place: hosts.Place, path:
     Raises:
         ValueError: the method's module reads the residual stream, which cannot be seen there, or tokens that come later.
     """
-    if why := _off(path, off):
+    if why := _off(_join(path, place.slot), off):
         return why
     if place.role not in settings.roles():
         return f"{settings.method} puts nothing there"

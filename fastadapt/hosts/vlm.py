@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,20 @@ _FLAT = ("merger", "deepstack_merger_list")  # behind a vision tower that is fla
 
 # Models that read the image's tokens, though their vision tower may pool them.
 _READ_TOKENS = ("PaliGemmaModel", "Gemma3Model")
+
+_DECODER = ("encoder_attn", "encoder_attn_layer_norm", "cross_attention_adapter", "key_value_adapter")
+_QFORMER = r"qformer\.encoder\.layer\.\d+"
+# Models, where in them, the modules and slots there that an ordinary call does not go through, and why. Of the model itself only: inside another one, as a
+# VisionEncoderDecoderModel, a decoder gets an encoder's output.
+_ALONE: tuple[tuple[tuple[str, ...], str, tuple[str, ...], str], ...] = (
+    (("BartForCausalLM", "MBartForCausalLM"), r"model\.decoder\.layers\.\d+", _DECODER, "a decoder by itself is given no encoder's output"),
+    (("BlipModel",), r"text_model\.encoder\.layer\.\d+", ("crossattention", "cross_attention_adapter"), "BlipModel's text does not attend to the image"),
+    (("CLIPForImageClassification", "MetaClip2ForImageClassification"), "vision_model", ("post_layernorm",), "the classifier reads the tokens' mean, not the normed pooled one"),
+    (("SiglipForImageClassification", "Siglip2ForImageClassification"), "vision_model", ("head",), "the classifier reads the tokens' mean, not the pooled ones"),
+    (("Blip2TextModelWithProjection",), _QFORMER, ("crossattention", "intermediate_query", "output_query"), "the Q-Former is given text alone, no queries"),
+    (("Blip2TextModelWithProjection",), "", ("query_tokens",), "the Q-Former is given text alone, no queries"),
+    (("Blip2VisionModelWithProjection",), _QFORMER, ("intermediate", "output"), "the Q-Former is given queries alone, no text"),
+)
 
 
 def projectors(model: nn.Module, taken: Sequence[str]) -> list[tuple[str, nn.Module, Host]]:
@@ -66,10 +81,15 @@ def _width(projector: nn.Module) -> int | None:
 
 
 def dead(model: nn.Module) -> dict[str, str]:
-    """Paths of modules whose output the model never uses, so that what is trained in them would get no gradient (which DDP refuses), and why."""
+    """Paths of modules, and of slots for adapters, whose output the model never uses, so that what is trained in them would get no gradient (which DDP refuses), and why.
+
+    What an argument of the call decides counts as used, as the heads of BLIP's and BLIP-2's retrieval models.
+    """
     found: dict[str, str] = {}
+    alone = [row[1:] for row in _ALONE if type(model).__name__ in row[0]]
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
+        found |= {f"{prefix}{name}": why for where, names, why in alone if re.fullmatch(where, path) for name in names}
         any_module: Any = module
         config = getattr(module, "config", None)
         tower = getattr(module, "vision_tower", None)
