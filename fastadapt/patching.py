@@ -993,9 +993,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
     """
     _check_model(model, str(name))
     config, tensors = checkpoint.read(directory)
-    options = config.get("options")
-    if not isinstance(options, dict) or not options or not all(isinstance(values, dict) for values in options.values()):
-        raise AdapterFileError(f"{os.fspath(directory)}: 'options' must hold the options of one host family or several, not {options!r}")
+    saved = _saved(config, directory)
     try:
         common: dict[str, Any] = {
             "tasks": config.get("tasks") or None,
@@ -1004,7 +1002,6 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
             "dtype": dtype,
             "fuse_residual": fuse_residual,
         }
-        saved = {family: methods.config(config.get("method"), **values) for family, values in options.items()}  # type: ignore[arg-type]
         handle = _patch(model, next(iter(saved.values())), saved, (), **common)
     except TypeError as error:
         raise AdapterFileError(f"{os.fspath(directory)}: {error}") from error
@@ -1014,6 +1011,17 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str | Non
         handle.unpatch(restore_base=True)
         raise
     return handle
+
+
+def _saved(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict[str, MethodConfig]:
+    """The method's configs that a directory was saved with, one for each family of published values."""
+    options = config.get("options")
+    if not isinstance(options, dict) or not options or not all(isinstance(values, dict) for values in options.values()):
+        raise AdapterFileError(f"{os.fspath(directory)}: 'options' must hold the options of one host family or several, not {options!r}")
+    try:
+        return {family: methods.config(config.get("method"), **values) for family, values in options.items()}  # type: ignore[arg-type]
+    except TypeError as error:
+        raise AdapterFileError(f"{os.fspath(directory)}: {error}") from error
 
 
 def _mergeable(handle: Handle) -> list[tuple[_Site, Any, type[nn.Module]]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt import checkpoint, patching
+from fastadapt.hosts import generic
 from fastadapt.interop.adapterhub import from_adapterhub, to_adapterhub
 from fastadapt.interop.peft import from_peft, to_peft
 from fastadapt.interop.published import PublishedFileError, load_published, published_state_dict, read_state_dict
@@ -49,12 +50,16 @@ _BLOCKS = {"bart": re.compile(r"^model\.(encoder|decoder)\.layers\.(\d+)\."), "t
 _NUMBER = re.compile(r"\b(encoder|decoder)\.(?:layers\.|block\.)?(\d+)\.")
 _SIZES = (
     ("d_model", re.compile(r"(?:up_sampler|adapter_up)\.b(?:ias)?$"), 0),
-    ("d_model", re.compile(r"(?:query|value|\b[qkv](?:_proj)?)[./].*lora_A\.weight$"), 1),
-    ("d_model", re.compile(r"\b(?:fc1|wi|wi_0|wi_1)\.lora_A\.weight$"), 1),
+    ("d_model", re.compile(r"(?:query|value|\b(?:[qkv](?:_proj)?|fc1|wi|wi_0|wi_1|lm_head))[./].*lora_A\.weight$"), 1),
+    ("d_model", re.compile(r"\b(?:out_proj|o|fc2|wo)[./].*lora_B\.weight$"), 0),
     ("d_model", re.compile(r"visual_embedding\.feat_embedding\.0\.bias$"), 0),
     ("feat_dim", re.compile(r"visual_embedding\.feat_embedding\.0\.weight$"), 1),
     ("ffn", re.compile(r"\bfc1\.bias$"), 0),
-    ("ffn", re.compile(r"\b(?:fc1|wi|wi_0|wi_1)\.lora_B\.weight$"), 0),
+    ("ffn", re.compile(r"\b(?:fc1|wi|wi_0|wi_1)[./].*lora_B\.weight$"), 0),
+    ("ffn", re.compile(r"\b(?:fc2|wo)[./].*lora_A\.weight$"), 1),
+    ("inner", re.compile(r"(?:query|value|\b[qkv])[./].*lora_B\.weight$"), 0),
+    ("inner", re.compile(r"\bo[./].*lora_A\.weight$"), 1),
+    ("vocab_size", re.compile(r"\blm_head[./].*lora_B\.weight$"), 0),
     ("heads", re.compile(r"relative_attention_bias\.weight$"), 1),
     ("encoder_layers", re.compile(r"\bencoder\.\w+[./]layer_id_embeddings\.weight$"), 0),
     ("decoder_layers", re.compile(r"\bdecoder\.\w+[./]layer_id_embeddings\.weight$"), 0),
@@ -84,7 +89,7 @@ def build_host(host: str, tensors: Mapping[str, Tensor] | None = None, known: Ma
         }
         stacks |= {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "max_position_embeddings": sizes["positions"]}
         return BartForConditionalGeneration(BartConfig(**stacks)) if host == "bart" else VLBart(VLBartConfig(**stacks, feat_dim=sizes["feat_dim"]))
-    inner = next((t.shape[0] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.q.weight") and t.dim() == 2), sizes["d_model"])
+    inner = next((t.shape[0] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.q.weight") and t.dim() == 2), sizes.get("inner", sizes["d_model"]))
     heads = next((t.shape[1] for key, t in tensors.items() if key.endswith("block.0.layer.0.SelfAttention.relative_attention_bias.weight") and t.dim() == 2), sizes.get("heads", 0))
     heads = heads or (12 if inner % 12 == 0 else 1)
     common: dict[str, Any] = {"vocab_size": sizes["vocab_size"], "d_model": sizes["d_model"], "d_kv": inner // heads, "num_heads": heads, "d_ff": sizes["ffn"]}
@@ -111,11 +116,18 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {"ffn": 4 * sizes["d_model"], **sizes} if "d_model" in sizes else sizes
 
 
-def _known(folder: Path) -> dict[str, int]:
-    """The sizes of a host that a directory of fastadapt shows. Of places that were given by their paths, as PEFT's are, only the paths say how deep its stacks are."""
+def _known(folder: Path, host: str) -> dict[str, int]:
+    """The sizes of a host that a directory of fastadapt shows. Of places that were given by their paths, as PEFT's are, only the paths say how deep its stacks are and
+    which Linear a tensor is beside."""
     config, tensors = checkpoint.read(folder)
-    paths = re.findall(r"[\w.]+", json.dumps(config.get("options")).replace("\\", ""))
-    return _sizes(tensors) | _depths(paths, _NUMBER)
+    depths = _depths(re.findall(r"[\w.]+", json.dumps(config.get("options")).replace("\\", "")), _NUMBER)
+    if sites := next(iter(patching._saved(config, folder).values())).selected().sites:
+        with torch.device("meta"):
+            blocks = generic.chosen(build_host(host, known=depths), sites)
+        labels = patching._labels(blocks)
+        paths = {f"{labels[path]}.{place.id}": f"{path}.{place.owner}" for path, block, there in blocks for place in there.places(block)}
+        tensors = {re.sub("^[^/]*", lambda site: paths.get(site[0], site[0]), key): tensor for key, tensor in tensors.items()}
+    return _sizes(tensors) | depths
 
 
 def _library(folder: Path) -> str | None:
@@ -179,13 +191,13 @@ def convert(
                 "source: holds T5's tables of relative position biases, for which PEFT's files have no place; whether they are still the base's only the base tells: use "
                 "fastadapt.interop.to_peft on it"
             )
-        handle = patching.load(build_host(host, known=_known(folder)), folder)
+        handle = patching.load(build_host(host, known=_known(folder, host)), folder)
         (to_peft if layout == "peft" else to_adapterhub)(handle, target, task=tasks[0] if tasks else None)
         return f"{target}: the adapters of {len(handle.sites)} sites as {_LIBRARIES[layout]} reads them"
     if folder.is_dir():
         if target.suffix not in (".pth", ".safetensors"):
             raise ValueError(f"destination: must end in .pth or .safetensors, since the source is an adapter directory; it is {os.fspath(target)!r}")
-        handle = patching.load(build_host(host, known=_known(folder)), source)
+        handle = patching.load(build_host(host, known=_known(folder, host)), source)
         tensors = {key: tensor.detach().clone().contiguous() for key, tensor in published_state_dict(handle, base=False, layout=layout).items()}
         if target.suffix == ".pth":
             torch.save(tensors, data := io.BytesIO())

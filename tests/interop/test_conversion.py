@@ -158,29 +158,44 @@ def test_libraries_directories_and_back(
     assert_agree(tiny.logits(other), tiny.logits(model))
 
 
+BART_LINEARS: list[Any] = [["q_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"], ["fc1", "fc2"], ["q_proj", "fc2"], ["lm_head"], "all-linear"]
+T5_LINEARS: list[Any] = [["q"], ["o"], ["wi"], ["wo"], ["o", "wo"], ["wi", "wo"], ["v", "wo"], ["lm_head"], "all-linear"]
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("bart", {"target_modules": ["q_proj", "v_proj"]}),
-        ("bart", {"target_modules": ["k_proj"], "bias": "all"}),
-        ("t5", {"target_modules": ["q"]}),
-        ("t5", {"target_modules": ["wi"]}),
+        *(("bart", {"target_modules": targets}) for targets in BART_LINEARS),
+        *(("bart", {"target_modules": targets, "bias": "all"}) for targets in (["k_proj"], ["fc2"], "all-linear")),
+        *(("t5", {"target_modules": targets}) for targets in T5_LINEARS),
     ],
     ids=str,
 )
 def test_what_peft_saved_and_back(family: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whose places are paths: the tensors that come back are those that went, whatever the depths."""
+    """Whose places are paths: the tensors that come back are those that went, whatever the depths and widths. Here a feed-forward network is twice as wide as the model, and a T5's
+    attention half as wide."""
     peft = pytest.importorskip("peft")
-    from safetensors.torch import load_file
-
-    model = peft.get_peft_model(tiny.tiny(family, layers=(8, 7) if family == "bart" else (1, 2)), peft.LoraConfig(init_lora_weights=False, **options))
-    model.save_pretrained(tmp_path / "theirs")
-    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--host", family]) == 0
-    if options["target_modules"] == ["wi"]:  # what fastadapt saves of it does not show that this feed-forward network is twice as wide as the model
-        return
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--host", family, "--layout", "peft"]) == 0
+    base: Any = tiny.tiny(family, layers=(8, 7) if family == "bart" else (1, 2))
+    if family == "t5":
+        base.config.d_kv = 4
+        base = type(base)(base.config)
+    model = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, task_type="SEQ_2_SEQ_LM", **options))
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--host", family]) == 0, capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--host", family, "--layout", "peft"]) == 0, capsys.readouterr().err
     want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "back"))
     assert got.keys() == want.keys() and all(torch.equal(got[key], t) for key, t in want.items())
+
+
+@pytest.mark.parametrize(("family", "pattern"), [("bart", r".*\.(out_proj|fc2)"), ("t5", r".*\.wo")])
+def test_sites_of_a_pattern_to_peft(family: str, pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pattern of one's own shows no depths, so that the host is as deep as the published one."""
+    model = tiny.tiny(family, layers=6 if family == "bart" else 12)
+    options: dict[str, Any] = {"biases": False, "layer_norms": "none", "visual_embedding": False}
+    handle = patching.patch(model, "lora", rank=4, sites={"encoder.self_attention.value": pattern}, tasks=["a", "b"], sharing="multiple", **options)
+    handle.save(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--host", family, "--layout", "peft", "--tasks", "b"]) == 0, capsys.readouterr().err
+    assert len(load_file(tmp_path / "theirs" / "adapter_model.safetensors")) == 2 * len(handle.sites)
 
 
 def test_tables_of_a_t5_do_not_go_to_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
