@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fastadapt import checkpoint, functional, patching
 from fastadapt.checkpoint import AdapterFileError
+from fastadapt.hosts import vlm
 from fastadapt.interop.fusing import Foreign, Fused, Kind, autocast_dtype, check_model, plain, quiet
 from fastadapt.interop.published import check_handle
 from fastadapt.nn import LoRA, PerTask
@@ -199,6 +200,8 @@ _STARTS = (True, False, None, "gaussian", "orthogonal")
 def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default", dtype: torch.dtype | None = None) -> Handle:
     """Patches ``model`` with LoRA as a directory of PEFT's ``save_pretrained`` says, and loads its tensors; `Handle.save` then writes fastadapt's file.
 
+    Tensors of parts whose output the model never uses are left out.
+
     Args:
         model: the base model, without PEFT.
         directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -206,7 +209,7 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str 
 
     Raises:
         fastadapt.patching.AdapterFileError: the files are missing, of another method, use what `fastadapt.nn.LoRA` has not (DoRA, ranks by pattern, modules to save, ...), began
-            with values that change the base (PiSSA, OLoRA, ...), or do not fit the model, which stays as it was.
+            with values that change the base (PiSSA, OLoRA, ...), hold some of the biases only, or do not fit the model, which stays as it was.
         ValueError, TypeError: see `fastadapt.patch`.
     """
     from safetensors.torch import load_file
@@ -239,9 +242,10 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str 
     if not paths:
         raise AdapterFileError(f"{folder / _TENSORS}: holds no lora_A")
     sites = {"encoder.self_attention.value": "|".join(re.escape(path) for path in paths)}
+    unused = vlm.dead(model)
     handle = patching.patch(model, "lora", name=name, dtype=dtype, sites=sites, **options)
     try:
-        _copy(_places(handle, None), tensors, folder)
+        _copy(_places(handle, None), {key: tensor for key, tensor in tensors.items() if not patching._off(key.removeprefix(_PREFIX), unused)}, folder)
     except BaseException:
         handle.unpatch(restore_base=True)
         raise
@@ -290,7 +294,7 @@ def _lora(module: nn.Module, task: str | None) -> LoRA:
 
 
 def _places(handle: Handle, task: str | None) -> dict[str, Tensor]:
-    """The patched model's tensors by PEFT's keys."""
+    """The patched model's tensors by PEFT's keys, of which a tied one has several."""
     found: dict[str, Tensor] = {}
     for site in handle._sites:
         lora = _lora(site.module, task)
@@ -298,20 +302,31 @@ def _places(handle: Handle, task: str | None) -> dict[str, Tensor]:
     paths = {module: path for path, module in handle.model.named_modules()}
     targeted = {site.owner_path for site in handle._sites}
     for trained in handle._trained:
-        module, name = trained.owners[0]
-        path = paths[module]
-        if name == "bias":
-            found[f"{_PREFIX}{path}.{'base_layer.' if path in targeted else ''}bias"] = trained.parameter
-        elif trained.base is None or not torch.equal(trained.base, trained.parameter):  # T5's tables of relative position biases are biases to fastadapt, but not to PEFT
-            raise ValueError(f"handle: trains {path}.{name} of the base, which PEFT's file has no place for")
+        for module, name in trained.owners:
+            path = paths[module]
+            if name == "bias":
+                found[f"{_PREFIX}{path}.{'base_layer.' if path in targeted else ''}bias"] = trained.parameter
+            elif trained.base is None or not torch.equal(trained.base, trained.parameter):  # T5's tables of relative position biases are biases to fastadapt, but not to PEFT
+                raise ValueError(f"handle: trains {path}.{name} of the base, which PEFT's file has no place for")
     return found
 
 
 def _copy(places: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
-    if different := sorted(places.keys() ^ tensors.keys()):
-        raise AdapterFileError(f"{folder / _TENSORS}: {len(different)} tensors are in the file or in the model only: {_some(different)}")
+    file, held = folder / _TENSORS, {id(places[key]) for key in places.keys() & tensors.keys()}
+    unknown, missing = tensors.keys() - places.keys(), [key for key, tensor in places.items() if id(tensor) not in held]
+    if missing and not unknown and all(key.endswith(".bias") for key in missing):
+        raise AdapterFileError(
+            f"{file}: bias is 'all', but {len(missing)} of the model's biases are not in it: {_some(missing)}; fastadapt trains all biases or none. A patch of some towers writes "
+            "such a file: its own are those of Handle.save. To add the base's biases: PeftModel.from_pretrained(base, directory).save_pretrained(directory)"
+        )
+    if different := sorted({*unknown, *missing}):
+        raise AdapterFileError(f"{file}: {len(different)} tensors are in the file or in the model only: {_some(different)}")
     if wrong := [key for key, tensor in tensors.items() if tensor.shape != places[key].shape]:
-        raise AdapterFileError(f"{folder / _TENSORS}: {wrong[0]} is {tuple(tensors[wrong[0]].shape)}; the model has {tuple(places[wrong[0]].shape)}")
+        raise AdapterFileError(f"{file}: {wrong[0]} is {tuple(tensors[wrong[0]].shape)}; the model has {tuple(places[wrong[0]].shape)}")
+    first: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        if (one := first.setdefault(id(places[key]), key)) != key and not torch.equal(tensors[one], tensor):
+            raise AdapterFileError(f"{file}: {one} and {key} differ, but are one tensor of the model")
     with torch.no_grad():
         for key, tensor in tensors.items():
             places[key].copy_(tensor)

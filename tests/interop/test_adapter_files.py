@@ -11,11 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BartConfig, BartForCausalLM
 
 import fastadapt
 from fastadapt.interop import PublishedFileError, from_adapterhub, from_peft, load_published, published_state_dict, to_adapterhub, to_peft
 from fastadapt.patching import AdapterFileError, Handle
 from tests.hosts import tiny
+from tests.hosts_models import models
 from tests.interop.same import HUB_KINDS, assert_agree, hub_kind
 
 TARGETS = {"bart": ["q_proj", "v_proj", "fc1", "out_proj"], "t5": ["q", "v", "wi", "wo"]}
@@ -85,7 +87,7 @@ def test_a_tasks_lora_to_peft(tmp_path: Path) -> None:
         ({"lora_alpha": "8"}, "lora_alpha must be a number, not '8'"),
         ({"bias": "lora_only"}, "bias is 'lora_only'; fastadapt trains all biases or none"),
         ({"r": 5}, r"lora_A.weight is \(4, 32\); the model has \(5, 32\)"),
-        ({"bias": "all"}, "tensors are in the file or in the model only"),
+        ({"bias": "all"}, "bias is 'all', but 44 of the model's biases are not in it: .*; fastadapt trains all biases or none"),
     ],
 )
 def test_peft_files_that_do_not_fit_leave_the_model_as_it_was(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -101,6 +103,70 @@ def refused(folder: Path, message: str, read: Any = from_peft, error: type[Excep
     with pytest.raises(error, match=message):
         read(model, folder)
     tiny.assert_same(before, tiny.snapshot(model))
+
+
+def causal(kind: str) -> Any:
+    if kind != "bart_alone":
+        return models.tiny(kind)
+    torch.manual_seed(0)
+    return BartForCausalLM(BartConfig(vocab_size=99, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, max_position_embeddings=64)).eval()
+
+
+def logits(kind: str, model: nn.Module) -> Tensor:
+    return models.output(model, models.text_batch() if kind == "bart_alone" else models.KINDS[kind].batch())
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize(("kind", "targets"), [("blip", ["query", "value"]), ("siglip", ["q_proj"]), ("llava", ["q_proj", "v_proj"]), ("bart_alone", ["q_proj", "fc2"])])
+def test_pefts_files_of_tied_biases_and_of_parts_that_never_run(kind: str, targets: list[str], bias: Any, tmp_path: Path) -> None:
+    """BLIP's output bias has two names in a file; LLaVA's last vision layer and the cross-attention of a BART decoder by itself change nothing."""
+    torch.manual_seed(3)
+    theirs = get_peft_model(causal(kind), LoraConfig(target_modules=targets, r=4, bias=bias, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if bias == "all" and name.endswith(".bias"):
+                p.add_(0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    want, model = logits(kind, theirs), causal(kind)
+    handle = from_peft(model, tmp_path / "theirs")
+    assert_agree(logits(kind, model), want)
+    to_peft(handle, tmp_path / "back")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "back"))
+    assert all(torch.equal(first[key], t) for key, t in second.items()) and (kind in ("llava", "bart_alone")) == (len(second) < len(first))
+    assert_agree(logits(kind, PeftModel.from_pretrained(causal(kind), str(tmp_path / "back")).eval()), want)
+
+
+def test_a_tied_bias_under_one_name_and_with_two_values(tmp_path: Path) -> None:
+    get_peft_model(causal("blip"), LoraConfig(target_modules=["query"], r=4, bias="all")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.text_decoder.cls.predictions.decoder.bias"
+    for only in (key, key.replace("decoder.bias", "bias")):
+        save_file({name: t for name, t in tensors.items() if not name.startswith(key.removesuffix("decoder.bias")) or "transform" in name or name == only}, file)
+        from_peft(causal("blip"), tmp_path).unpatch(restore_base=True)
+    save_file({**tensors, key: tensors[key] + 1}, file)
+    model = causal("blip")
+    before = tiny.snapshot(model)
+    with pytest.raises(AdapterFileError, match=r"predictions\.bias and .*predictions\.decoder\.bias differ, but are one tensor of the model"):
+        from_peft(model, tmp_path)
+    tiny.assert_same(before, tiny.snapshot(model))
+
+
+def test_a_file_with_the_biases_of_one_tower(tmp_path: Path) -> None:
+    """The error names the biases and the remedy, which works."""
+    model = causal("llava")
+    handle = fastadapt.patch(model, "lora", rank=4, towers=["vision"], biases=True, layer_norms="none")
+    tiny.randomize(handle, std=0.05)
+    to_peft(handle, tmp_path)
+    other = causal("llava")
+    before = tiny.snapshot(other)
+    message = r"bias is 'all', but 2 of the model's biases are not in it: \S+linear_1.bias, \S+linear_2.bias; fastadapt trains all biases or none.*PeftModel.from_pretrained"
+    with pytest.raises(AdapterFileError, match=message):
+        from_peft(other, tmp_path)
+    tiny.assert_same(before, tiny.snapshot(other))
+    PeftModel.from_pretrained(causal("llava"), str(tmp_path)).save_pretrained(tmp_path / "whole")
+    from_peft(other, tmp_path / "whole")
+    assert_agree(logits("llava", other), logits("llava", model))
 
 
 def test_peft_files_that_are_broken(tmp_path: Path) -> None:
