@@ -232,6 +232,7 @@ NORM_EXPLAINED: dict[tuple[str, str], str] = {
     ("offset", "kNormRows * mask_stride(p.width) / int64_t{sizeof(float)} -> "): "more room than is used",
     ("loop", "i < n -> i <= n in for (int64_t i = 0; i < n; i += kBlock) {"): "one more block, of which no number is left",
     ("constant", "std::fill(weight + n, weight + padded, 0.f)"): ZERO,
+    ("constant", "0.f -> 0.5f in Block sum(0.f), squares(0.f);"): "what the deviations from the mean add up to puts it right, whatever the first sum began with",
     ("loop", "tile < last -> tile <= last"): "a tile of no rows: adds zeros",
     ("condition", "p.seed && p.dx"): MORE,
     ("condition", "p.seed && dx"): MORE,
