@@ -370,9 +370,19 @@ def test_a_task_of_adapters_that_are_parts_of_modules(family: str, tmp_path: Pat
         handle.load(tmp_path, task=task)
 
 
-def test_no_file_of_one_task_where_its_modules_are_others(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"rank": 4, "heads": 4, "gate_rank": 4, "decoder": ["value_parallel", "cross_attention"], "decoder_ranks": 3, "cross_gate_rank": 6, "value_rank": 4}
-    handle = patch(tiny("bart"), "vlpet", tasks=("vqa", "gqa"), sharing="multiple", **options)
-    with pytest.raises(ValueError, match=r"task: adapters per task behind a gate of cross-attention \(cross_gate_rank\) are no adapters of one task"):
+@pytest.mark.parametrize(
+    ("method", "options", "why"),
+    [
+        (
+            "vlpet",
+            {**SMALL["vlpet"], "decoder": ["value_parallel", "cross_attention"], "decoder_ranks": 3, "cross_gate_rank": 6, "sharing": "multiple"},
+            r"adapters per task behind a gate of cross-attention \(cross_gate_rank\) are no adapters of one task",
+        ),
+        ("hyperformer", {"reduction_factor": 4, "encoder_prompt": 2, "prompt_mid": 4, "prompt_sharing": "multiple"}, "one network generates the adapters of all tasks"),
+    ],
+)
+def test_no_file_of_one_task_where_its_modules_are_others(method: str, options: dict[str, Any], why: str, tmp_path: Path) -> None:
+    handle = patch(tiny("bart"), method, tasks=("vqa", "gqa"), **options)
+    with pytest.raises(ValueError, match=f"task: {why}"):
         handle.save(tmp_path / "vqa", task="vqa")
     assert not (tmp_path / "vqa").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -44,6 +44,10 @@ class HyperformerConfig(MethodConfig):
     layer_norm_before: bool = False
     layer_norm_after: bool = False
     cross_attention: bool = True
+
+    def one_task(self) -> Self:
+        """As `MethodConfig.one_task`: there is none."""
+        raise ValueError("task: one network generates the adapters of all tasks of hyperformer, so there is none of one task; save or load all tasks")
 
     def roles(self) -> tuple[str, ...]:
         cross = ("decoder.cross_attention",) if self.cross_attention else ()
