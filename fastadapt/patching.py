@@ -146,6 +146,8 @@ class _Before:
 
     requires_grad: list[tuple[nn.Module, str, bool]]
     training: list[tuple[nn.Module, bool]]
+    paths: dict[nn.Module, str]
+    """Where each module was."""
 
 
 @dataclass(eq=False)
@@ -155,6 +157,9 @@ class Handle:
 
     ``model.state_dict()`` holds the base under its own keys plus the adapters' keys, with trained base tensors at their trained values; ``model.save_pretrained`` therefore writes
     a file that the stock class loads (the adapters' keys are unexpected to it), trained layer norms included. To save the adapter alone, use `save`.
+
+    A module that takes the place of one whose tensors are trained (``resize_token_embeddings`` makes a new output layer where it is not tied) counts in its stead. Where a layer with
+    an adapter, or every module that holds a trained tensor, is gone, what needs it raises a RuntimeError that names it; `unpatch` goes without.
     """
 
     model: nn.Module = field(repr=False)
@@ -207,7 +212,6 @@ class Handle:
     @property
     def report(self) -> Report:
         """What the patch did, with the backend that 4,096 rows of the base's dtype would take at each site now."""
-        self._check_active()
         trainable, total = self.parameter_counts()
         sites = tuple(_site_report(site) for site in self._sites)
         return Report(self.config.method, self.name, sites, self.skipped, tuple(t.id for t in self._trained), trainable, total, self.init, self._no_identity())
@@ -225,12 +229,14 @@ class Handle:
     def parameter_counts(self) -> tuple[int, int]:
         """Trainable and all parameters of the model, each tensor counted once."""
         self._check_active()
+        self._check_whole("parameter_counts")
         parameters = list(self.model.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the model that require gradients: adapters and trained base tensors."""
         self._check_active()
+        self._check_whole("trainable_parameters")
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def print_trainable_parameters(self) -> None:
@@ -241,6 +247,7 @@ class Handle:
     def reset_parameters(self) -> None:
         """Draws the adapters' starting values again, for instance after ``to_empty`` on a model built on the meta device."""
         self._check_active()
+        self._follow()
         for module in self._adapters():
             module.reset_parameters()  # type: ignore[operator]
         with torch.no_grad():
@@ -348,6 +355,7 @@ class Handle:
         self._check_active()
         if self._disabled == 0:
             self._check_untouched()
+            self._check_whole("disabled")
             self._check_base_known("disabled")
             self._kept = [trained.parameter for trained in self._trained]
             for trained, now in zip(self._trained, self._kept, strict=True):
@@ -397,6 +405,7 @@ class Handle:
         whose trained tensors have got other shapes (more words, for instance)."""
         self._check_active()
         self._check_enabled("remember_base")
+        self._check_whole("remember_base")
         for trained in self._trained:
             if trained.base is not None:
                 trained.base = nn.Parameter(trained.parameter.detach().clone(), requires_grad=False)
@@ -414,7 +423,9 @@ class Handle:
         self._check_active()
         self._check_enabled("unpatch")
         self._check_untouched()
+        self._follow()
         if restore_base:
+            self._check_whole("restore_base")
             self._check_base_known("restore_base")
             with torch.no_grad():
                 for trained in self._trained:
@@ -454,6 +465,7 @@ class Handle:
         self._check_active()
         self._check_enabled("merge")
         self._check_untouched()
+        self._check_whole("merge")
         found = _mergeable(self)
         before: list[tuple[Any, Tensor]] = [(site.owner, site.owner.weight.data) for site in self._sites]  # type: ignore[misc]
         try:
@@ -510,6 +522,7 @@ class Handle:
         self._check_active()
         self._check_enabled("save")
         _reshard(self.model)
+        self._check_whole("save")
         tensors = self._tensors(task)
         options = self._options(task)
         if any(t.is_meta for t in tensors.values()):
@@ -554,6 +567,7 @@ class Handle:
         """
         self._check_active()
         self._check_enabled("load")
+        self._check_whole("load")
         config, tensors = checkpoint.read(directory)
         self._load(config, tensors, directory, task)
 
@@ -624,6 +638,30 @@ class Handle:
             if getattr(forward, "__func__", None) is not swap.adapted.forward:
                 raise RuntimeError(f"a patched {swap.base.__name__} has got a forward of its own, as a hook of accelerate gives one; undo that first (remove_hook_from_submodules)")
             del swap.owner.forward  # the class's own, which accelerate leaves there
+
+    def _follow(self) -> set[nn.Module]:
+        """All modules of the model. The handle knows those that stand where others were at the patch (``resize_token_embeddings`` makes a new output layer) instead of those."""
+        there = dict(self.model.named_modules(remove_duplicate=False))
+        inside, before = set(there.values()), self._before
+        if before is not None and (now := {module: there[path] for module, path in before.paths.items() if module not in inside and path in there}):
+            before.requires_grad = [(now.get(module, module), name, flag) for module, name, flag in before.requires_grad]
+            before.training = [(now.get(module, module), flag) for module, flag in before.training]
+            before.paths = {now.get(module, module): path for module, path in before.paths.items()}
+            for trained in self._trained:
+                owners = [(now[module] if module in now and now[module]._parameters.get(name) is not None else module, name) for module, name in trained.owners]
+                trained.owners = list(dict.fromkeys(owners))
+        return inside
+
+    def _check_whole(self, what: str) -> None:
+        """Refuses a model that has lost what the patch put in or trains."""
+        if self._disabled:
+            return
+        inside = self._follow()
+        lost = [site.id for site in self._sites if site.owner not in inside] + [t.id for t in self._trained if all(module not in inside for module, _ in t.owners)]
+        if lost:
+            raise RuntimeError(
+                f"{what}: {len(lost)} places of the patch are in the model no more ({_some(lost)}): other modules stand there; put those of the patch back, or unpatch"
+            )
 
     def _check_base_known(self, what: str) -> None:
         if unknown := [t.id for t in self._trained if t.base is not None and t.base.is_meta and not t.parameter.is_meta]:
@@ -737,6 +775,7 @@ def _patch(
     handle._before = _Before(
         [(module, name, p.requires_grad) for module in model.modules() for name, p in module._parameters.items() if p is not None],
         [(module, module.training) for module in model.modules()],
+        {module: path for path, module in model.named_modules()},
     )
     try:
         for parameter in model.parameters():

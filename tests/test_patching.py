@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastadapt
-from fastadapt import methods
+from fastadapt import checkpoint, interop, methods
 from fastadapt.hosts import roles
 from fastadapt.methods import VLAdapterConfig, VLPETConfig
 from fastadapt.patching import Handle, UnknownHostError, patch
 from tests.hosts.tiny import FAMILIES, METHODS, SMALL, assert_same, batch, logits, randomize, snapshot, tiny
+from tests.hosts_models import models
 
 both = pytest.mark.parametrize("method", METHODS)
 hosts = pytest.mark.parametrize("family", FAMILIES)
@@ -307,6 +309,94 @@ def test_tensors_that_changed_shape_are_not_restored() -> None:
             call()
     assert Handle.of(model) is handle and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     handle.unpatch()
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "mbart"])
+def test_an_output_layer_that_transformers_replaced(kind: str, tmp_path: Path) -> None:
+    """``resize_token_embeddings`` makes a new one where it is not tied; it is the one that the handle trains, saves, switches and gives back."""
+    model = models.tiny(kind, tie_word_embeddings=False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    handle = patch(model, "vl_adapter", reduction_factor=4, lm_head=True, add_biases=kind == "opt")
+    model.resize_token_embeddings(104)
+    randomize(handle)
+    head = model.lm_head.weight
+    assert head.shape == (104, 32) and any(p is head for p in handle.trainable_parameters())
+    handle.save(tmp_path)
+    assert torch.equal(handle._tensors()["base/lm_head.weight"], head) and torch.equal(checkpoint.read(tmp_path)[1]["base/lm_head.weight"], head)
+    with pytest.raises(RuntimeError, match=r"disabled: .*lm_head.weight \(99, 32\) -> \(104, 32\).*remember_base"), handle.disabled():
+        pass
+    handle.remember_base()
+    want, trained = head.detach().clone(), logits(model, models.KINDS[kind].batch())
+    randomize(handle, seed=3)
+    assert not torch.equal(head, want)
+    with handle.disabled():
+        assert torch.equal(model.lm_head.weight, want) and not model.lm_head.weight.requires_grad
+    handle.load(tmp_path)
+    assert torch.equal(head, want) and torch.equal(logits(model, models.KINDS[kind].batch()), trained)
+    randomize(handle, seed=3)
+    handle.unpatch(restore_base=True)
+    assert model.lm_head.weight is head and torch.equal(head, want)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == {name: flag for name, flag in flags.items() if name in dict(model.named_parameters())}
+    assert model.state_dict().keys() <= models.tiny(kind, tie_word_embeddings=False).state_dict().keys()
+
+
+def test_flags_of_a_replaced_output_layer() -> None:
+    model = models.tiny("llama", tie_word_embeddings=False).train()
+    handle = patch(model, "vl_adapter", reduction_factor=4)
+    model.resize_token_embeddings(104)
+    assert not model.lm_head.weight.requires_grad
+    model.lm_head.eval()
+    handle.unpatch()
+    assert model.lm_head.weight.requires_grad and model.lm_head.training
+
+
+def test_a_replaced_output_layer_starts_again() -> None:
+    model = models.tiny("opt", tie_word_embeddings=False)
+    handle = patch(model, "lora", rank=2, add_biases=True)
+    randomize(handle)
+    model.resize_token_embeddings(104)
+    assert model.lm_head.bias.any()
+    handle.reset_parameters()
+    assert not model.lm_head.bias.any()
+
+
+def test_a_replaced_output_layer_in_a_file_of_peft(tmp_path: Path) -> None:
+    model = models.tiny("opt", tie_word_embeddings=False)
+    handle = patch(model, "lora", rank=2, add_biases=True)
+    randomize(handle)
+    model.resize_token_embeddings(104)
+    interop.to_peft(handle, tmp_path)
+    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["base_model.model.lm_head.bias"], model.lm_head.bias) and len(model.lm_head.bias) == 104
+
+
+@pytest.mark.parametrize(("part", "lost"), [("lm_head", "1 places .* (lm_head.weight)"), ("model.layers.1", "2 places .* (language.1.self_attention, language.1.feed_forward)")])
+def test_modules_of_the_patch_that_are_gone(part: str, lost: str, tmp_path: Path) -> None:
+    model = models.tiny("llama", tie_word_embeddings=False)
+    flags = [p.requires_grad for p in model.parameters()]
+    handle = patch(model, "vl_adapter", reduction_factor=4, lm_head=True)
+    before, stand_in = model.get_submodule(part), nn.Identity()
+    model.set_submodule(part, stand_in)
+    for use in (
+        lambda: handle.save(tmp_path / "none"),
+        lambda: handle.load(tmp_path / "none"),
+        lambda: handle.disabled().__enter__(),
+        lambda: handle.merged().__enter__(),
+        handle.remember_base,
+        lambda: handle.unpatch(restore_base=True),
+        handle.trainable_parameters,
+        handle.parameter_counts,
+        lambda: handle.report,
+    ):
+        with pytest.raises(RuntimeError, match=f": {lost}: other modules stand there; put those of the patch back, or unpatch".replace("(", r"\(").replace(")", r"\)")):
+            use()
+    assert not (tmp_path / "none").exists() and Handle.of(model) is handle
+    model.set_submodule(part, before)
+    assert handle.report.trainable == sum(p.numel() for p in handle.trainable_parameters())
+    model.set_submodule(part, stand_in)
+    handle.unpatch()
+    assert all(p.requires_grad for p in model.parameters()) and not stand_in._parameters
+    model.set_submodule(part, before)
+    assert [p.requires_grad for p in model.parameters()] == flags and not any(roles.is_adapted(m) for m in model.modules())
 
 
 def test_unpickled_in_another_process(tmp_path: Path) -> None:

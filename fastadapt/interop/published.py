@@ -68,9 +68,10 @@ class Piece(NamedTuple):
 
 
 def check_handle(handle: object) -> None:
-    """Refuses what is no handle."""
+    """Refuses what is no handle, and one whose model has lost parts of the patch."""
     if not isinstance(handle, Handle):
         raise TypeError(f"handle: must be the fastadapt.Handle that fastadapt.patch returns, not {type(handle).__name__}")
+    handle._check_whole("handle")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
