@@ -122,8 +122,7 @@ class _Trained:
         return module._parameters[name]  # type: ignore[return-value]
 
     def put(self, parameter: nn.Parameter | None) -> None:
-        for module, name in self.owners:
-            module._parameters[name] = parameter
+        _put(self.owners, parameter)
 
 
 @dataclass
@@ -158,8 +157,9 @@ class Handle:
     ``model.state_dict()`` holds the base under its own keys plus the adapters' keys, with trained base tensors at their trained values; ``model.save_pretrained`` therefore writes
     a file that the stock class loads (the adapters' keys are unexpected to it), trained layer norms included. To save the adapter alone, use `save`.
 
-    A module that takes the place of one whose tensors are trained (``resize_token_embeddings`` makes a new output layer where it is not tied) counts in its stead. Where a layer with
-    an adapter, or every module that holds a trained tensor, is gone, what needs it raises a RuntimeError that names it; `unpatch` goes without.
+    A module that takes the place of one whose tensors are trained (``resize_token_embeddings`` makes a new output layer where it is not tied) counts in its stead. Where a layer
+    with an adapter, or every module that holds a trained tensor, is gone, what needs it raises a RuntimeError that names it; `unpatch` goes without. A tensor that stands in
+    several places stays one: equal values that ``load_state_dict(assign=True)`` put there become one again, values that differ are refused by name.
     """
 
     model: nn.Module = field(repr=False)
@@ -175,6 +175,7 @@ class Handle:
     _swaps: list[_Swap] = field(default_factory=list, repr=False)
     _trained: list[_Trained] = field(default_factory=list, repr=False)
     _hooks: list[Hook] = field(default_factory=list, repr=False)
+    _shared: list[list[tuple[nn.Module, str]]] = field(default_factory=list, repr=False)
     _before: _Before | None = field(default=None, repr=False)
     _disabled: int = field(default=0, repr=False)
     _kept: list[nn.Parameter] = field(default_factory=list, repr=False)
@@ -248,6 +249,8 @@ class Handle:
         """Draws the adapters' starting values again, for instance after ``to_empty`` on a model built on the meta device."""
         self._check_active()
         self._follow()
+        for places in self._shared:  # to each of which ``to_empty`` gives a tensor of its own
+            _put(places, places[0][0]._parameters[places[0][1]])
         for module in self._adapters():
             module.reset_parameters()  # type: ignore[operator]
         with torch.no_grad():
@@ -502,6 +505,9 @@ class Handle:
                     parameter.requires_grad_(flag)
             for module, training in self._before.training:
                 module.training = training
+        loaded = self.model._load_state_dict_post_hooks
+        for key in [key for key, hook in loaded.items() if hook == self._loaded]:
+            del loaded[key]
         self.model.__dict__.pop(_ATTRIBUTE, None)
 
     # Files.
@@ -639,10 +645,10 @@ class Handle:
                 raise RuntimeError(f"a patched {swap.base.__name__} has got a forward of its own, as a hook of accelerate gives one; undo that first (remove_hook_from_submodules)")
             del swap.owner.forward  # the class's own, which accelerate leaves there
 
-    def _follow(self) -> set[nn.Module]:
-        """All modules of the model. The handle knows those that stand where others were at the patch (``resize_token_embeddings`` makes a new output layer) instead of those."""
+    def _follow(self) -> dict[nn.Module, str]:
+        """All modules of the model, with their paths. Where the patch knew others, as ``resize_token_embeddings`` makes a new output layer, the handle knows these from now on."""
         there = dict(self.model.named_modules(remove_duplicate=False))
-        inside, before = set(there.values()), self._before
+        inside, before = {module: path for path, module in reversed(there.items())}, self._before
         if before is not None and (now := {module: there[path] for module, path in before.paths.items() if module not in inside and path in there}):
             before.requires_grad = [(now.get(module, module), name, flag) for module, name, flag in before.requires_grad]
             before.training = [(now.get(module, module), flag) for module, flag in before.training]
@@ -651,6 +657,26 @@ class Handle:
                 owners = [(now[module] if module in now and now[module]._parameters.get(name) is not None else module, name) for module, name in trained.owners]
                 trained.owners = list(dict.fromkeys(owners))
         return inside
+
+    def _tie(self, paths: Mapping[nn.Module, str]) -> list[list[str]]:
+        """Makes what the patch holds in several places of the model one tensor again where the values are equal. Where they differ: those places."""
+        apart = []
+        for places in (*self._shared, *(trained.owners for trained in self._trained)):
+            places = [(module, name) for module, name in places if module in paths]
+            held = list({id(p): p for module, name in places if (p := module._parameters.get(name)) is not None}.values())
+            if len(held) > 1:
+                first, *others = [p for p in held if not p.is_meta] or held[:1]
+                if all((p.shape, p.dtype, p.device) == (first.shape, first.dtype, first.device) and torch.equal(p, first) for p in others):
+                    _put(places, first)
+                else:
+                    apart.append([_join(paths[module], name) for module, name in places])
+        return apart
+
+    def _loaded(self, model: nn.Module, incompatible: Any) -> None:
+        """What the model does after ``load_state_dict``, which with ``assign=True`` gives each place a tensor of its own."""
+        # What was not loaded may not have its values yet.
+        if not self._disabled and (apart := [names for names in self._tie(self._follow()) if not any(key.endswith(name) for key in incompatible.missing_keys for name in names)]):
+            raise _different("load_state_dict", apart)
 
     def _check_whole(self, what: str) -> None:
         """Refuses a model that has lost what the patch put in or trains."""
@@ -662,6 +688,8 @@ class Handle:
             raise RuntimeError(
                 f"{what}: {len(lost)} places of the patch are in the model no more ({_some(lost)}): other modules stand there; put those of the patch back, or unpatch"
             )
+        if apart := self._tie(inside):
+            raise _different(what, apart)
 
     def _check_base_known(self, what: str) -> None:
         if unknown := [t.id for t in self._trained if t.base is not None and t.base.is_meta and not t.parameter.is_meta]:
@@ -765,6 +793,7 @@ def _patch(
     blocks = live
     _build_stages(handle, model, blocks, labels, dtype, shared)
     _build_reparametrisation(handle, model, dtype)
+    handle._shared = [places for _, places in _holders(nn.ModuleList(handle._adapters())) if len(places) > 1]
     handle._trained = _trained(model, blocks, labels, resolved, off)
     if "trained_modules" in strict:
         _check_trained_modules(model, config, off)
@@ -792,6 +821,7 @@ def _patch(
                 swap.owner.__dict__[ENDS] = swap.ends
         for hook in handle._hooks:
             hook.install()
+        model.register_load_state_dict_post_hook(handle._loaded)
         model.__dict__[_ATTRIBUTE] = handle
     except BaseException:
         handle._undo()
@@ -1173,6 +1203,17 @@ def _check_owner(owner: nn.Module, path: str, slot: str) -> None:
         raise ValueError(f"model: {path} has a forward of its own on the instance, which would hide the adapter; remove it first")
     if hasattr(owner, slot):
         raise ValueError(f"model: {path} has a {slot!r} already")
+
+
+def _put(places: Sequence[tuple[nn.Module, str]], parameter: nn.Parameter | None) -> None:
+    for module, name in places:
+        module._parameters[name] = parameter
+
+
+def _different(what: str, apart: Sequence[Sequence[str]]) -> RuntimeError:
+    return RuntimeError(
+        f"{what}: the patch has one tensor at {_some(apart[0])}, where values differ now ({len(apart)} such tensors); give the places equal values and it is one again"
+    )
 
 
 def _join(*parts: str) -> str:

@@ -25,7 +25,7 @@ import fastadapt
 from fastadapt import checkpoint, interop, methods
 from fastadapt.hosts import roles
 from fastadapt.methods import VLAdapterConfig, VLPETConfig
-from fastadapt.patching import Handle, UnknownHostError, patch
+from fastadapt.patching import Handle, UnknownHostError, load, patch
 from tests.hosts.tiny import FAMILIES, METHODS, SMALL, assert_same, batch, logits, randomize, snapshot, tiny
 from tests.hosts_models import models
 
@@ -397,6 +397,94 @@ def test_modules_of_the_patch_that_are_gone(part: str, lost: str, tmp_path: Path
     assert all(p.requires_grad for p in model.parameters()) and not stand_in._parameters
     model.set_submodule(part, before)
     assert [p.requires_grad for p in model.parameters()] == flags and not any(roles.is_adapted(m) for m in model.modules())
+
+
+TIED: list[tuple[str, str, dict[str, Any]]] = [
+    ("bart", "vl_adapter", {"reduction_factor": 4, "sharing": "up", "tasks": ["vqa", "gqa"]}),
+    ("bart", "compacter", {"reduction_factor": 4, "shared_rule": True}),
+    ("t5", "full", {}),  # the token table
+]
+tied = pytest.mark.parametrize(("family", "method", "options"), TIED)
+
+
+def several_places(handle: Handle) -> list[list[str]]:
+    """The names of each tensor that is trained and has several."""
+    names: dict[int, list[str]] = {}
+    for name, p in handle.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).extend([name] * p.requires_grad)
+    return [several for several in names.values() if len(several) > 1]
+
+
+@tied
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, pickled])
+def test_assigned_tensors_are_tied_again(family: str, method: str, options: dict[str, Any], copied: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    handle = Handle.of(copied((first := patch(tiny(family), method, **options)).model))
+    model, places, trainable = handle.model, several_places(first), first.report.trainable
+    assert places
+    state = {name: t + 1 for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert several_places(handle) == places and all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert handle.report.trainable == trainable and handle.report.sites == first.report.sites
+    handle.save(tmp_path)
+    again = load(tiny(family), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.trainable_parameters(), handle.trainable_parameters(), strict=True))
+    handle.unpatch()
+    assert not model._load_state_dict_post_hooks and not any(roles.is_adapted(m) for m in model.modules())
+
+
+@tied
+def test_different_values_for_one_tensor(family: str, method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny(family)
+    handle = patch(model, method, **options)
+    places = several_places(handle)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    for name in {several[-1] for several in places}:
+        state[name] += 1
+    message = rf": the patch has one tensor at .*{re.escape(places[0][0])}.*, where values differ now \({len(places)} such tensors\); give the places equal values"
+    with pytest.raises(RuntimeError, match=f"^load_state_dict{message}"):
+        model.load_state_dict(state, assign=True)
+    uses = (lambda: handle.save(tmp_path / "x"), lambda: handle.report, handle.trainable_parameters, handle.parameter_counts, lambda: handle.unpatch(restore_base=True))
+    for use in uses:
+        with pytest.raises(RuntimeError, match=message):
+            use()
+    assert not (tmp_path / "x").exists()
+    # Equal again, they are one; the values of the last load.
+    model.load_state_dict({**state, **{name: state[several[0]] for several in places for name in several}})
+    assert several_places(handle) == places and handle.report.trainable == sum(p.numel() for p in handle.trainable_parameters())
+    handle.unpatch()
+
+
+@tied
+def test_tensors_of_the_meta_device_are_tied(family: str, method: str, options: dict[str, Any]) -> None:
+    real = patch(tiny(family), method, **options)
+    randomize(real)
+    want = {name: t.clone() for name, t in real.model.state_dict().items()}
+    for assign in (True, False):
+        with torch.device("meta"):
+            handle = patch(tiny(family), method, **options)
+        if not assign:
+            handle.model.to_empty(device="cpu")
+            # The base alone, while what is in the adapters is nothing yet.
+            handle.model.load_state_dict({name: t for name, t in want.items() if name in tiny(family).state_dict()}, strict=False)
+            handle.reset_parameters()
+            assert several_places(handle) == several_places(real)
+            handle.model.to("meta").to_empty(device="cpu")
+        handle.model.load_state_dict(want, assign=assign)
+        assert several_places(handle) == several_places(real) and len(handle.trainable_parameters()) == len(real.trainable_parameters())
+        assert all(torch.equal(a, b) for a, b in zip(handle.trainable_parameters(), real.trainable_parameters(), strict=True))
+
+
+def test_one_of_several_places_is_assigned() -> None:
+    """A part of the model is loaded: the places are apart, and said to be, until the others follow."""
+    handle = patch(tiny("bart"), "compacter", reduction_factor=4, shared_rule=True)
+    adapter = next(iter(handle.sites.values()))
+    adapter.load_state_dict({name: t + 1 for name, t in adapter.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"^trainable_parameters: the patch has one tensor at .*phm_rule"):
+        handle.trainable_parameters()
+    for other in handle.sites.values():
+        other.load_state_dict(adapter.state_dict(), assign=True)
+    count = handle.report.trainable
+    assert count == patch(tiny("bart"), "compacter", reduction_factor=4, shared_rule=True).report.trainable
 
 
 def test_unpickled_in_another_process(tmp_path: Path) -> None:

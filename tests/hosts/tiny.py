@@ -82,7 +82,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     return {
         "classes": [(name, type(m)) for name, m in model.named_modules()],
         "dicts": [(name, sorted(m.__dict__)) for name, m in model.named_modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + len(m._load_state_dict_post_hooks) for m in model.modules()],
         "training": [m.training for m in model.modules()],
         "requires_grad": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
         "values": {name: t.clone() for name, t in model.state_dict().items()},
