@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import re
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ _Blocks = list[tuple[str, nn.Module, hosts.Host]]
 __all__ = ["AdapterFileError", "Handle", "NotMergeableError", "Report", "SiteReport", "UnknownHostError", "load", "patch"]
 
 _ATTRIBUTE = "_fastadapt_handle"
+_HANDLES: weakref.WeakSet[Handle] = weakref.WeakSet()
+"""Of the patched models that there are, and of some that are patched no more."""
 
 
 class NotMergeableError(ValueError):
@@ -398,6 +402,7 @@ class Handle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         puts = state.pop("_puts", None)
         self.__dict__.update(state)
+        _HANDLES.add(self)
         if puts is not None:
             for parameters, name, now in puts:
                 parameters[name] = now
@@ -626,8 +631,18 @@ class Handle:
         adapters = {parameter: f"{site.id}/{name}" for site in reversed(self._sites) for name, parameter in reversed(list(task_parameters(site.module, task)))}
         return {**{name: p for p, name in reversed(adapters.items())}, **{f"base/{trained.id}": trained.parameter for trained in self._trained}}
 
+    def _touched(self) -> set[object]:
+        """The modules and the tensors of the model that are not the base's while it is patched."""
+        places = [place for trained in self._trained for place in trained.owners]
+        modules = [*(swap.owner for swap in self._swaps), *(hook.owner for hook in self._hooks), *(module for module, _ in places)]
+        tensors = [p for adapter in self._adapters() for p in adapter.parameters()] + [p for module, name in places if (p := module._parameters.get(name)) is not None]
+        return {*modules, *tensors}
+
+    def _is_active(self) -> bool:
+        return self.model.__dict__.get(_ATTRIBUTE) is self
+
     def _check_active(self) -> None:
-        if self.model.__dict__.get(_ATTRIBUTE) is not self:
+        if not self._is_active():
             raise RuntimeError("this handle's model is no longer patched")
 
     def _check_enabled(self, what: str) -> None:
@@ -737,7 +752,7 @@ def patch(
 
     Raises:
         ValueError: unknown method or init, a bad option, layers or ``trained_modules`` that the model does not have, no site, or a model that is patched, compiled or wrapped
-            already.
+            already, or has a part in common with a patched one that either patch changes.
         TypeError: unknown option, or an argument of the wrong type.
         fastadapt.patching.UnknownHostError: (a ValueError) no layer of the model is known, or this version's layer is not.
 
@@ -801,6 +816,7 @@ def _patch(
         _add_biases(handle, model, blocks, labels, off)
     if not handle._sites and (config.roles() or not handle._trained):
         raise ValueError(f"model: {config.method} has no site in this {type(model).__name__} and nothing that its options train: " + _reasons(handle.skipped))
+    _check_apart(handle)
     handle._before = _Before(
         [(module, name, p.requires_grad) for module in model.modules() for name, p in module._parameters.items() if p is not None],
         [(module, module.training) for module in model.modules()],
@@ -826,6 +842,7 @@ def _patch(
     except BaseException:
         handle._undo()
         raise
+    _HANDLES.add(handle)
     return handle
 
 
@@ -1187,7 +1204,7 @@ def _check_model(model: object, name: str) -> None:
         what = f"model: {path or type(model).__name__}"
         if _ATTRIBUTE in module.__dict__:
             raise ValueError(f"{what} is patched already under the name {module.__dict__[_ATTRIBUTE].name!r}, so {name!r} cannot be added; unpatch it first")
-        if is_adapted(module):
+        if is_adapted(module) or any(isinstance(hook, Hook) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())):
             raise ValueError(f"{what} is part of a model that is patched already; unpatch that first")
         names = {c.__name__ for c in type(module).__mro__}
         if wrapper := names & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}:
@@ -1196,6 +1213,26 @@ def _check_model(model: object, name: str) -> None:
             raise ValueError(
                 f"{what} carries a hook of accelerate, which would run the layer's old forward; remove the hooks, patch, and dispatch then, with the adapters on the device"
             )
+
+
+def _check_apart(handle: Handle) -> None:
+    """Refuses a model that has a part in common with one that is patched, where either patch changes that part."""
+    if _in_common(handle):
+        gc.collect()  # a model that nobody holds any more is patched until then
+        if where := _in_common(handle):
+            raise ValueError(f"model: {where}; unpatch that first")
+
+
+def _in_common(handle: Handle) -> str | None:
+    parts: dict[object, str] = {part: path for path, part in (*handle.model.named_modules(), *handle.model.named_parameters())}
+    mine = handle._touched()
+    for other in list(_HANDLES):
+        if other._is_active():
+            theirs, whole = other._touched(), {*other.model.modules(), *other.model.parameters()}
+            for part, path in parts.items():
+                if part in theirs or (part in mine and part in whole):
+                    return f"{path or type(part).__name__} is part of a model that is patched already under the name {other.name!r}"
+    return None
 
 
 def _check_owner(owner: nn.Module, path: str, slot: str) -> None:

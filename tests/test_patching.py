@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -720,6 +722,70 @@ def test_second_patch() -> None:
     assert torch.equal(logits(model), out)
     handle.unpatch()
     patch(model, "vlpet", name="other")
+
+
+FIRST: list[tuple[str, dict[str, Any]]] = [
+    ("bitfit", {}),
+    ("prompt", {"decoder_prompt": 2, "prompt_mid": 4}),
+    ("lm_head", {}),
+    ("vl_adapter", {"reduction_factor": 4, "decoder": False}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), FIRST)
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, pickled])
+def test_a_part_of_a_patched_model(method: str, options: dict[str, Any], copied: Callable[[nn.Module], nn.Module]) -> None:
+    """Where the first patch has no class of its own there, too."""
+    model = copied(patch(tiny("bart"), method, name="mine", **options).model)
+    handle = Handle.of(model)
+    before, trained = snapshot(model), [id(p) for p in handle.trainable_parameters()]
+    other = tiny("bart")
+    other.model.decoder = model.model.decoder
+    for target in (model.model.decoder, other, nn.ModuleDict({"a": model.model.decoder, "b": tiny("bart")})):
+        refuses(target, ValueError, "model: .* is part of a model that is patched already", "vl_adapter", reduction_factor=4, layer_norms="none")
+    assert_same(before, snapshot(model))
+    assert trained == [id(p) for p in handle.trainable_parameters()]
+    handle.unpatch()
+    patch(other, "vl_adapter", reduction_factor=4)
+
+
+def test_a_tensor_of_a_patched_model() -> None:
+    model, other = tiny("bart"), tiny("bart", seed=1)
+    handle = patch(model, "bitfit", name="mine")
+    other.model.encoder.layers[0].fc1.bias = model.model.encoder.layers[0].fc1.bias
+    refuses(other, ValueError, r"model: model.encoder.layers.0.fc1.bias is part of a model that is patched already under the name 'mine'; unpatch that first", "vl_adapter")
+    handle.unpatch()
+    patch(other, "vl_adapter")
+
+
+def test_parts_that_no_patch_changes_may_be_shared() -> None:
+    """As a vision tower that two models hold."""
+    model, other = models.tiny("llava"), models.tiny("llava", seed=1)
+    other.model.vision_tower = model.model.vision_tower
+    for one in (model, other):
+        patch(one, "vl_adapter", reduction_factor=4, towers=["text"])
+    Handle.of(other).unpatch()
+    refuses(other, ValueError, r"model: model.vision_tower\S* is part of a model that is patched already", "vl_adapter", reduction_factor=4, towers=["vision"])
+
+
+def test_a_part_of_a_model_that_nobody_holds() -> None:
+    decoder = patch(tiny("bart"), "bitfit").model.model.decoder
+    handle = patch(decoder, "vl_adapter", reduction_factor=4)
+    assert handle.report.sites
+    # What a patch left in it is named.
+    for method, options in (("prompt", {"encoder_prompt": 2, "prompt_mid": 4}), ("vl_adapter", {"reduction_factor": 4})):
+        encoder = patch(tiny("bart"), method, **options).model.model.encoder
+        gc.collect()
+        refuses(encoder, ValueError, "is part of a model that is patched already", "vl_adapter", reduction_factor=4)
+
+
+def test_no_patched_model_is_kept() -> None:
+    model = tiny("bart")
+    patch(model, "bitfit")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_wrapped_models(monkeypatch: pytest.MonkeyPatch) -> None:
