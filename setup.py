@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CXX = os.environ.get("CXX") or "g++"  # a command, which may have arguments
+CXX = os.environ.get("CXX", "").strip() or "g++"  # a command, which may have arguments
 LEVELS = {"avx2": "-mavx2 -mfma -mf16c -mprfchw", "avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c -mprfchw"}
 WANTED = list(dict.fromkeys(re.findall("[^;, ]+", os.environ.get("FASTADAPT_CPU_LEVELS", ",".join(LEVELS)))))
 REGISTERED = ("cpu_ops", "cpu_entrance")  # the files that register ops

@@ -298,8 +298,8 @@ struct GatedBottleneck : torch::autograd::Function<GatedBottleneck> {
       check_gradient(kGatedBottleneck, dy);
       const at::AutoDispatchBelowADInplaceOrView below;
       ++counts[kGatedBottleneck][1];
-      auto gradients = gated_bottleneck_backward(rows(dy), rows(h), rows(or_none(s[1])), whole(z), whole(zg), whole(logits), whole(total), whole(gate), whole(s[7]), parameter(8), whole(s[9]), parameter(10), parameter(11),
-                                                 parameter(12), parameter(13), parameter(14), o[1], o[2], o[3], static_cast<int64_t>(o[4]), static_cast<int64_t>(o[5]), o[6] != 0,
+      auto gradients = gated_bottleneck_backward(rows(dy), rows(h), rows(or_none(s[1])), whole(z), whole(zg), whole(logits), whole(total), whole(gate), whole(s[7]), parameter(8),
+                                                 whole(s[9]), parameter(10), parameter(11), parameter(12), parameter(13), parameter(14), o[1], o[2], o[3], static_cast<int64_t>(o[4]), static_cast<int64_t>(o[5]), o[6] != 0,
                                                  static_cast<int64_t>(o[7]), asked);
       std::apply([&](auto&... t) { computed = {t...}; }, gradients);
     }

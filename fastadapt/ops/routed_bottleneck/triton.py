@@ -27,7 +27,7 @@ MAX_PIECES = 65_535
 def reasons(call: Call) -> list[str]:
     """Why these kernels cannot run a call."""
     out, tasks = _triton.reasons(call), call.option("tasks", 1)
-    if call.rank <= _triton.MAX_RANK:
+    if call.rows and call.rank <= _triton.MAX_RANK:
         tile = _triton.tile("routed_weights", call.rank, call.width, call.dtype)
         _, size = _triton.token_splits(call.rows, cdiv(call.width, tile.block_d) * cdiv(call.rank, tile.block_r))
         if (pieces := cdiv(call.rows, size) + tasks) > MAX_PIECES:

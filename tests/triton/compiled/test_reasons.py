@@ -41,6 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_device_can_run_it(device: pytest.MonkeyPatch, dtype: torch.dtype, rank: int) -> None:
     assert bottleneck.reasons(call(dtype=dtype, rank=rank)) == []
     assert routed_bottleneck.reasons(call(op="routed_bottleneck", dtype=dtype, rank=rank, options=(("tasks", 64),))) == []
+    assert routed_bottleneck.reasons(call(op="routed_bottleneck", dtype=dtype, rank=rank, rows=0, options=(("tasks", 10**6),))) == []
     assert lora.reasons(call(op="lora", dtype=dtype, rank=rank, options=(("dropout", True), ("out_width", 3072)))) == []
     assert gated_bottleneck.reasons(call(op="gated_bottleneck", options=(("gate_rank", rank), ("granularity", "large")))) == []
     assert dropout_add_norm.reasons(call(op="dropout_add_norm", dtype=dtype, rank=0, width=16 * rank)) == []
