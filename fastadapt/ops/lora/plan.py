@@ -42,9 +42,9 @@ def reference(call: Call) -> Model:
         _cost.gemm("dz Wd", s, s.r, s.r),
         *masks(2),
         _cost.gemm("dWd", s, s.r, s.t),
+        _cost.pointwise("scale of dy", 1, 2 * of_y.wide),
         _cost.gemm("dWu", of_y, s.r, s.t),
         _cost.pointwise("sums of dy", 1, of_y.wide),
-        _cost.pointwise("scale of dWu and dbu", 2, 2.0 * out * (s.r + 1) * s.a),
     ]
     return Model(forward, backward, 2 * of_y.wide, s.wide + of_y.wide)
 

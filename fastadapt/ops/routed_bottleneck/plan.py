@@ -18,7 +18,7 @@ def reference(call: Call) -> Model:
     keep = [_cost.pointwise("own rows in and out", 5, 5 * s.wide + 3 * s.thin(s.r) + 12 * s.t)]
     forward = [*one.forward[:-1], *keep] * tasks + [_cost.pointwise("start from zeros", 3, 3 * s.wide + s.thin(s.r) + 16 * s.t), one.forward[-1]]
     gradients = 2 * tasks * s.d * s.r * s.p
-    own, add = _cost.pointwise("own rows", 7, 4 * s.wide + 2 * s.thin(s.r)), _cost.pointwise("add to sums", 10, 6 * s.wide + 10 * s.d * s.r * s.p)
+    own, add = _cost.pointwise("own rows", 7, 4 * s.wide + 2 * s.thin(s.r)), _cost.pointwise("add to sums", 16, 6 * s.wide + 14 * s.d * s.r * s.p)
     backward = [own, *one.backward[:-2], one.backward[-1], add] * tasks + [_cost.pointwise("start from zeros", 6, 2 * s.wide + 2 * gradients)]
     return Model(forward, backward, 4 * s.wide, 5 * s.wide)
 

@@ -53,7 +53,8 @@ def backward(dy, x, task_ids, z, w_down, b_down, w_up, b_up, scale, activation, 
         dx_g, *grads, _, _ = bottleneck.backward(*rows, wd, wu, bu, None, None, scale, activation, False, [*needs, False, False])
         if needs[0]:
             dx = torch.where(own, dx + dx_g, dx)
+        absent = ~own.any()  # a task without rows, whose weights may be NaN
         for total, grad, need in zip(sums, grads, needs[1:], strict=True):
             if need:
-                total[g if len(total) > 1 else 0] += torch.where(own.any(), grad, 0)  # weights of a task without rows may be NaN
+                total[g if len(total) > 1 else 0] += grad.masked_fill(absent, 0)
     return tuple(t if need else none(dy) for t, need in zip((dx, *sums), needs, strict=True))
