@@ -282,15 +282,17 @@ class Handle:
         self._select(task)
 
     def _select(self, task: str | None) -> None:
-        for module in self._adapters():
-            for part in module.modules():
-                if (set_task := getattr(part, "set_task", None)) is not None:
-                    set_task(task)
+        for part in self._parts("set_task"):
+            part.set_task(task)
         self.active_task = task
+
+    def _parts(self, method: str) -> list[Any]:
+        """The parts of the adapters whose class has the method; a module itself takes long to say that it has not."""
+        return [part for module in self._adapters() for part in module.modules() if hasattr(type(part), method)]
 
     def _routable(self) -> list[Any]:
         """The parts of the adapters that know tasks."""
-        return [part for module in self._adapters() for part in module.modules() if hasattr(part, "set_route")]
+        return self._parts("set_route")
 
     @contextlib.contextmanager
     def task(self, task: str) -> Iterator[Handle]:
