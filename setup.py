@@ -229,14 +229,12 @@ class BuildPy(build_py):
             print(f"fastadapt: the CUDA kernels are not built ({NO_CUDA}); CUDA tensors run on Triton", file=sys.stderr)
         super().run()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "fastadapt"
-        built = set() if NO_CPU else {f"_cpu_{level}.so" for level in WANTED}
-        for library in package.glob("_cpu_*.so"):
-            if library.name not in built:
-                library.unlink()
-        if NO_CPU:
-            (package / "_cpu_build.json").unlink(missing_ok=True)
+        if not self.editable_mode:  # in a checkout they may be all that there is
+            built = {f"{ext.name.rpartition('.')[2]}.so" for ext in EXTENSIONS} | ({"_cpu_build.json"} if not NO_CPU else set())
+            for path in (*package.glob("_cpu_*"), package / "_cuda.so"):
+                if path.name not in built:
+                    path.unlink(missing_ok=True)
         if NO_CUDA:
-            (package / "_cuda.so").unlink(missing_ok=True)
             (package / "_cuda_build.json").write_text(json.dumps({"reason": NO_CUDA}) + "\n")
 
 

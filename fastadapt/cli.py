@@ -137,7 +137,7 @@ def _bench(options: argparse.Namespace) -> int:
         return 1
     kept = [("--json", options.json, options.json.parent)] if options.json else []
     kept += [("--plots", options.plots, options.plots)] if options.plots else []
-    for flag, path, folder in kept:  # before what shall go there is measured
+    for flag, path, folder in [] if options.list else kept:  # before what shall go there is measured
         if reason := "it is a folder" if flag == "--json" and path.is_dir() else _unwritable(folder):
             print(f"fastadapt bench: {flag} {path}: cannot be written ({reason})", file=sys.stderr)
             return 1

@@ -163,7 +163,7 @@ class Handle:
 
     A module that takes the place of one whose tensors are trained (``resize_token_embeddings`` makes a new output layer where it is not tied) counts in its stead. Where a layer
     with an adapter, or every module that holds a trained tensor, is gone, what needs it raises a RuntimeError that names it; `unpatch` goes without. A tensor that stands in
-    several places stays one: equal values that ``load_state_dict(assign=True)`` put there become one again, values that differ are refused by name.
+    several places stays one: equal tensors that ``model.load_state_dict(assign=True)`` put there become one again, different ones are refused by name.
     """
 
     model: nn.Module = field(repr=False)
@@ -234,14 +234,12 @@ class Handle:
     def parameter_counts(self) -> tuple[int, int]:
         """Trainable and all parameters of the model, each tensor counted once."""
         self._check_active()
-        self._check_whole("parameter_counts")
         parameters = list(self.model.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the model that require gradients: adapters and trained base tensors."""
         self._check_active()
-        self._check_whole("trainable_parameters")
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def print_trainable_parameters(self) -> None:
@@ -421,7 +419,7 @@ class Handle:
                 trained.base = nn.Parameter(trained.parameter.detach().clone(), requires_grad=False)
 
     def unpatch(self, restore_base: bool = False) -> None:
-        """Puts the model back: classes, keys, ``requires_grad`` and train / eval flags as before `patch`.
+        """Puts the model back: classes, keys, ``requires_grad`` and train / eval flags as before `patch`. Models that share frozen parts are unpatched in reverse order.
 
         Args:
             restore_base: also the values of the base tensors that were trained.
@@ -535,7 +533,7 @@ class Handle:
         self._check_active()
         self._check_enabled("save")
         _reshard(self.model)
-        self._check_whole("save")
+        self._check_whole("save", shared=True)
         tensors = self._tensors(task)
         options = self._options(task)
         if any(t.is_meta for t in tensors.values()):
@@ -580,7 +578,8 @@ class Handle:
         """
         self._check_active()
         self._check_enabled("load")
-        self._check_whole("load")
+        _reshard(self.model)
+        self._check_whole("load", shared=True)
         config, tensors = checkpoint.read(directory)
         self._load(config, tensors, directory, task)
 
@@ -663,40 +662,49 @@ class Handle:
             del swap.owner.forward  # the class's own, which accelerate leaves there
 
     def _follow(self) -> dict[nn.Module, str]:
-        """All modules of the model, with their paths. Where the patch knew others, as ``resize_token_embeddings`` makes a new output layer, the handle knows these from now on."""
+        """All modules of the model, with their paths. New ones where the patch knew others that are gone, as ``resize_token_embeddings`` makes an output layer, stand for these."""
         there = dict(self.model.named_modules(remove_duplicate=False))
         inside, before = {module: path for path, module in reversed(there.items())}, self._before
-        if before is not None and (now := {module: there[path] for module, path in before.paths.items() if module not in inside and path in there}):
-            before.requires_grad = [(now.get(module, module), name, flag) for module, name, flag in before.requires_grad]
-            before.training = [(now.get(module, module), flag) for module, flag in before.training]
-            before.paths = {now.get(module, module): path for module, path in before.paths.items()}
-            for trained in self._trained:
-                owners = [(now[module] if module in now and now[module]._parameters.get(name) is not None else module, name) for module, name in trained.owners]
-                trained.owners = list(dict.fromkeys(owners))
+        if before is not None:
+            gone = {module: there[path] for module, path in before.paths.items() if module not in inside and path in there}
+            if now := {module: new for module, new in gone.items() if new not in before.paths}:
+                before.requires_grad += [(now[module], name, flag) for module, name, flag in before.requires_grad if module in now]
+                before.training += [(now[module], flag) for module, flag in before.training if module in now]
+                before.paths |= {now[module]: path for module, path in before.paths.items() if module in now}
+                for trained in self._trained:
+                    owners = [(now[module] if module in now and now[module]._parameters.get(name) is not None else module, name) for module, name in trained.owners]
+                    trained.owners = list(dict.fromkeys(owners))
+        for trained in self._trained:  # whose tensor is that of the first
+            trained.owners.sort(key=lambda place: place[0] not in inside)
         return inside
 
-    def _tie(self, paths: Mapping[nn.Module, str]) -> list[list[str]]:
-        """Makes what the patch holds in several places of the model one tensor again where the values are equal. Where they differ: those places."""
+    def _base_places(self) -> list[list[tuple[nn.Module, str]]]:
+        return [trained.owners for trained in self._trained]
+
+    def _apart(self, groups: Sequence[Sequence[tuple[nn.Module, str]]], paths: Mapping[nn.Module, str], *, tie: bool) -> list[list[str]]:
+        """The places of one tensor of the patch where different ones stand now. With ``tie`` equal ones become one again."""
         apart = []
-        for places in (*self._shared, *(trained.owners for trained in self._trained)):
-            places = [(module, name) for module, name in places if module in paths]
+        for group in groups:
+            places = [(module, name) for module, name in group if module in paths]
             held = list({id(p): p for module, name in places if (p := module._parameters.get(name)) is not None}.values())
             if len(held) > 1:
                 first, *others = [p for p in held if not p.is_meta] or held[:1]
-                if all((p.shape, p.dtype, p.device) == (first.shape, first.dtype, first.device) and torch.equal(p, first) for p in others):
-                    _put(places, first)
-                else:
+                if not all(_equal(p, first) for p in others):
                     apart.append([_join(paths[module], name) for module, name in places])
+                elif tie:
+                    _put(places, first)
         return apart
 
     def _loaded(self, model: nn.Module, incompatible: Any) -> None:
         """What the model does after ``load_state_dict``, which with ``assign=True`` gives each place a tensor of its own."""
-        # What was not loaded may not have its values yet.
-        if not self._disabled and (apart := [names for names in self._tie(self._follow()) if not any(key.endswith(name) for key in incompatible.missing_keys for name in names)]):
-            raise _different("load_state_dict", apart)
+        if not self._disabled:
+            apart = self._apart([*self._shared, *self._base_places()], self._follow(), tie=True)
+            # What was not loaded may not have its values yet.
+            if apart := [names for names in apart if not any(key.endswith(name) for key in incompatible.missing_keys for name in names)]:
+                raise _different("load_state_dict", apart)
 
-    def _check_whole(self, what: str) -> None:
-        """Refuses a model that has lost what the patch put in or trains."""
+    def _check_whole(self, what: str, *, shared: bool = False) -> None:
+        """Refuses a model that has lost what the patch put in or trains; with ``shared`` one whose adapters share no more what they shared, too."""
         if self._disabled:
             return
         inside = self._follow()
@@ -705,7 +713,7 @@ class Handle:
             raise RuntimeError(
                 f"{what}: {len(lost)} places of the patch are in the model no more ({_some(lost)}): other modules stand there; put those of the patch back, or unpatch"
             )
-        if apart := self._tie(inside):
+        if apart := self._apart(self._base_places(), inside, tie=False) + (self._apart(self._shared, inside, tie=True) if shared else []):
             raise _different(what, apart)
 
     def _check_base_known(self, what: str) -> None:
@@ -873,7 +881,7 @@ def _select(model: nn.Module, config: MethodConfig) -> tuple[_Blocks, list[tuple
         )
     if config.sites is None:
         blocks += vlm.projectors(model, [path for path, _, _ in blocks])
-    off = vlm.dead(model)
+    off = vlm.dead(model, alone=config.sites is None)
     if config.towers is not None:
         towers = {path: host.tower(block) for path, block, host in blocks}
         if missing := [tower for tower in config.towers if tower not in towers.values()]:
@@ -1249,9 +1257,15 @@ def _put(places: Sequence[tuple[nn.Module, str]], parameter: nn.Parameter | None
         module._parameters[name] = parameter
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def _different(what: str, apart: Sequence[Sequence[str]]) -> RuntimeError:
     return RuntimeError(
-        f"{what}: the patch has one tensor at {_some(apart[0])}, where values differ now ({len(apart)} such tensors); give the places equal values and it is one again"
+        f"{what}: the patch has one tensor at {_some(apart[0])}, where different ones stand now ({len(apart)} such tensors); give the places one of equal values, dtype and device"
     )
 
 

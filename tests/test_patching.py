@@ -385,16 +385,11 @@ def test_modules_of_the_patch_that_are_gone(part: str, lost: str, tmp_path: Path
         lambda: handle.merged().__enter__(),
         handle.remember_base,
         lambda: handle.unpatch(restore_base=True),
-        handle.trainable_parameters,
-        handle.parameter_counts,
-        lambda: handle.report,
     ):
         with pytest.raises(RuntimeError, match=f": {lost}: other modules stand there; put those of the patch back, or unpatch".replace("(", r"\(").replace(")", r"\)")):
             use()
     assert not (tmp_path / "none").exists() and Handle.of(model) is handle
-    model.set_submodule(part, before)
     assert handle.report.trainable == sum(p.numel() for p in handle.trainable_parameters())
-    model.set_submodule(part, stand_in)
     handle.unpatch()
     assert all(p.requires_grad for p in model.parameters()) and not stand_in._parameters
     model.set_submodule(part, before)
@@ -442,14 +437,15 @@ def test_different_values_for_one_tensor(family: str, method: str, options: dict
     state = {name: t.clone() for name, t in model.state_dict().items()}
     for name in {several[-1] for several in places}:
         state[name] += 1
-    message = rf": the patch has one tensor at .*{re.escape(places[0][0])}.*, where values differ now \({len(places)} such tensors\); give the places equal values"
+    message = rf": the patch has one tensor at .*{re.escape(places[0][0])}.*, where different ones stand now \({len(places)} such tensors\); give the places one of equal values"
     with pytest.raises(RuntimeError, match=f"^load_state_dict{message}"):
         model.load_state_dict(state, assign=True)
-    uses = (lambda: handle.save(tmp_path / "x"), lambda: handle.report, handle.trainable_parameters, handle.parameter_counts, lambda: handle.unpatch(restore_base=True))
-    for use in uses:
+    with pytest.raises(RuntimeError, match=f"^save{message}"):
+        handle.save(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    for use in (lambda: handle.disabled().__enter__(), handle.remember_base, lambda: handle.unpatch(restore_base=True)) if method == "full" else ():
         with pytest.raises(RuntimeError, match=message):
             use()
-    assert not (tmp_path / "x").exists()
     # Equal again, they are one; the values of the last load.
     model.load_state_dict({**state, **{name: state[several[0]] for several in places for name in several}})
     assert several_places(handle) == places and handle.report.trainable == sum(p.numel() for p in handle.trainable_parameters())
@@ -476,17 +472,73 @@ def test_tensors_of_the_meta_device_are_tied(family: str, method: str, options: 
         assert all(torch.equal(a, b) for a, b in zip(handle.trainable_parameters(), real.trainable_parameters(), strict=True))
 
 
-def test_one_of_several_places_is_assigned() -> None:
+def test_one_of_several_places_is_assigned(tmp_path: Path) -> None:
     """A part of the model is loaded: the places are apart, and said to be, until the others follow."""
     handle = patch(tiny("bart"), "compacter", reduction_factor=4, shared_rule=True)
     adapter = next(iter(handle.sites.values()))
     adapter.load_state_dict({name: t + 1 for name, t in adapter.state_dict().items()}, assign=True)
-    with pytest.raises(RuntimeError, match=r"^trainable_parameters: the patch has one tensor at .*phm_rule"):
-        handle.trainable_parameters()
+    with pytest.raises(RuntimeError, match=r"^save: the patch has one tensor at .*phm_rule"):
+        handle.save(tmp_path)
     for other in handle.sites.values():
         other.load_state_dict(adapter.state_dict(), assign=True)
-    count = handle.report.trainable
-    assert count == patch(tiny("bart"), "compacter", reduction_factor=4, shared_rule=True).report.trainable
+    handle.save(tmp_path)
+    assert handle.report.trainable == load(tiny("bart"), tmp_path).report.trainable
+
+
+def test_what_the_user_took_apart_stays_apart(tmp_path: Path) -> None:
+    """Unless it differs: what would be lost is named."""
+    model = tiny("t5")
+    handle = patch(model, "full")
+    own = model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    handle.save(tmp_path)
+    assert handle.report.trainable == sum(p.numel() for p in handle.trainable_parameters()) and model.lm_head.weight is own
+    with torch.no_grad():
+        own += 1
+    with pytest.raises(RuntimeError, match=r"^save: the patch has one tensor at .*lm_head.weight"):
+        handle.save(tmp_path)
+    handle.unpatch()
+    assert model.lm_head.weight is own
+
+
+def test_undefined_numbers_are_equal() -> None:
+    model = tiny("t5")
+    handle = patch(model, "full")
+    places = several_places(handle)
+    with torch.no_grad():
+        model.shared.weight[0] = float("nan")
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert several_places(handle) == places
+
+
+def test_a_trained_tensor_s_first_place_is_gone(tmp_path: Path) -> None:
+    """The others have it."""
+    model = tiny("bart")
+    handle = patch(model, "full")
+    model.model.shared = nn.Identity()
+    model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()}, assign=True)
+    want = {name: t.clone() for name, t in model.state_dict().items()}
+    handle.save(tmp_path)
+    assert torch.equal(checkpoint.read(tmp_path)[1]["base/model.shared.weight"], want["lm_head.weight"])
+    with handle.disabled():
+        pass
+    assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
+
+
+def test_a_layer_that_was_deleted_is_no_other(tmp_path: Path) -> None:
+    model = models.tiny("llama")
+    handle = patch(model, "layer_norm")
+    del model.model.layers[0]
+    with pytest.raises(RuntimeError, match=r"^save: 2 places of the patch .*language.0"):
+        handle.save(tmp_path)
+
+
+def test_flags_of_a_module_that_was_away() -> None:
+    model = models.tiny("llama", tie_word_embeddings=False)
+    handle, head = patch(model, "lora", rank=2), model.lm_head
+    model.lm_head = nn.Linear(32, 99)
+    handle.unpatch()
+    model.lm_head = head
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_unpickled_in_another_process(tmp_path: Path) -> None:

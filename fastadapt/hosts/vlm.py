@@ -80,16 +80,17 @@ def _width(projector: nn.Module) -> int | None:
     return linears[-1].out_features if linears else None
 
 
-def dead(model: nn.Module) -> dict[str, str]:
+def dead(model: nn.Module, *, alone: bool) -> dict[str, str]:
     """Paths of modules, and of slots for adapters, whose output the model never uses, so that what is trained in them would get no gradient (which DDP refuses), and why.
 
-    What an argument of the call decides counts as used, as the heads of BLIP's and BLIP-2's retrieval models.
+    What an argument of the call decides counts as used, as the heads of BLIP's and BLIP-2's retrieval models. ``alone``: also what an ordinary call of the model by itself does
+    not go through, where nobody has named the places.
     """
     found: dict[str, str] = {}
-    alone = [row[1:] for row in _ALONE if type(model).__name__ in row[0]]
+    rows = [row[1:] for row in _ALONE if alone and type(model).__name__ in row[0]]
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        found |= {f"{prefix}{name}": why for where, names, why in alone if re.fullmatch(where, path) for name in names}
+        found |= {f"{prefix}{name}": why for where, names, why in rows if re.fullmatch(where, path) for name in names}
         any_module: Any = module
         config = getattr(module, "config", None)
         tower = getattr(module, "vision_tower", None)

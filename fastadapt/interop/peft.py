@@ -242,7 +242,7 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str 
     if not paths:
         raise AdapterFileError(f"{folder / _TENSORS}: holds no lora_A")
     sites = {"encoder.self_attention.value": "|".join(re.escape(path) for path in paths)}
-    unused = vlm.dead(model)
+    unused = vlm.dead(model, alone=False)
     handle = patching.patch(model, "lora", name=name, dtype=dtype, sites=sites, **options)
     try:
         _copy(_places(handle, None), {key: tensor for key, tensor in tensors.items() if not patching._off(key.removeprefix(_PREFIX), unused)}, folder)
@@ -303,7 +303,8 @@ def _places(handle: Handle, task: str | None) -> dict[str, Tensor]:
     targeted = {site.owner_path for site in handle._sites}
     for trained in handle._trained:
         for module, name in trained.owners:
-            path = paths[module]
+            if (path := paths.get(module)) is None:
+                continue
             if name == "bias":
                 found[f"{_PREFIX}{path}.{'base_layer.' if path in targeted else ''}bias"] = trained.parameter
             elif trained.base is None or not torch.equal(trained.base, trained.parameter):  # T5's tables of relative position biases are biases to fastadapt, but not to PEFT

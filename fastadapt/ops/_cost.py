@@ -567,7 +567,7 @@ def calibration(arch: int) -> Calibration | None:
     """The calibration of an architecture, read once a process. A file that cannot be used is named in a warning and ignored; one of another architecture is ignored without."""
     path = calibration_path(arch)
     try:
-        if path is None or ("FASTADAPT_CALIBRATION" not in os.environ and not os.access(path, os.R_OK)):
+        if path is None or ("FASTADAPT_CALIBRATION" not in os.environ and not os.path.exists(path)):  # nor is it in a folder that cannot be entered
             return None
         found = read_calibration(path)
     except (OSError, ValueError) as error:

@@ -151,6 +151,15 @@ def test_the_report_says_why(name: str, place: str) -> None:
     assert (place, ALONE[name].why) in patch(build(name), "vl_adapter").skipped
 
 
+def test_places_that_somebody_names_are_places() -> None:
+    """A decoder by itself can be given an encoder's output."""
+    model = build("BartForCausalLM")
+    handle = patch(model, "lora", biases=False, sites={"decoder.cross_attention.value": r".*encoder_attn\.v_proj"})
+    assert len(handle.report.sites) == len(model.model.decoder.layers)
+    model.train()(input_ids=ids(5), encoder_hidden_states=torch.randn(2, 3, model.config.d_model)).logits.square().sum().backward()
+    assert all(p.grad is not None for p in handle.trainable_parameters())
+
+
 def test_uniadapter_puts_nothing_behind_cross_attention_that_never_runs() -> None:
     model = build("BlipModel")
     handle = patch(model, "uniadapter")

@@ -37,14 +37,14 @@ def backward(dy, x, z, w_down, w_up, b_up, gate, scale_tensor, scale, activation
     a = activations.apply(z, activation)
     g = 1.0 if gate is None else gate.to(x.dtype)
     s = 1.0 if scale_tensor is None else scale_tensor.to(x.dtype).reshape(())
-    scaled = dy if scale == 1.0 else dy * scale  # before the sums over rows, which fp16 may not hold
     dx = dwd = dbd = dwu = dbu = dg = ds = None
     if need_x or need_wd or need_bd:
-        dz = F.linear(scaled * (g * s), wu.t()) * activations.derivative(z, activation)
+        dz = F.linear(dy * (g * s * scale), wu.t()) * activations.derivative(z, activation)
         if need_x:
             dx = F.linear(dz, wd.t()) + dy if add_input else F.linear(dz, wd.t())
         dwd, dbd = (dz.t() @ x).to(p_dtype) if need_wd else None, dz.sum(0).to(p_dtype) if need_bd else None
     if need_wu or need_bu or need_gate or need_scale:
+        scaled = dy if scale == 1.0 else dy * scale  # before the sums over rows, which fp16 may not hold
         p, sums = scaled.t() @ a, scaled.sum(0)
         if need_gate or need_scale:
             bracket = (wu * p).sum(1) + (0.0 if b_up is None else b_up.to(x.dtype) * sums)

@@ -39,6 +39,7 @@ def backward(dy, x, z, w_down, w_up, seed, scale, dropout, needs):
         if need_x:
             dx = _dropped(F.linear(dz, w_down.to(dy.dtype).t()), seed, dropout)
         dwd = (dz.t() @ _dropped(x, seed, dropout)).to(w_down.dtype) if need_wd else None
-    scaled = dy if scale == 1.0 else dy * scale  # before the sums over rows, which fp16 may not hold
-    dwu, dbu = (scaled.t() @ z).to(w_up.dtype) if need_wu else None, scaled.sum(0).to(w_up.dtype) if need_bu else None
+    if need_wu or need_bu:
+        scaled = dy if scale == 1.0 else dy * scale  # before the sums over rows, which fp16 may not hold
+        dwu, dbu = (scaled.t() @ z).to(w_up.dtype) if need_wu else None, scaled.sum(0).to(w_up.dtype) if need_bu else None
     return tuple(none(dy) if t is None else t for t in (dx, dwd, dwu, dbu))
