@@ -259,6 +259,7 @@ def test_what_cannot_be_kept_is_not_measured(tmp_path: Path, monkeypatch: pytest
         f"fastadapt bench: {what}" for what in (f"--plots {file}", f"--json {file}/rows.json", f"--json {tmp_path}")
     ]
     assert "its columns are date, commit, not" in whys[3]
+    assert cli.main(["bench", "--suite", "launches", "--list", "--plots", str(tmp_path / "plots")]) == 0 and not (tmp_path / "plots").exists()
 
 
 def test_options_that_nothing_is_of(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,8 +71,7 @@ def check_handle(handle: object) -> None:
     """Refuses what is no handle, and one whose model has lost parts of the patch."""
     if not isinstance(handle, Handle):
         raise TypeError(f"handle: must be the fastadapt.Handle that fastadapt.patch returns, not {type(handle).__name__}")
-    if handle._is_active():
-        handle._check_whole("handle", shared=True)
+    handle._check_whole("handle", shared=True)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -102,6 +102,13 @@ def test_all_shapes(spec: Lora, name: str, device: str) -> None:
     checks.assert_within_rule(spec, name, device)
 
 
+def test_the_reference_sums_what_fp16_can_hold() -> None:
+    """Eager code scales dy before the product with the activations."""
+    spec = Lora(lead=(2048,), width=64, out=64, rank=8, scale=1e-3, dtype=torch.float16, param_dtype=torch.float16)
+    tensors = {n: t.abs() * (30 if n == "x" else 1) for n, t in spec.draw(0).items()}
+    assert checks.fused(spec, "reference", tensors, torch.ones(2048, 64).half())["d w_up"].isfinite().all()
+
+
 @every_backend
 @specs(REAL)
 def test_real_sizes(spec: Lora, name: str, device: str) -> None:
