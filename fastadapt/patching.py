@@ -1114,7 +1114,7 @@ def _saved(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict
     options = config.get("options")
     if not isinstance(options, dict) or not options or not all(isinstance(values, dict) for values in options.values()):
         raise AdapterFileError(f"{os.fspath(directory)}: 'options' must hold the options of one host family or several, not {options!r}")
-    try:
+    try:  # the method may be anything that a file holds, and is refused there
         return {family: methods.config(config.get("method"), **values) for family, values in options.items()}  # type: ignore[arg-type]
     except TypeError as error:
         raise AdapterFileError(f"{os.fspath(directory)}: {error}") from error
